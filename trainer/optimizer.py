@@ -13,7 +13,8 @@ from trainer.errors import UserError
 class OptimConfig:
     """AdamW and its schedule.
 
-    The rate rises linearly over the first `warmup` steps of each stage and falls linearly to 0 over the last `decay` share of the run.
+    The rate rises linearly over the first `warmup` steps of each stage and falls linearly to 0 over the last `decay`
+    share of the run.
     """
 
     lr: float = 1e-3
