@@ -1,0 +1,127 @@
+"""The fused objective against the oracle in trainer/losses.py, in value and gradient."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from trainer import losses
+from trainer.dictionary import ConceptDictionary, DictionaryConfig, decoder_rows
+from trainer.losses import LossConfig
+from trainer.objective import SUMS, AlignObjective, Rows
+from trainer.topology import Topology
+
+
+def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="dense"):
+    torch.manual_seed(D * 100 + R)
+    names = [f"c{i}" for i in range(R)]
+    dictionary = ConceptDictionary(
+        D, names, DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7), answers=answers
+    )
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return AlignObjective(dictionary, LossConfig(bind_on=bind_on), Topology(), kernel=kernel)
+
+
+def make_rows(B, D, R, answers=5, unlabelled=0.3):
+    concept = torch.randint(0, max(R, 1), (B,)) if R else torch.full((B,), -1)
+    concept[torch.rand(B) < unlabelled] = -1
+    answer = torch.where(concept >= 0, torch.randint(0, answers, (B,)), -1)
+    counts = torch.tensor([B, (concept >= 0).sum(), (answer >= 0).sum()], dtype=torch.float32)
+    return Rows(torch.randn(B, D), concept, answer, counts)
+
+
+def oracle(objective, rows, weights, align):
+    d = objective.dictionary
+    x = d.normalise(rows.acts)
+    pre = x @ d.concepts.W_enc.T + d.concepts.b_enc
+    zc = torch.relu(pre)
+    z = torch.cat([torch.relu(x @ b.W_enc.T + b.b_enc) for b in d.free_banks()], dim=1)
+    decoder = torch.cat([decoder_rows(b.W_dec, d.config.decoder_norm) for b in d.free_banks()])
+    x_hat = z @ decoder + d.output.b_dec
+    terms = {"sp": losses.sparsity(z, decoder), "bind": 0.0, "perp": 0.0, "val": 0.0}
+    if align:
+        x_hat = x_hat + zc @ d.concepts.W_dec
+        if zc.shape[1]:
+            terms["bind"] = losses.binding(pre if objective.bind_on == "pre" else zc, rows.concept)
+            terms["perp"] = losses.orthogonality(zc, z)
+            terms["val"] = losses.value(d.value_head(zc), rows.answer) if d.value_head is not None else 0.0
+    terms["rec"] = losses.reconstruction(x, x_hat)
+    return sum(getattr(weights, name) * term for name, term in terms.items()), terms
+
+
+SHAPES = [(7, 3, 20, 8, 11), (16, 1, 33, 33, 1), (5, 12, 9, 4, 40), (8, 0, 10, 4, 6), (24, 6, 64, 16, 33)]
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("decoder_norm,bind_on", [("free", "pre"), ("unit", "code")])
+def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on):
+    D, R, K, bank, B = shape
+    objective = make(D, R, K, bank, decoder_norm=decoder_norm, bind_on=bind_on)
+    rows = make_rows(B, D, R)
+    weights = LossConfig(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4, bind_on=bind_on)
+    expected, terms = oracle(objective, rows, weights, align)
+    parameters = dict(objective.named_parameters())
+    grads = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
+    loss, sums = objective(rows, weights, align, step=1)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(
+            parameter.grad, torch.zeros_like(parameter) if grad is None else grad, rtol=2e-4, atol=2e-5, msg=name
+        )
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert total["rows"] == B
+    assert total["rec"] / B == pytest.approx(float(terms["rec"]), rel=1e-5)
+    assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
+
+
+def test_unlabelled_batch_gives_no_label_terms():
+    objective = make(6, 3, 10, 4)
+    rows = make_rows(9, 6, 3, unlabelled=1.1)
+    _, sums = objective(rows, LossConfig(), True, 1)
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert total["bind"] == total["val"] == total["labelled"] == total["bound"] == 0
+
+
+def test_micro_batches_add_up_to_the_batch_without_orthogonality():
+    """Gradient accumulation changes nothing but memory for every term but perp, whose correlation needs all rows at once."""
+    objective = make(8, 3, 20, 6)
+    rows, weights = make_rows(12, 8, 3), LossConfig(perp=0.0)
+    loss, _ = objective(rows, weights, True, 1)
+    loss.backward()
+    whole = [p.grad.clone() for p in objective.parameters()]
+    objective.zero_grad()
+    for part in (slice(0, 5), slice(5, 12)):
+        micro = Rows(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
+        objective(micro, weights, True, 1)[0].backward()
+    for a, p in zip(whole, objective.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("B,R,K", itertools.product([4, 50], [1, 5], [1, 7]))
+def test_orthogonality_matches_numpy_corrcoef(B, R, K):
+    a, b = torch.rand(B, R, dtype=torch.float64), torch.rand(B, K, dtype=torch.float64)
+    full = np.corrcoef(a.numpy(), b.numpy(), rowvar=False)
+    expected = (np.atleast_2d(full)[:R, R:] ** 2).sum()
+    assert float(losses.orthogonality(a, b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_constant_slots_have_no_correlation():
+    a, b = torch.rand(20, 2), torch.rand(20, 3)
+    a[:, 0], b[:, 1] = 0.5, 0.0
+    assert torch.isfinite(losses.orthogonality(a, b))
+    assert float(losses.orthogonality(a[:, :1], b)) == 0.0
+
+
+def test_slots_that_fire_are_noted():
+    objective = make(6, 2, 10, 4)
+    with torch.no_grad():
+        next(objective.dictionary.free_banks()).b_enc.fill_(-1e6)
+    objective(make_rows(9, 6, 2), LossConfig(), False, step=17)
+    first, second, _ = objective.dictionary.free_banks()
+    assert (first.last_fired == 0).all() and (second.last_fired == 17).any()

@@ -1,0 +1,1 @@
+"""The `alignsae` command: one module per subcommand."""

@@ -1,0 +1,1 @@
+"""Distributed trainer for concept-aligned sparse autoencoders (AlignSAE, arXiv 2512.02004)."""

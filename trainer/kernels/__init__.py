@@ -1,0 +1,6 @@
+"""Ways to compute one bank of free slots, and the rule that chooses between them."""
+
+from trainer.kernels.choice import KernelChoice
+from trainer.kernels.interface import BankKernel, BankStats, BankStep, PerpStep
+
+__all__ = ["BankKernel", "BankStats", "BankStep", "KernelChoice", "PerpStep"]

@@ -1,0 +1,91 @@
+"""What a bank kernel is given and what it owes.
+
+A kernel computes one bank of free slots: `recon, sp, perp = kernel(W_enc, b_enc, W_dec, recon, step)`, with
+W_enc [n, D], b_enc [n], W_dec [n, D] (fp32 masters), recon [B, D] fp32 (the running reconstruction), and returns
+- recon + z W_dec [B, D], where z = ReLU(x W_enc^T + b_enc), out of place (the banks form one autograd chain);
+- sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj;
+- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0 without `step.perp`).
+All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients of perp flow to the
+concept code through `PerpStep.grad_concept`, which a kernel adds to in its forward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.losses import CONSTANT_SHARE
+
+
+@dataclass
+class PerpStep:
+    """What the orthogonality term of one step needs beside the bank.
+
+    concept [B, R]: centred concept code of the local rows divided by its global norm (0 for a constant slot).
+    inv_norm [R]: one over that norm (0 for a constant slot).
+    rows: global number of rows G, a scalar tensor.
+    reduce: sums a tensor over data ranks, in place, and returns it.
+    grad_concept [B, R]: d perp / d z_concept of the local rows, summed over the banks seen so far.
+    """
+
+    concept: Tensor
+    inv_norm: Tensor
+    rows: Tensor
+    reduce: Callable[[Tensor], Tensor]
+    grad_concept: Tensor
+
+
+@dataclass
+class BankStats:
+    """What a kernel reports about its bank, without gradient: slots active on some row, and active entries in all."""
+
+    fired: Tensor  # [n] bool
+    active: Tensor  # scalar, fp32
+
+
+@dataclass
+class BankStep:
+    """What all banks of one step share, and where each leaves its statistics.
+
+    x [B, D] fp32 normalised activations; x_low the same in bf16, or None when products run in fp32.
+    """
+
+    x: Tensor
+    x_low: Tensor | None
+    decoder_norm: str
+    perp: PerpStep | None
+    stats: list[BankStats] = field(default_factory=list)
+
+
+class BankKernel(Protocol):
+    """Signature of every kernel."""
+
+    def __call__(
+        self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass
+class Moments:
+    """Global moments of one bank, from which its correlations follow.
+
+    mean [n] and inv_norm [n] of the slots' columns (inv_norm 0 for a constant slot), corr [R, n].
+    """
+
+    mean: Tensor
+    inv_norm: Tensor
+    corr: Tensor
+
+    @classmethod
+    def reduce(cls, total: Tensor, square: Tensor, cross: Tensor, perp: PerpStep) -> "Moments":
+        """From local sums of z [n], z^2 [n] and concept^T z [R, n]; one reduction over data ranks."""
+        packed = perp.reduce(torch.cat([total[None], square[None], cross]))
+        total, square, cross = packed[0], packed[1], packed[2:]
+        mean = total / perp.rows
+        # In double: the difference of two large sums is what a correlation divides by.
+        centred = square.double() - total.double().square() / perp.rows
+        constant = centred <= CONSTANT_SHARE * square
+        inv_norm = torch.where(constant, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt()).float()
+        return cls(mean, inv_norm, cross * inv_norm)
