@@ -1,0 +1,288 @@
+"""Binding, fragmentation and reconstruction of a dictionary: functions of codes and labels.
+
+Shapes: B rows of a batch, D model width, R concepts, S slots, n slots of one bank. Rows come from a function that can
+be called again, because large dictionaries need several passes; no pass holds a code of all slots or of all rows.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from trainer.dictionary import ConceptDictionary, SlotBank, decoder_rows
+from trainer.errors import DataError
+
+# Yields (raw activations [B, D], concept [B] with -1 = unlabelled), the same rows in every call.
+RowSource = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+# Per-concept sums [R, n] are held for as many slots as fit here; more slots mean more passes over the rows.
+SUMS_BYTES = 1 << 30
+
+
+def bank_code(bank: SlotBank, x: Tensor) -> Tensor:
+    """Code [B, n] of one bank for normalised activations x [B, D]."""
+    return torch.relu(x @ bank.W_enc.T + bank.b_enc)
+
+
+def predicted_slots(concept_code: Tensor) -> Tensor:
+    """The concept slot [B] that each row chooses from its code [B, R]; -1 where no concept slot is active.
+
+    Where any slot is active this is the argmax of the pre-activations too. A row that activates none says nothing
+    about its concept: it is counted as silent (wrong), never as slot 0 or as the least negative pre-activation.
+    """
+    if concept_code.shape[1] == 0:
+        return torch.full((concept_code.shape[0],), -1, dtype=torch.int64)
+    strength, slot = concept_code.max(dim=1)
+    return torch.where(strength > 0, slot, -1)
+
+
+def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tensor:
+    """Counts [R, R + 1] int64: row = true concept, column = chosen slot, last column = no slot; labelled rows only.
+
+    predicted, concept [B] int64, -1 = no slot, no label. Raises DataError on a label beyond R - 1.
+    """
+    if concept.numel() and int(concept.max()) >= concepts:
+        raise DataError(
+            f"label {int(concept.max())} is out of range for {concepts} concept slots; "
+            "evaluate on shards of the same concepts"
+        )
+    labelled = concept >= 0
+    truth = concept[labelled].long()
+    chosen = predicted[labelled].long()
+    chosen = torch.where(chosen < 0, concepts, chosen)
+    cells = torch.bincount(truth * (concepts + 1) + chosen, minlength=concepts * (concepts + 1))
+    return cells.reshape(concepts, concepts + 1)
+
+
+@dataclass
+class Binding:
+    """How well concept slots and concepts agree.
+
+    diagonal_accuracy: mean over concepts of the share of a concept's rows that choose slot r = concept r.
+    diagonal_accuracy_assigned: the same under the one-to-one assignment of slots to concepts that maximises it.
+    assignment: slot of each concept under that assignment.
+    slot_accuracy: share of all labelled rows that choose their own slot (weights concepts by their rows).
+    silent: share of labelled rows in which no concept slot is active.
+    """
+
+    diagonal_accuracy: float
+    diagonal_accuracy_assigned: float
+    assignment: list[int]
+    slot_accuracy: float
+    silent: float
+
+
+def binding(confusion: Tensor) -> Binding:
+    """Summarise a confusion matrix [R, R + 1]; concepts without a row are left out of the means."""
+    counts = confusion.double()
+    per_concept = counts.sum(dim=1)
+    present = per_concept > 0
+    if not bool(present.any()):
+        raise DataError("no labelled row to evaluate binding on; extract prompts that name a concept")
+    share = counts[:, :-1] / per_concept.clamp_min(1).unsqueeze(1)
+    rows, slots = linear_sum_assignment(share.numpy(), maximize=True)
+    assigned = share[torch.from_numpy(rows), torch.from_numpy(slots)]
+    return Binding(
+        diagonal_accuracy=share.diagonal()[present].mean().item(),
+        diagonal_accuracy_assigned=assigned[present].mean().item(),
+        assignment=[int(s) for s in slots],
+        slot_accuracy=(counts.diagonal().sum() / counts.sum()).item(),
+        silent=(counts[:, -1].sum() / counts.sum()).item(),
+    )
+
+
+@dataclass
+class Fragmentation:
+    """Over how many slots a concept is spread. Arrays [R]; NaN where no slot is active on a concept.
+
+    efffeat: EffFeat = exp(entropy of the concept's mean activation, as a distribution over slots), 1 = one slot.
+    top1conc: Top1Conc = the largest share of a single slot.
+    """
+
+    efffeat: np.ndarray
+    top1conc: np.ndarray
+
+    def mean(self) -> tuple[float, float]:
+        """Mean EffFeat and Top1Conc over the concepts that activate a slot at all (NaN when none does)."""
+        active = ~np.isnan(self.efffeat)
+        if not active.any():
+            return float("nan"), float("nan")
+        return float(self.efffeat[active].mean()), float(self.top1conc[active].mean())
+
+
+def fragmentation(mean_activation: Iterable[Tensor]) -> Fragmentation:
+    """EffFeat and Top1Conc from blocks [R, n] of mean activations that together cover the slots in question.
+
+    With m the mean activations and T their sum over slots, entropy = log T - (sum of m log m) / T, so blocks add up.
+    """
+    parts = [
+        (m.sum(dim=1), torch.special.entr(m).sum(dim=1), m.amax(dim=1)) for m in map(Tensor.double, mean_activation)
+    ]
+    totals, entropies, tops = (torch.stack(column) for column in zip(*parts, strict=True))
+    total = totals.sum(dim=0)
+    silent = total == 0
+    efffeat = torch.where(silent, torch.nan, torch.exp(torch.log(total) + entropies.sum(dim=0) / total))
+    top1conc = torch.where(silent, torch.nan, tops.amax(dim=0) / total)
+    return Fragmentation(efffeat.numpy(), top1conc.numpy())
+
+
+@torch.no_grad()
+def activation_blocks(
+    dictionary: ConceptDictionary, rows: RowSource, concepts: int, banks: Sequence[SlotBank] | None = None
+) -> Iterator[Tensor]:
+    """Mean activation per concept, as blocks [R, n] fp64 over consecutive slots; one pass over the rows per block.
+
+    `concepts` is R of the labels, which an unsupervised dictionary does not know. `banks`: default all.
+    """
+    todo = list(dictionary.all_banks()) if banks is None else list(banks)
+    while todo:
+        group = [todo.pop(0)]
+        while todo and concepts * 8 * sum(b.slots for b in [*group, todo[0]]) <= SUMS_BYTES:
+            group.append(todo.pop(0))
+        sums = [torch.zeros(concepts, bank.slots, dtype=torch.float64) for bank in group]
+        count = torch.zeros(concepts, dtype=torch.float64)
+        for acts, concept in rows():
+            labelled = concept >= 0
+            member = torch.nn.functional.one_hot(concept[labelled].long(), concepts).T.float()
+            x = dictionary.normalise(acts[labelled])
+            count += member.sum(dim=1)
+            for bank, into in zip(group, sums, strict=True):
+                into += member @ bank_code(bank, x)
+        yield torch.cat(sums, dim=1) / count.clamp_min(1).unsqueeze(1)
+
+
+def concept_slot_means(dictionary: ConceptDictionary, rows: RowSource) -> Tensor:
+    """Mean activation [R] fp32 of each concept slot over the rows of its own concept (zeros included)."""
+    concepts = len(dictionary.concept_names)
+    (block,) = activation_blocks(dictionary, rows, concepts, [dictionary.concepts])
+    return block.diagonal().float()
+
+
+def concept_means(rows: RowSource, concepts: int) -> Tensor:
+    """Mean raw activation [R, D] fp32 of each concept."""
+    total: Tensor | None = None
+    count = torch.zeros(concepts, dtype=torch.float64)
+    for acts, concept in rows():
+        if total is None:
+            total = torch.zeros(concepts, acts.shape[1], dtype=torch.float64)
+        labelled = concept >= 0
+        index = concept[labelled].long()
+        total.index_add_(0, index, acts[labelled].double())
+        count += torch.bincount(index, minlength=concepts)
+    if total is None or bool((count == 0).any()):
+        missing = torch.nonzero(count == 0).flatten().tolist()
+        raise DataError(f"no row for concept number(s) {missing}; their mean activation cannot be known")
+    return (total / count.unsqueeze(1)).float()
+
+
+@dataclass
+class Reconstruction:
+    """rows; FVU = fraction of variance unexplained, about the mean of these rows; L0 = mean active slots per row;
+    dead = share of slots that are active on no row; alive [R] = whether each concept slot is active on some row;
+    confusion [R, R + 1] of `confusion_matrix`."""
+
+    rows: int
+    fvu: float
+    l0: float
+    dead: float
+    alive: list[bool]
+    confusion: Tensor
+
+
+@torch.no_grad()
+def reconstruct(
+    dictionary: ConceptDictionary, rows: RowSource, progress: Callable[[int], Any] = lambda n: None
+) -> Reconstruction:
+    """One pass over the rows, bank by bank. `progress` is told the rows of each batch.
+
+    Raises DataError when there is no row or a value is not finite.
+    """
+    concepts = len(dictionary.concept_names)
+    count, active, residual, square = 0, 0.0, 0.0, 0.0
+    total = torch.zeros(dictionary.width, dtype=torch.float64)
+    fired = [torch.zeros(bank.slots, dtype=torch.bool) for bank in dictionary.all_banks()]
+    confusion = torch.zeros(concepts, concepts + 1, dtype=torch.int64)
+    for acts, concept in rows():
+        # FVU is the same in normalised units, where sums of squares do not cancel.
+        x = dictionary.normalise(acts)
+        x_hat = dictionary.b_dec.expand_as(x).clone()
+        for index, bank in enumerate(dictionary.all_banks()):
+            z = bank_code(bank, x)
+            if index == 0 and concepts:
+                confusion += confusion_matrix(predicted_slots(z), concept, concepts)
+            x_hat += z @ decoder_rows(bank.W_dec, dictionary.config.decoder_norm)
+            on = z > 0
+            active += float(on.sum())
+            fired[index] |= on.any(dim=0)
+        count += x.shape[0]
+        residual += float((x - x_hat).double().square().sum())
+        square += float(x.double().square().sum())
+        total += x.double().sum(dim=0)
+        progress(x.shape[0])
+    if count == 0:
+        raise DataError("no row to evaluate")
+    variance = square - float(total.square().sum()) / count
+    if not (np.isfinite(variance) and np.isfinite(residual)):
+        raise DataError("the activations hold NaN or infinite values; run `alignsae verify` on their folder")
+    return Reconstruction(
+        rows=count,
+        fvu=residual / variance if variance > 0 else float("nan"),
+        l0=active / count,
+        dead=1.0 - float(torch.cat(fired).double().mean()),
+        alive=fired[0].tolist(),
+        confusion=confusion,
+    )
+
+
+def evaluate_split(
+    dictionary: ConceptDictionary,
+    rows: RowSource,
+    concepts: Sequence[str],
+    progress: Callable[[int], Any] = lambda n: None,
+) -> dict[str, Any]:
+    """Everything about one split as JSON values (NaN becomes None).
+
+    `concepts` names the labels of the rows. The concept slots of an unsupervised dictionary sleep: it binds nothing.
+    """
+    measured = reconstruct(dictionary, rows, progress)
+    result: dict[str, Any] = {
+        "rows": measured.rows,
+        "reconstruction": {
+            "fvu": measured.fvu,
+            "l0": measured.l0,
+            "l0_share": measured.l0 / dictionary.slots,
+            "dead": measured.dead,
+        },
+        "fragmentation": {"all": _named(fragmentation(activation_blocks(dictionary, rows, len(concepts))), concepts)},
+    }
+    if dictionary.concept_names:
+        bound = binding(measured.confusion)
+        own = activation_blocks(dictionary, rows, len(concepts), [dictionary.concepts])
+        result["fragmentation"]["concept_slots"] = _named(fragmentation(own), concepts)
+        result["binding"] = {
+            **vars(bound),
+            "slots_alive": sum(measured.alive),
+            "alive": dict(zip(dictionary.concept_names, measured.alive, strict=True)),
+            "confusion": measured.confusion.tolist(),
+        }
+    return result
+
+
+def _named(found: Fragmentation, concepts: Sequence[str]) -> dict[str, Any]:
+    efffeat, top1conc = found.mean()
+
+    def number(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    return {
+        "efffeat": number(efffeat),
+        "top1conc": number(top1conc),
+        "per_concept": {
+            name: {"efffeat": number(e), "top1conc": number(t)}
+            for name, e, t in zip(concepts, found.efffeat, found.top1conc, strict=True)
+        },
+    }

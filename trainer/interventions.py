@@ -1,0 +1,291 @@
+"""Concept swap and steering on a running language model, and what the reconstruction costs it.
+
+Shapes: B prompts of a batch, D model width, R concepts. An edit maps the residual h [B, D] at the last prompt token
+of the B prompts to the residual that the remaining blocks read; row i belongs to prompt i.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from trainer.dictionary import ConceptDictionary, decoder_rows
+from trainer.errors import UserError
+from trainer.evaluation import bank_code
+from trainer.language_model import answer_matches, edit_residual, generate_answers
+
+Edit = Callable[[Tensor], Tensor]
+WriteBack = Literal["add", "replace"]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One attempt: ask `prompt` about relation `source`, make the model answer `target` of the same subject."""
+
+    prompt: str
+    source: int
+    target: int
+    source_answer: str
+    target_answer: str
+
+
+def swap_pairs(
+    records: Sequence[Mapping[str, Any]], concepts: Sequence[str], *, split: str | None, pairs: int, seed: int
+) -> list[Swap]:
+    """Up to `pairs` swaps, spread evenly over the ordered relation pairs and drawn without repetition.
+
+    Args:
+        records: lines of a prompts JSONL: prompt, answer, concept (name), subject, optional split.
+        concepts: names in slot order.
+        split: prompts of this split only (None = all); answers are looked up over all records.
+
+    A pair whose two answers are the same text is left out, because it would succeed without an edit.
+    Raises UserError when nothing is left to swap.
+    """
+    slot = {name: index for index, name in enumerate(concepts)}
+    known = [r for r in records if r.get("concept") in slot and r.get("subject") is not None]
+    answers = {(r["subject"], slot[r["concept"]]): r["answer"] for r in known}
+    chosen = [r for r in known if split is None or r.get("split") == split]
+    if not chosen:
+        raise UserError(
+            f"no prompt of split {split!r} names a subject and one of the concepts {', '.join(concepts)}; "
+            "check --prompts and --split"
+        )
+    rng = np.random.default_rng(seed)
+    queues = []
+    for source in range(len(concepts)):
+        asked = [r for r in chosen if slot[r["concept"]] == source]
+        for target in range(len(concepts)):
+            if target == source:
+                continue
+            swaps = [
+                Swap(r["prompt"], source, target, r["answer"], answers[r["subject"], target])
+                for r in (asked[i] for i in rng.permutation(len(asked)))
+                if answers.get((r["subject"], target), r["answer"]) != r["answer"]
+            ]
+            queues.append(iter(swaps))
+    picked: list[Swap] = []
+    while queues and len(picked) < pairs:
+        # One of each relation pair in turn, so that every cell of the matrix has as many swaps as every other.
+        taken = [(queue, swap) for queue in queues for swap in islice(queue, 1)]
+        queues = [queue for queue, _ in taken]
+        picked += [swap for _, swap in taken]
+    if not picked:
+        raise UserError(
+            "no subject has two concepts with different answers, so there is nothing to swap; check --prompts"
+        )
+    return picked[:pairs]
+
+
+def set_slots(dictionary: ConceptDictionary, change: Callable[[Tensor], Tensor], write_back: WriteBack = "add") -> Edit:
+    """Edit that changes the concept code z [B, R] by `change` (which returns a new tensor).
+
+    add: h + decode(z') - decode(z), which keeps what the dictionary does not reconstruct. replace: decode(z').
+    The free slots are the same in z and z', so that their share cancels and only the concept rows of W_dec are needed.
+    """
+
+    @torch.no_grad()
+    def edit(h: Tensor) -> Tensor:
+        z = bank_code(dictionary.concepts, dictionary.normalise(h))
+        rows = decoder_rows(dictionary.concepts.W_dec, dictionary.config.decoder_norm)
+        delta = (change(z) - z) @ rows * dictionary.scale
+        base = h.float() if write_back == "add" else dictionary.decode(dictionary.encode(h))
+        return (base + delta).to(h.dtype)
+
+    return edit
+
+
+def slot_swap(
+    dictionary: ConceptDictionary, source: Tensor, target: Tensor, strength: Tensor, write_back: WriteBack = "add"
+) -> Edit:
+    """Edit that sets slot source[i] to 0 and slot target[i] to strength[target[i]].
+
+    source, target [B] int64; strength [R] in units of the code, normally alpha times `evaluation.concept_slot_means`.
+    """
+
+    def change(z: Tensor) -> Tensor:
+        row = torch.arange(z.shape[0])
+        swapped = z.clone()
+        swapped[row, source] = 0
+        swapped[row, target] = strength[target]
+        return swapped
+
+    return set_slots(dictionary, change, write_back)
+
+
+def mean_difference_swap(means: Tensor, source: Tensor, target: Tensor, alpha: float) -> Edit:
+    """Edit h + alpha (mean of target - mean of source), class means [R, D]: the yardstick that needs no dictionary."""
+    difference = alpha * (means[target] - means[source])
+    return lambda h: (h.float() + difference).to(h.dtype)
+
+
+def steering(dictionary: ConceptDictionary, strength: Mapping[int, float], write_back: WriteBack = "add") -> Edit:
+    """Edit that sets each slot of `strength` to the given value in every row."""
+
+    def change(z: Tensor) -> Tensor:
+        steered = z.clone()
+        for slot, value in strength.items():
+            steered[:, slot] = value
+        return steered
+
+    return set_slots(dictionary, change, write_back)
+
+
+def generate_edited(
+    model: Any,
+    tokenizer: Any,
+    layer: int,
+    swaps: Sequence[Swap],
+    edit_for: Callable[[Tensor, Tensor], Edit],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 256,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> list[str]:
+    """Greedy answers to the swaps' prompts under `edit_for(source [B], target [B])`, in order."""
+    texts: list[str] = []
+    for start in range(0, len(swaps), batch_size):
+        part = swaps[start : start + batch_size]
+        edit = edit_for(torch.tensor([s.source for s in part]), torch.tensor([s.target for s in part]))
+        with edit_residual(model, layer, edit):
+            # One batch per call: the edit is bound to these rows.
+            texts += generate_answers(model, tokenizer, [s.prompt for s in part], max_new_tokens, batch_size=len(part))
+        progress(len(part))
+    return texts
+
+
+@dataclass
+class SwapScore:
+    """What the model answered. kinds[i] belongs to swap i: target_answer (success), source_answer (unchanged),
+    target_category (an answer of the target relation that belongs to somebody else) or other."""
+
+    kinds: list[str]
+
+    def share(self, kind: str) -> float:
+        """Share of the swaps that ended as `kind`."""
+        return self.kinds.count(kind) / len(self.kinds)
+
+    @property
+    def success(self) -> float:
+        """Share of whole answers equal to the target relation's answer of the same subject."""
+        return self.share("target_answer")
+
+    @property
+    def category_kept(self) -> float:
+        """Share of answers that belong to the target relation's answer set (successes included)."""
+        return self.success + self.share("target_category")
+
+    @property
+    def category_kept_of_failures(self) -> float | None:
+        """Share of the failed swaps whose answer belongs to the target relation's answer set; None without failures."""
+        failures = len(self.kinds) - self.kinds.count("target_answer")
+        return self.kinds.count("target_category") / failures if failures else None
+
+
+def score_swaps(swaps: Sequence[Swap], texts: Sequence[str], answer_sets: Sequence[frozenset[str]]) -> SwapScore:
+    """Compare generated texts with the expected answers. answer_sets[r] holds all answers of relation r."""
+
+    def kind(swap: Swap, text: str) -> str:
+        if answer_matches(text, swap.target_answer):
+            return "target_answer"
+        if answer_matches(text, swap.source_answer):
+            return "source_answer"
+        if any(answer_matches(text, answer) for answer in answer_sets[swap.target]):
+            return "target_category"
+        return "other"
+
+    return SwapScore([kind(s, t) for s, t in zip(swaps, texts, strict=True)])
+
+
+def answer_sets(records: Sequence[Mapping[str, Any]], concepts: Sequence[str]) -> list[frozenset[str]]:
+    """All answers of each concept, in slot order."""
+    return [frozenset(r["answer"] for r in records if r.get("concept") == name) for name in concepts]
+
+
+@torch.no_grad()
+def answer_loss(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Mapping[str, Any]],
+    layer: int,
+    edit: Edit | None = None,
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> float:
+    """Mean cross-entropy (nats per token) of the answers after their prompts, with `edit` at the last prompt token.
+
+    Prompts are batched by equal token length: then nothing is padded in front and positions need no correction.
+    """
+    prompts = [tokenizer(r["prompt"])["input_ids"] for r in records]
+    answers = [tokenizer(" " + r["answer"], add_special_tokens=False)["input_ids"] for r in records]
+    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    total, tokens = 0.0, 0
+    for _, same_length in groupby(order, key=lambda i: len(prompts[i])):
+        group = list(same_length)
+        for start in range(0, len(group), batch_size):
+            part = group[start : start + batch_size]
+            prompt = torch.tensor([prompts[i] for i in part], device=model.device)
+            answer = pad_sequence([torch.tensor(answers[i]) for i in part], batch_first=True, padding_value=-100).to(
+                model.device
+            )
+            with edit_residual(model, layer, edit) if edit else nullcontext():
+                first = model(input_ids=prompt, use_cache=True)
+                rest = model(input_ids=answer.clamp_min(0), past_key_values=first.past_key_values, use_cache=True)
+            logits = torch.cat([first.logits[:, -1:], rest.logits[:, :-1]], dim=1)
+            total += float(
+                cross_entropy(logits.float().flatten(0, 1), answer.flatten(), ignore_index=-100, reduction="sum")
+            )
+            tokens += int((answer >= 0).sum())
+            progress(len(part))
+    return total / tokens
+
+
+def loss_recovered(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Mapping[str, Any]],
+    layer: int,
+    dictionary: ConceptDictionary,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> dict[str, float]:
+    """Cross-entropy of the answers (nats per token) with h, h_hat, the mean activation and 0 at the last prompt token,
+    and the shares recovered: (CE of the ablation - CE of h_hat) / (CE of the ablation - CE of h).
+    """
+    edits: dict[str, Edit | None] = {
+        "original": None,
+        "reconstruction": lambda h: dictionary.decode(dictionary.encode(h)).to(h.dtype),
+        "mean": lambda h: dictionary.mean.to(h.dtype).expand_as(h),
+        "zero": torch.zeros_like,
+    }
+    loss = {
+        name: answer_loss(model, tokenizer, records, layer, edit, progress=progress) for name, edit in edits.items()
+    }
+
+    def recovered(ablation: str) -> float:
+        return (loss[ablation] - loss["reconstruction"]) / (loss[ablation] - loss["original"])
+
+    return {
+        **{f"cross_entropy_{name}": value for name, value in loss.items()},
+        "recovered_over_mean": recovered("mean"),
+        "recovered_over_zero": recovered("zero"),
+    }
+
+
+def hook_layer(hook_point: str) -> int:
+    """Layer L of a hook point `blocks.L.hook_resid_post`. Raises UserError for any other place."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_point)
+    if not found:
+        raise UserError(
+            f"the activations were taken at {hook_point!r}; only the residual stream after a block "
+            "(blocks.L.hook_resid_post) can be edited"
+        )
+    return int(found[1])
