@@ -1,0 +1,122 @@
+"""What the loop asks of a strategy: wrap objective and optimizer, run them, and name their state without naming ranks."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.losses import LossConfig
+from trainer.objective import AlignObjective, Rows
+from trainer.optimizer import OptimConfig
+from trainer.topology import Topology, check_mesh
+
+STRATEGIES = ("auto", "single", "ddp", "dictionary", "zero1", "zero2", "zero3")
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is spread over the launched processes."""
+
+    strategy: str = "auto"  # auto: single or ddp by the number of processes, dictionary where dictionary_ranks > 1
+    dictionary_ranks: int = 1  # ranks that share the free banks; the others see other rows
+    offload: bool = False  # ZeRO optimizer state in host memory
+
+    def resolve(self, world: int, banks: int) -> "ParallelConfig":
+        """The setting for `world` launched processes and `banks` free banks. Raises UserError for what cannot be."""
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"parallel.strategy={self.strategy!r} is unknown; use one of {', '.join(STRATEGIES)}")
+        name, ranks = self.strategy, self.dictionary_ranks
+        if name == "dictionary" and ranks == 1:
+            ranks = world
+        if name == "auto":
+            name = "dictionary" if ranks > 1 else "ddp" if world > 1 else "single"
+        check_mesh(world, ranks)
+        if name == "single" and world > 1:
+            raise UserError(
+                f"parallel.strategy=single with {world} launched processes; use ddp, zero1-3 or dictionary, or launch one process"
+            )
+        if ranks > 1 and name != "dictionary":
+            raise UserError(f"parallel.dictionary_ranks={ranks} needs parallel.strategy=dictionary, not {name}")
+        if ranks > banks:
+            raise UserError(
+                f"parallel.dictionary_ranks={ranks} is more than the {banks} free banks; "
+                f"lower it to {banks} or lower dictionary.bank_slots"
+            )
+        if self.offload and not name.startswith("zero"):
+            raise UserError(f"parallel.offload=true needs parallel.strategy=zero1, zero2 or zero3, not {name}")
+        return ParallelConfig(name, ranks, self.offload)
+
+
+@dataclass
+class UnitState:
+    """Everything of one unit (ConceptDictionary.units) that training changes, as whole tensors on the host.
+
+    weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> fp32 tensor.
+    """
+
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+
+
+class Strategy(ABC):
+    """One way to spread training over ranks. All methods but those of one rank's data are called on all ranks, in the same order."""
+
+    topology: Topology
+    objective: AlignObjective
+
+    @abstractmethod
+    def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
+        """Take the objective, with its weights loaded, and build engine and optimizer; `updates` steps were taken before."""
+
+    @abstractmethod
+    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
+        """AlignObjective.forward through the engine."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients; `last` marks the last micro-batch of a step, after which gradients are averaged over data ranks."""
+
+    @abstractmethod
+    def update(self, lr: float, clip: float) -> float:
+        """Clip by the global norm (0 = off), step, clear gradients. Returns the norm before clipping; a norm that is not finite updates nothing."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Clear gradients without an update."""
+
+    @abstractmethod
+    def read(self, unit: str) -> UnitState | None:
+        """State of a unit on the one rank that is to write it, None elsewhere."""
+
+    @abstractmethod
+    def write(self, unit: str, state: UnitState) -> None:
+        """Set the state of a unit on the ranks that hold it. Missing moments are left alone; `state` is whole on all ranks that hold the unit."""
+
+    @abstractmethod
+    def holds(self, unit: str) -> bool:
+        """Whether this rank holds (a part of) the unit."""
+
+    def unit_names(self) -> list[str]:
+        """All units of the whole dictionary, the same list on all ranks."""
+        dictionary = self.objective.dictionary
+        fixed = [name for name in dictionary.units() if not name.startswith("bank-")]
+        return fixed + [f"bank-{i:05d}" for i in range(len(dictionary.sizes))]
+
+    def sync_last_fired(self) -> None:
+        """Make `last_fired` of every bank that of the global batch."""
+        for bank in self.objective.dictionary.free_banks():
+            self.topology.max_over_data(bank.last_fired)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory that no later step changes."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def owned_banks(banks: int, topology: Topology) -> list[int]:
+    """Indices of the free banks of a dictionary rank: runs of banks, as equal as can be."""
+    edges = torch.linspace(0, banks, topology.dictionary_world + 1).round().int().tolist()
+    return list(range(edges[topology.dictionary_rank], edges[topology.dictionary_rank + 1]))

@@ -1,0 +1,118 @@
+"""Strategies in which a rank holds whole banks: single, ddp (all banks, other rows) and dictionary (some banks, all or other rows).
+
+They are one thing: DistributedDataParallel over the data group, if that has more than one member. Parameters that dictionary ranks
+replicate get the same gradient on each of them, since the partial reconstructions are summed before the loss.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.losses import LossConfig
+from trainer.objective import AlignObjective, Rows
+from trainer.optimizer import OptimConfig, build_optimizer
+from trainer.strategies.base import Strategy, UnitState, on_host
+from trainer.topology import Topology
+
+
+class LocalStrategy(Strategy):
+    """See the module's text."""
+
+    def __init__(self, topology: Topology):
+        self.topology = topology
+
+    def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
+        self.objective = objective
+        self._units = objective.dictionary.units()
+        self.optimizer = build_optimizer(objective.parameters(), optim)
+        for parameter in objective.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(updates)),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self.engine: nn.Module = objective
+        if self.topology.data_world > 1:
+            self.engine = DistributedDataParallel(
+                objective,
+                process_group=self.topology.data_group,
+                broadcast_buffers=False,  # last_fired differs by rank until it is reduced
+                gradient_as_bucket_view=True,
+            )
+
+    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
+        return self.engine(rows, weights, align, step)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        wait = self.engine.no_sync() if isinstance(self.engine, DistributedDataParallel) and not last else nullcontext()
+        with wait:
+            loss.backward()
+
+    def update(self, lr: float, clip: float) -> float:
+        norm = self._global_norm()
+        if not torch.isfinite(norm):
+            self.discard()
+            return float(norm)
+        if clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+        return float(norm)
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _global_norm(self) -> Tensor:
+        """Norm over all parameters of the whole dictionary, replicated ones counted once."""
+        dictionary = self.objective.dictionary
+        own = [p.grad for bank in dictionary.free_banks() for p in bank.parameters() if p.grad is not None]
+        shared = [
+            p.grad
+            for name, unit in self._units.items()
+            if not name.startswith("bank-")
+            for p in unit.parameters()
+            if p.grad is not None
+        ]
+        square = torch.nn.utils.get_total_norm(own).double().square()
+        square = self.topology.sum_over_dictionary(square)
+        return (square + torch.nn.utils.get_total_norm(shared).double().square()).sqrt().float()
+
+    def read(self, unit: str) -> UnitState | None:
+        if not self.holds(unit) or not self._writes(unit):
+            return None
+        module = self._units[unit]
+        parameters = dict(module.named_parameters())
+        moments = {
+            key: {name: on_host(self.optimizer.state[p][key]) for name, p in parameters.items()}
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        weights = {name: on_host(t) for name, t in module.state_dict().items()}
+        return UnitState(weights, moments["exp_avg"], moments["exp_avg_sq"])
+
+    def write(self, unit: str, state: UnitState) -> None:
+        if not self.holds(unit):
+            return
+        module = self._units[unit]
+        with torch.no_grad():
+            for name, tensor in module.state_dict().items():
+                if name in state.weights:
+                    tensor.copy_(state.weights[name])
+            for name, parameter in module.named_parameters():
+                slot = self.optimizer.state[parameter]
+                for key, moments in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+                    if name in moments:
+                        slot[key].copy_(moments[name])
+
+    def holds(self, unit: str) -> bool:
+        return unit in self._units
+
+    def _writes(self, unit: str) -> bool:
+        """Spread the units of a dictionary rank over its data ranks, so that they write at the same time."""
+        topology = self.topology
+        if unit.startswith("bank-"):
+            return int(unit.removeprefix("bank-")) % topology.data_world == topology.data_rank
+        return topology.is_main
