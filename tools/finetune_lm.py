@@ -1,0 +1,199 @@
+"""Train or fine-tune a causal language model on questions and texts.
+
+Every step mixes questions (loss on the answer and the end token only) with texts (loss on all tokens). A model trained on
+questions alone memorises them without separating who from what, so give it the biographies too.
+
+  alignsae finetune-lm --from-scratch gpt2 --questions DATA/questions.jsonl --texts DATA/biographies.jsonl --out MODEL
+  alignsae finetune-lm --model FOLDER_OR_ID --questions my.jsonl --out MODEL
+
+From scratch a byte-level BPE tokenizer is trained on the same files. Training happens in OUT.partial, which is renamed to
+OUT at the end; started again with the same arguments it goes on from the last checkpoint there. OUT is an ordinary
+`save_pretrained` folder plus lm_report.json: answer accuracy (greedy, the whole answer and the end token) per split,
+relation and template.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from tools.lm_training import checkpoint
+from tools.lm_training.batches import Example, Shuffled, encode_question, encode_text
+from tools.lm_training.models import build_model, build_tokenizer
+from tools.lm_training.score import answer_accuracy, known_answers, predicted_logits
+from trainer.errors import UserError
+from trainer.language_model import Prompt, load_language_model, read_json_lines, read_prompts
+
+# What a checkpoint must agree on to be continued.
+SETTINGS = (
+    *("model", "from_scratch", "layers", "width", "heads", "vocabulary", "context", "seed", "precision"),
+    *("questions", "texts", "field", "templates", "questions_per_step", "texts_per_step", "text_weight"),
+    *("steps", "lr", "final_lr", "warmup", "weight_decay", "beta2", "eps", "clip"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", help="save_pretrained folder or hub name to fine-tune")
+    start.add_argument(
+        "--from-scratch", metavar="ARCH", help="transformers architecture to initialise: gpt2, llama, ..."
+    )
+    size = parser.add_argument_group("size, from scratch only")
+    size.add_argument("--layers", type=int, default=4, help="blocks (default: %(default)s)")
+    size.add_argument("--width", type=int, default=128, help="residual width (default: %(default)s)")
+    size.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
+    size.add_argument("--vocabulary", type=int, default=2048, help="tokens of the BPE (default: %(default)s)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--questions", required=True, type=Path, help="prompts JSONL: prompt, answer, concept, ...")
+    data.add_argument("--texts", type=Path, help="JSONL of texts to mix in, one object per line")
+    data.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
+    data.add_argument(
+        "--templates", choices=["all", "train"], default="all", help="questions of which split to train on"
+    )
+    data.add_argument("--context", type=int, default=256, help="longest sequence in tokens (default: %(default)s)")
+    step = parser.add_argument_group("training")
+    step.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
+    step.add_argument("--questions-per-step", type=int, default=64, help="default: %(default)s")
+    step.add_argument("--texts-per-step", type=int, default=16, help="default: %(default)s")
+    step.add_argument("--text-weight", type=float, default=1.0, help="weight of the text loss (default: %(default)s)")
+    step.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    step.add_argument(
+        "--final-lr", type=float, default=0.1, help="end of the cosine, as a share of --lr (default: %(default)s)"
+    )
+    step.add_argument("--warmup", type=int, default=100, help="linear warm-up steps (default: %(default)s)")
+    step.add_argument("--weight-decay", type=float, default=0.1, help="of matrices, AdamW (default: %(default)s)")
+    step.add_argument("--beta2", type=float, default=0.98, help="AdamW (default: %(default)s)")
+    step.add_argument("--eps", type=float, default=1e-6, help="AdamW (default: %(default)s)")
+    step.add_argument("--clip", type=float, default=1.0, help="global gradient norm (default: %(default)s)")
+    step.add_argument("--seed", type=int, default=0, help="initialisation and batch order (default: %(default)s)")
+    step.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, fp32 masters")
+    step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    step.add_argument("--checkpoint-every", type=int, default=500, help="steps, 0 = never (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to create")
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up to --lr, then a cosine to --final-lr x --lr at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    return args.lr * (args.final_lr + (1 - args.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: Any, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW that decays matrices but neither biases nor norms."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+
+
+def train(
+    model: Any, optimizer: Any, sources: list[tuple[Shuffled, float]], args: argparse.Namespace, folder: Path
+) -> None:
+    """The visible loop, from the last checkpoint in `folder` to --steps. Every batch is a function of the step alone."""
+    settings = {name: str(getattr(args, name)) for name in SETTINGS}
+    first = checkpoint.load(folder, model, optimizer, settings)
+    model.train()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="language model", unit="step")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        torch.manual_seed((args.seed << 32) + step)  # dropout of a fine-tuned model, the same after a resume
+        losses = []
+        for batches, weight in sources:
+            batch = batches[step].to(args.device)
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+                logits = predicted_logits(model, batch)
+            loss = torch.nn.functional.cross_entropy(logits.float(), batch.targets())
+            (weight * loss).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0 or step + 1 == args.steps:
+            bar.set_postfix({name: f"{x.item():.3f}" for name, x in zip(("questions", "texts"), losses, strict=False)})
+            if not all(torch.isfinite(x) for x in losses):
+                raise UserError(f"the loss is not finite at step {step}: try a smaller --lr than {args.lr}")
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < args.steps:
+            checkpoint.save(folder, model, optimizer, step + 1, settings)
+
+
+def examples(
+    tokenizer: Any, prompts: list[Prompt], texts: list[str], context: int
+) -> tuple[list[Example], list[Example]]:
+    """Token sequences of questions and texts. UserError when a question does not fit into `context` tokens."""
+    asked = [encode_question(tokenizer, p) for p in prompts]
+    longest = max(range(len(asked)), key=lambda i: len(asked[i].ids))
+    if len(asked[longest].ids) > context:
+        raise UserError(
+            f"the question about {prompts[longest].subject or prompts[longest].prompt!r} has {len(asked[longest].ids)} "
+            f"tokens, more than --context {context}"
+        )
+    return asked, [window for text in texts for window in encode_text(tokenizer, text, context)]
+
+
+def read_texts(path: Path | None, field: str) -> list[str]:
+    """One string per line of a JSONL file. UserError when the field is missing or no text."""
+    texts = []
+    for number, row in read_json_lines(path) if path else ():
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{path}:{number}: no text field {field!r}; found {', '.join(sorted(row)) or 'none'}")
+        texts.append(row[field])
+    return texts
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ("steps", "questions_per_step", "texts_per_step", "context", "layers", "width", "heads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: choose another --out or delete it")
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    started = time.monotonic()
+    prompts, texts = read_prompts(args.questions), read_texts(args.texts, args.field)
+    learned = [p for p in prompts if args.templates == "all" or p.split == "train"]
+    torch.manual_seed(args.seed)
+    if args.model:
+        model, tokenizer = load_language_model(args.model, args.device)
+        model.requires_grad_(True)
+    else:
+        tokenizer = build_tokenizer([f"{p.prompt} {p.answer}" for p in learned] + texts, args.vocabulary)
+        model = build_model(args.from_scratch, tokenizer, args.layers, args.width, args.heads, args.context).to(
+            args.device
+        )
+    asked, told = examples(tokenizer, learned, texts, args.context)
+    pad = tokenizer.pad_token_id
+    sources = [(Shuffled(asked, args.questions_per_step, pad, args.seed), 1.0)]
+    if told:
+        sources.append((Shuffled(told, args.texts_per_step, pad, args.seed + 1), args.text_weight))
+    folder = args.out.with_name(f"{args.out.name}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        train(model, make_optimizer(model, args), sources, args, folder)
+        model.eval()
+        report = answer_accuracy(prompts, known_answers(model, tokenizer, prompts))
+        report["parameters"] = sum(p.numel() for p in model.parameters())
+        report["settings"] = {name: str(getattr(args, name)) for name in SETTINGS}
+        report["seconds"] = round(time.monotonic() - started, 1)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "lm_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder / checkpoint.NAME, ignore_errors=True)
+        folder.rename(args.out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in report["relation"].items())
+    print(f"{args.out}: answer accuracy {report['answer_accuracy']:.4f} ({shares}) in {report['seconds']} s")
+    return 0

@@ -1,0 +1,1 @@
+"""Tables behind the synthetic biography benchmark: invented entities and the sentences that mention them."""

@@ -1,0 +1,37 @@
+"""Causal language models: loading, prompts to token batches, residual capture and edits, greedy answers."""
+
+from trainer.language_model.prompts import (
+    Prompt,
+    answer_matches,
+    encode_answer,
+    encode_prompts,
+    generate_answers,
+    read_json_lines,
+    read_prompts,
+)
+from trainer.language_model.residual import (
+    capture,
+    check_layers,
+    edit_residual,
+    find_blocks,
+    hook_point,
+    last_token,
+    load_language_model,
+)
+
+__all__ = [
+    "Prompt",
+    "answer_matches",
+    "capture",
+    "check_layers",
+    "edit_residual",
+    "encode_answer",
+    "encode_prompts",
+    "find_blocks",
+    "generate_answers",
+    "hook_point",
+    "last_token",
+    "load_language_model",
+    "read_json_lines",
+    "read_prompts",
+]

@@ -1,0 +1,109 @@
+"""Prompts and answers: reading them, turning them into token batches, greedy answers.
+
+A prompt ends without a space (`Q: ...?\nA:`); its answer is stored without a leading space and is tokenised as one space
+followed by the answer. B prompts, T tokens.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file. `template` and `subject` are free text; `split` is train or heldout."""
+
+    prompt: str
+    answer: str
+    concept: str
+    template: str = ""
+    split: str = "train"
+    subject: str = ""
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line that is not blank. UserError when a line is no JSON object."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                yield number, row
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is not UTF-8 JSON lines: {error}") from error
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """All prompts of a JSONL file. UserError naming file and line when a field is missing, empty or impossible."""
+    prompts = []
+    for number, row in read_json_lines(path):
+        where = f"{path}:{number}"
+        for field in ("prompt", "answer", "concept"):
+            if field not in row:
+                raise UserError(f"{where}: no field {field!r}; found {', '.join(sorted(row)) or 'none'}")
+            if not isinstance(row[field], str) or not row[field].strip():
+                raise UserError(f"{where}: {field} is empty or no text: every prompt needs one")
+        if row.get("split", "train") not in ("train", "heldout"):
+            raise UserError(f"{where}: split {row['split']!r} is neither 'train' nor 'heldout'")
+        known = {name: str(row[name]) for name in Prompt.__dataclass_fields__ if row.get(name) is not None}
+        prompts.append(Prompt(**known))
+    if not prompts:
+        raise UserError(f"{path} holds no prompts")
+    return prompts
+
+
+def encode_answer(tokenizer: Any, answer: str) -> list[int]:
+    """Token ids of one space and `answer`, with the tokenizer's end token behind them if it has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"] + end
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, T] (int64) of `prompts`, padded on `side`. UserError on an empty prompt."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} of the batch is empty")
+    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side=side)
+    return encoded["input_ids"], encoded["attention_mask"]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 64
+) -> list[str]:
+    """Greedy continuation of every prompt: the first line of what follows it, stripped.
+
+    Batches are consecutive runs of `batch_size` prompts, padded on the left and in the given order, so that an
+    `edit_residual` around this call can tell its rows apart by counting.
+    """
+    answers: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = encode_prompts(tokenizer, prompts[start : start + batch_size], side="left")
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        answers += [text.strip().split("\n")[0].strip() for text in texts]
+    return answers
+
+
+def answer_matches(generated: str, answer: str) -> bool:
+    """Whether the whole generated answer equals `answer`, white space around them aside."""
+    return generated.strip() == answer.strip()
