@@ -1,0 +1,39 @@
+"""Configuration of the activation stream."""
+
+from dataclasses import dataclass
+
+from trainer.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from and in which order they are read."""
+
+    shards: str = ""  # folder or URL of one split: holds manifest.json and the tars
+    global_batch: int = 1024  # G, rows per step over all data ranks
+    lanes: int = 8  # L; the number of data ranks divides it, it divides global_batch
+    window: int = 8  # blocks that a lane shuffles together
+    threads: int = 2  # prefetching threads; 0 = read in the training thread
+    check: bool = True  # crc32 and finiteness of every block at its first use in a process
+    quarantine_budget: int = 0  # damaged blocks that a rank may mask before it stops
+    nonfinite_budget: int = 0  # rows with NaN or infinity that a rank may mask before it stops
+    retries: int = 4  # further attempts for a failed read or a block that does not match its crc32
+    cache_dir: str = "~/.cache/alignsae"  # remote blocks, shared by the processes of a node
+    cache_bytes: int = 32 << 30  # upper bound of that cache
+    download_threads: int = 8  # concurrent downloads per process
+    allow_pipe: bool = False  # permit `pipe:COMMAND {name}` as data.shards: it runs COMMAND
+
+    def validate(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        if not self.shards:
+            raise UserError("data.shards is empty; set it to a folder or URL that holds manifest.json")
+        for name in ("global_batch", "lanes", "window", "cache_bytes", "download_threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        for name in ("threads", "quarantine_budget", "nonfinite_budget", "retries"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
+        if self.shards.startswith("pipe:") and not self.allow_pipe:
+            raise UserError(
+                "data.shards is a pipe: command, which runs a program; set data.allow_pipe=true to permit it"
+            )

@@ -1,0 +1,188 @@
+"""Who reads which row when: a pure function of (manifest digest, seed, epoch), known to every rank beforehand.
+
+An epoch permutes the blocks and lays their rows end to end. L lanes get equal consecutive runs of that sequence, so a block
+on a border is shared by two lanes and a data set with fewer blocks than lanes still fills every lane. Inside its run a
+lane shuffles rows within windows of W blocks. Step s takes the next G/L rows of every lane; rows of one lane and step are
+sorted by row id, which groups them by block and changes nothing about which rows are in a batch.
+"""
+
+import hashlib
+from collections import OrderedDict
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.stream.digest import mix64
+
+
+class Rows(Protocol):
+    """What the plan needs to know of a data set; a Manifest is one."""
+
+    @property
+    def block_rows(self) -> np.ndarray: ...
+    @property
+    def digest(self) -> str: ...
+
+
+class Window(NamedTuple):
+    """A lane's rows [start, stop) of an epoch, counted within the lane, that are shuffled together."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class _Epoch(NamedTuple):
+    first_row: np.ndarray  # global id of the first row of each block in permuted order; int64 [blocks]
+    begins: np.ndarray  # rows before each block in permuted order; int64 [blocks]
+    ends: np.ndarray  # rows up to the end of each block in permuted order; int64 [blocks]
+    start: int  # where the first lane begins in the permuted sequence
+    row_key: np.uint64  # key of the shuffle inside windows
+
+
+def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
+    """The run of lanes that a data rank owns; raises UserError unless the number of data ranks divides the lanes."""
+    if data_world < 1 or lanes % data_world:
+        raise UserError(
+            f"data.lanes={lanes} cannot be split over {data_world} data ranks; use {nearest_divisor(lanes, data_world)} "
+            f"ranks or data.lanes={max(1, round(lanes / max(data_world, 1))) * max(data_world, 1)}"
+        )
+    share = lanes // data_world
+    return range(data_rank * share, (data_rank + 1) * share)
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` closest to `wanted`."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+class Plan:
+    """The order of rows. Cheap: it holds block sizes and two epochs' block orders, never a list of all rows.
+
+    data: a Manifest (anything with block_rows and digest). global_batch G, lanes L, window W blocks.
+    The incomplete last batch of an epoch is dropped: fewer than G rows, different ones every epoch.
+    Raises UserError when L does not divide G or when the data set is smaller than one batch.
+    """
+
+    def __init__(self, data: Rows, seed: int, global_batch: int, lanes: int, window: int):
+        for name, value in (("global_batch", global_batch), ("lanes", lanes), ("window", window)):
+            if value < 1:
+                raise UserError(f"data.{name}={value} must be at least 1")
+        if global_batch % lanes:
+            near = max(lanes, round(global_batch / lanes) * lanes)
+            raise UserError(
+                f"data.lanes={lanes} does not divide data.global_batch={global_batch}; nearest settings: "
+                f"data.global_batch={near} or data.lanes={nearest_divisor(global_batch, lanes)}"
+            )
+        self.block_rows = np.asarray(data.block_rows, dtype=np.int64)
+        self.rows = int(self.block_rows.sum())
+        if self.rows < global_batch:
+            raise UserError(
+                f"the data set has {self.rows} rows, fewer than one batch of data.global_batch={global_batch}; "
+                f"set data.global_batch to at most {self.rows - self.rows % lanes if self.rows >= lanes else self.rows}"
+            )
+        self.digest, self.seed = data.digest, seed
+        self.global_batch, self.lanes, self.window = global_batch, lanes, window
+        self.rows_per_lane_step = global_batch // lanes
+        self.steps_per_epoch = self.rows // global_batch
+        self.block_starts = np.concatenate([[0], np.cumsum(self.block_rows)])
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._shuffled: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within the epoch) of a global step."""
+        return divmod(step, self.steps_per_epoch)
+
+    def lane_rows(self, epoch: int, step: int, lane: int) -> np.ndarray:
+        """Global row ids that `lane` contributes to `step` (within the epoch); int64 [G/L], ascending per window."""
+        first = step * self.rows_per_lane_step
+        parts = []
+        for window in self.windows_of(epoch, lane, first, first + self.rows_per_lane_step):
+            rows = self._cached_window(epoch, lane, window)
+            parts.append(rows[max(first - window.start, 0) : first + self.rows_per_lane_step - window.start])
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def batch_rows(self, epoch: int, step: int) -> np.ndarray:
+        """Global row ids of one global batch in position order, lane after lane; int64 [G]."""
+        return np.concatenate([self.lane_rows(epoch, step, lane) for lane in range(self.lanes)])
+
+    def windows_of(self, epoch: int, lane: int, first: int, last: int) -> list[Window]:
+        """Windows that cover the lane's rows [first, last) of an epoch, in order."""
+        order = self._epoch(epoch)
+        low, high = self._run(order, lane)
+        # Blocks of this lane's run, by their place in the permuted sequence; a window is W of them.
+        begin = int(np.searchsorted(order.ends, low, side="right"))
+        found = []
+        index = (int(np.searchsorted(order.ends, low + first, side="right")) - begin) // self.window
+        position = first
+        while position < last:
+            stop_block = min(begin + (index + 1) * self.window, len(order.ends))
+            start = max(int(order.begins[begin + index * self.window]), low) - low
+            stop = min(int(order.ends[stop_block - 1]), high) - low
+            found.append(Window(index, start, stop))
+            position, index = stop, index + 1
+        return found
+
+    def window_rows(self, epoch: int, lane: int, window: Window) -> np.ndarray:
+        """Global row ids of a window in reading order; int64 [window.stop - window.start]."""
+        order = self._epoch(epoch)
+        low, _ = self._run(order, lane)
+        sequence = np.arange(low + window.start, low + window.stop, dtype=np.int64)
+        piece = np.searchsorted(order.ends, sequence, side="right")
+        rows = order.first_row[piece] + sequence - order.begins[piece]
+        rows = rows[np.argsort(mix64(rows.astype(np.uint64) ^ order.row_key))]
+        # Sort within each step: reading then visits every block once, from front to back.
+        step = (window.start + np.arange(len(rows))) // self.rows_per_lane_step
+        return rows[np.lexsort((rows, step))]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Position before global step `step` as a small JSON object that names no rank."""
+        return {
+            "step": step, "manifest": self.digest, "seed": self.seed, "rows": self.rows,
+            "global_batch": self.global_batch, "lanes": self.lanes, "window": self.window,
+        }  # fmt: skip
+
+    def resume(self, state: dict[str, Any]) -> int:
+        """The step to continue from; raises UserError when the state belongs to another order of rows."""
+        for name, value in self.state(0).items():
+            if name != "step" and state.get(name) != value:
+                setting = {"manifest": "data.shards", "rows": "data.shards", "seed": "run.seed"}.get(
+                    name, f"data.{name}"
+                )
+                raise UserError(
+                    f"the saved position was made with {name}={state.get(name)!r}, this run has {value!r}; "
+                    f"restore {setting} or start without resuming"
+                )
+        return int(state["step"])
+
+    def _run(self, order: _Epoch, lane: int) -> tuple[int, int]:
+        if not 0 <= lane < self.lanes:
+            raise UserError(f"lane {lane} does not exist; data.lanes={self.lanes}")
+        share = self.steps_per_epoch * self.rows_per_lane_step
+        return order.start + lane * share, order.start + (lane + 1) * share
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        found = self._epochs.get(epoch)
+        if found is None:
+            name = f"{self.digest}:{self.seed}:{epoch}".encode()
+            block_key, row_key, offset = np.frombuffer(hashlib.sha256(name).digest(), "<u8")[:3]
+            permuted = np.argsort(mix64(np.arange(len(self.block_rows), dtype=np.uint64) ^ block_key))
+            # The rows that do not fill a batch are left out at both ends, so that no row is left out for good.
+            spare = self.rows - self.steps_per_epoch * self.global_batch
+            sizes = self.block_rows[permuted]
+            ends = np.cumsum(sizes)
+            found = _Epoch(self.block_starts[permuted], ends - sizes, ends, int(offset) % (spare + 1), row_key)
+            self._epochs[epoch] = found
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return found
+
+    def _cached_window(self, epoch: int, lane: int, window: Window) -> np.ndarray:
+        name = (epoch, lane, window.number)
+        rows = self._shuffled.get(name)
+        if rows is None:
+            rows = self._shuffled[name] = self.window_rows(epoch, lane, window)
+            while len(self._shuffled) > 2 * self.lanes:
+                self._shuffled.popitem(last=False)
+        return rows

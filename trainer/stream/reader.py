@@ -1,0 +1,254 @@
+"""The stream: batches of this rank for consecutive global steps, read ahead by threads."""
+
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.stream.config import DataConfig
+from trainer.stream.manifest import STORED_DTYPES, Manifest
+from trainer.stream.plan import Plan, Window
+from trainer.stream.shards import TORCH_DTYPES, from_stored
+from trainer.stream.source import BlockSource
+
+
+@dataclass
+class Batch:
+    """B rows of one rank and one global step.
+
+    acts [B, D] in the dtype of the shards; concept and answer int64 [B], -1 for none; row_ids int64 [B], unique in the data
+    set; positions int64 [B], place in the global batch (lane * G/L + i); valid bool [B], False for masked rows (damaged or not
+    finite), which must weigh nothing; step, the global step.
+    """
+
+    acts: Tensor
+    concept: Tensor
+    answer: Tensor
+    row_ids: Tensor
+    positions: Tensor
+    valid: Tensor
+    step: int
+
+    def _each(self, change) -> "Batch":
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "step"})
+
+    def pin(self) -> "Batch":
+        """The batch in page-locked memory (CUDA only)."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+class _Buffers:
+    """Activation buffers that return to the pool when the last tensor on them is gone."""
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype, keep: int):
+        self.shape, self.dtype = shape, dtype
+        self.free: deque[np.ndarray] = deque(maxlen=keep)
+
+    def take(self) -> np.ndarray:
+        """An array [B, D]; its content is whatever was there."""
+        try:
+            buffer = self.free.pop()
+        except IndexError:
+            buffer = np.empty(self.shape, self.dtype)
+        array = buffer[:]
+        # A tensor made of `array` holds it, views included; when all are freed the memory can be filled again.
+        weakref.finalize(array, self.free.append, buffer).atexit = False
+        return array
+
+
+class _Window(NamedTuple):
+    """A lane's window, opened: everything to copy its rows into batches."""
+
+    start: int
+    rows: np.ndarray  # int64 [n] row ids in reading order
+    within: np.ndarray  # int64 [n] row within its block
+    runs: list[tuple[int, int, np.ndarray]]  # [a, b) of `rows` that one block's acts fill
+    first_run: list[int]  # index of the first run of each step that the window touches
+    concept: np.ndarray
+    answer: np.ndarray
+    valid: np.ndarray
+
+
+class Stream:
+    """Iterator of Batch for the global steps start_step, start_step + 1, ...; it never ends.
+
+    lanes: the run of lanes that this rank owns (`lanes_of_rank`). The batches depend on manifest, plan and lanes alone, not on
+    threads or timing. With `pin` activations arrive in page-locked memory. Raises DataError for damage beyond the budgets.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        plan: Plan,
+        lanes: range,
+        start_step: int = 0,
+        *,
+        pin: bool = False,
+    ):
+        self.config, self.manifest, self.plan, self.lanes, self.pin = config, manifest, plan, lanes, pin
+        self.step = start_step  # the next step that is handed out
+        self.stall_seconds = 0.0
+        self.source = BlockSource(config, manifest)
+        self._ahead = 2 * config.threads
+        shape = (len(lanes) * plan.rows_per_lane_step, manifest.width)
+        self._buffers = _Buffers(shape, STORED_DTYPES[manifest.dtype], keep=self._ahead + 2)
+        share = plan.rows_per_lane_step
+        self._positions = torch.arange(lanes.start * share, lanes.stop * share)
+        self._windows: OrderedDict[tuple[int, int, int], Future[_Window]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._queue: deque[Future[Batch]] = deque()
+        self._readers = ThreadPoolExecutor(config.threads, "reader") if config.threads else None
+        self._openers = ThreadPoolExecutor(config.threads, "opener") if config.threads else None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The batch of `self.step`."""
+        if self._closed:
+            raise StopIteration
+        began = time.perf_counter()
+        if self._readers is None:
+            batch = self._assemble(self.step)
+        else:
+            while len(self._queue) <= self._ahead:
+                self._queue.append(self._readers.submit(self._assemble, self.step + len(self._queue)))
+            batch = self._queue.popleft().result()
+        self.step += 1
+        self.stall_seconds += time.perf_counter() - began
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Position of the next batch as a small JSON object that names no rank (see Plan.resume)."""
+        return self.plan.state(self.step)
+
+    def counters(self) -> dict[str, int]:
+        """Masked and reread blocks and rows of this process."""
+        return self.source.counters()
+
+    def close(self) -> None:
+        """Stop the threads and unmap the shards; batches already handed out stay valid."""
+        self._closed = True
+        for pool in (self._readers, self._openers):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+        self._windows.clear()
+        self.source.close()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _assemble(self, step: int) -> Batch:
+        epoch, epoch_step = self.plan.locate(step)
+        share = self.plan.rows_per_lane_step
+        count = len(self.lanes) * share
+        if self.pin:
+            # The caching host allocator reuses pinned memory and knows about copies still in flight; our pool does not.
+            tensor = torch.empty((count, self.manifest.width), dtype=TORCH_DTYPES[self.manifest.dtype], pin_memory=True)
+            acts = (tensor.view(torch.uint16) if self.manifest.dtype == "bfloat16" else tensor).numpy()
+        else:
+            acts = self._buffers.take()
+            tensor = from_stored(acts, self.manifest.dtype)
+        row_ids, concept, answer = (np.empty(count, dtype=np.int64) for _ in range(3))
+        valid = np.empty(count, dtype=bool)
+        first = epoch_step * share
+        for place, lane in enumerate(self.lanes):
+            for window in self.plan.windows_of(epoch, lane, first, first + share):
+                opened = self._open(epoch, lane, window)
+                a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
+                shift = place * share + window.start - first
+                row_ids[a + shift : b + shift] = opened.rows[a:b]
+                concept[a + shift : b + shift] = opened.concept[a:b]
+                answer[a + shift : b + shift] = opened.answer[a:b]
+                valid[a + shift : b + shift] = opened.valid[a:b]
+                run = opened.first_run[epoch_step - window.start // share]
+                while run < len(opened.runs) and opened.runs[run][0] < b:
+                    low, high, block = opened.runs[run]
+                    # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
+                    block.take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
+                    run += 1
+        return Batch(
+            acts=tensor,
+            concept=torch.from_numpy(concept),
+            answer=torch.from_numpy(answer),
+            row_ids=torch.from_numpy(row_ids),
+            positions=self._positions,
+            valid=torch.from_numpy(valid),
+            step=step,
+        )
+
+    def _open(self, epoch: int, lane: int, window: Window) -> _Window:
+        """The opened window, shared by the threads that need it; the lane's next window starts opening in the background."""
+        future, mine = self._claim(epoch, lane, window)
+        if mine:
+            self._fill(future, epoch, lane, window)
+            if self._openers is not None:
+                self._open_next(epoch, lane, window)
+        return future.result()
+
+    def _claim(self, epoch: int, lane: int, window: Window) -> tuple["Future[_Window]", bool]:
+        name = (epoch, lane, window.number)
+        with self._lock:
+            future = self._windows.get(name)
+            if future is not None:
+                self._windows.move_to_end(name)
+                return future, False
+            future = self._windows[name] = Future()
+            while len(self._windows) > 4 * len(self.lanes):
+                self._windows.popitem(last=False)
+            return future, True
+
+    def _fill(self, future: "Future[_Window]", epoch: int, lane: int, window: Window) -> None:
+        try:
+            future.set_result(self._build(epoch, lane, window))
+        except BaseException as error:
+            future.set_exception(error)
+
+    def _open_next(self, epoch: int, lane: int, window: Window) -> None:
+        share = self.plan.rows_per_lane_step * self.plan.steps_per_epoch
+        if window.stop < share:
+            following = self.plan.windows_of(epoch, lane, window.stop, window.stop + 1)[0]
+        else:
+            epoch += 1
+            following = self.plan.windows_of(epoch, lane, 0, 1)[0]
+        future, mine = self._claim(epoch, lane, following)
+        if mine and self._openers is not None:
+            self._openers.submit(self._fill, future, epoch, lane, following)
+
+    def _build(self, epoch: int, lane: int, window: Window) -> _Window:
+        rows = self.plan.window_rows(epoch, lane, window)
+        starts = self.plan.block_starts
+        numbers = np.searchsorted(starts, rows, side="right") - 1
+        within = rows - starts[numbers]
+        blocks = {int(n): self.source.rows(int(n)) for n in np.unique(numbers)}
+        concept, answer = (np.empty(len(rows), dtype=np.int64) for _ in range(2))
+        valid = np.empty(len(rows), dtype=bool)
+        for number, block in blocks.items():
+            here = np.flatnonzero(numbers == number)
+            concept[here], answer[here] = block.concept[within[here]], block.answer[within[here]]
+            valid[here] = block.valid[within[here]]
+        step = (window.start + np.arange(len(rows))) // self.plan.rows_per_lane_step
+        new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))
+        edges = [*new_run.tolist(), len(rows)]
+        runs = [(a, b, blocks[int(numbers[a])].acts) for a, b in pairwise(edges)]
+        first_run = np.searchsorted(step[new_run], np.arange(step[0], step[-1] + 1)).tolist()
+        return _Window(window.start, rows, within, runs, first_run, concept, answer, valid)

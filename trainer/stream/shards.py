@@ -1,0 +1,287 @@
+"""Writing shards: rows become blocks, blocks become webdataset samples in USTAR tars, the manifest comes last."""
+
+import hashlib
+import io
+import math
+import os
+import tarfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from trainer.errors import UserError
+from trainer.stream import npy
+from trainer.stream.manifest import FILE_NAME, MAX_WIDTH, STORED_DTYPES, Block, Manifest, Shard
+
+TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Moments:
+    """Streaming mean [D] and mean squared distance from it, float64, merged block by block (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self, width: int):
+        self.rows = 0
+        self.mean = np.zeros(width)
+        self.squares = 0.0  # sum over rows of ||h - mean||^2
+
+    def add(self, rows: np.ndarray) -> None:
+        """rows: [n, D] of any float dtype."""
+        block = rows.astype(np.float64)
+        mean = block.mean(axis=0)
+        block -= mean
+        delta = mean - self.mean
+        total = self.rows + len(block)
+        self.squares += float(np.vdot(block, block)) + float(delta @ delta) * self.rows * len(block) / total
+        self.mean += delta * (len(block) / total)
+        self.rows = total
+
+    def normalisation(self, where: str) -> tuple[list[float], float]:
+        """(mean, scale) with scale^2 the mean of ||h - mean||^2; raises UserError when all rows are equal."""
+        scale = math.sqrt(self.squares / self.rows)
+        if not scale > 0:
+            raise UserError(f"{where}: all {self.rows} activation rows are equal, there is nothing to train on")
+        return self.mean.tolist(), scale
+
+
+class _Sink(io.RawIOBase):
+    """A file that hashes what passes through: sha256 of the shard, crc32 since the last `restart`."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.position, self.crc, self.sha = file, 0, 0, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.file.write(data)
+        self.position += len(data)
+        self.crc = zlib.crc32(data, self.crc)
+        self.sha.update(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.position
+
+
+def to_stored(acts: torch.Tensor | np.ndarray, dtype: str) -> np.ndarray:
+    """Activations as the array that a shard stores: float16, float32, or bfloat16 bits as uint16."""
+    tensor = torch.as_tensor(acts).detach().to("cpu").to(TORCH_DTYPES[dtype]).contiguous()
+    return tensor.view(torch.uint16).numpy() if dtype == "bfloat16" else tensor.numpy()
+
+
+def from_stored(stored: np.ndarray, dtype: str) -> torch.Tensor:
+    """Inverse of `to_stored`, sharing memory."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+class ShardWriter:
+    """Writes one split into `folder`: SPLIT-000000.tar, SPLIT-000001.tar, ... and manifest.json.
+
+    Use as a context manager. Everything is written under temporary names and renamed at the end, the manifest last: after
+    an exception (a full disk included) nothing is left under a final name. `concepts` and `answers` are read again at
+    the end, so a caller that discovers names on the way may append to the lists that it passed.
+
+    folder: the folder of this split, e.g. data/demo/layer-06/train. normalisation: (mean [D], scale) of another split,
+    for a held-out split; computed from the rows when None. extra: free metadata kept in the manifest.
+    Raises UserError for impossible settings, labels out of range, NaN or infinite rows, a finished folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        width: int,
+        dtype: str,
+        concepts: list[str],
+        answers: list[str],
+        model: str = "",
+        hook_point: str = "",
+        rows_per_block: int = 4096,
+        shard_bytes: int = 512 << 20,
+        normalisation: tuple[list[float], float] | None = None,
+        overwrite: bool = False,
+        extra: dict | None = None,
+    ):
+        self.folder = Path(folder)
+        if dtype not in STORED_DTYPES:
+            raise UserError(f"dtype {dtype!r} cannot be stored; use {', '.join(STORED_DTYPES)}")
+        if not 1 <= width <= MAX_WIDTH or rows_per_block < 1 or shard_bytes < 1:
+            raise UserError(
+                f"width={width}, rows_per_block={rows_per_block} and shard_bytes={shard_bytes} must be positive"
+            )
+        if not split.replace("-", "").replace("_", "").isalnum() or not split.isascii():
+            raise UserError(f"split {split!r} must be of letters, digits, - and _")
+        for name, values in (("concepts", concepts), ("answers", answers)):
+            if len(set(values)) != len(values):
+                raise UserError(f"{name} repeats a name")
+        if (self.folder / FILE_NAME).exists() and not overwrite:
+            raise UserError(
+                f"{self.folder} already holds a finished data set; choose another folder or pass --overwrite"
+            )
+        self.split, self.width, self.dtype = split, width, dtype
+        self.concepts, self.answers, self.model, self.hook_point = concepts, answers, model, hook_point
+        self.rows_per_block, self.shard_bytes = rows_per_block, shard_bytes
+        self.given, self.extra = normalisation, dict(extra or {})
+        self.moments = Moments(width)
+        self.manifest: Manifest | None = None  # set by a successful close
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pending_rows = 0
+        self._rows = 0
+        self._shards: list[Shard] = []
+        self._blocks: list[Block] = []
+        self._file: BinaryIO | None = None
+        self._finished = False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be created ({error.strerror}); choose another folder") from None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.abort()
+        else:
+            self.close()
+
+    def write(self, acts: torch.Tensor | np.ndarray, concept, answer) -> None:
+        """Append rows. acts [n, D] float, concept [n] and answer [n] integers, -1 for none."""
+        stored = to_stored(acts, self.dtype)
+        labels = [np.asarray(torch.as_tensor(v).cpu(), dtype=np.int64) for v in (concept, answer)]
+        if stored.ndim != 2 or stored.shape[1] != self.width or any(v.shape != (len(stored),) for v in labels):
+            shapes = [tuple(stored.shape), *(v.shape for v in labels)]
+            raise UserError(f"rows must be acts [n, {self.width}], concept [n] and answer [n]; got {shapes}")
+        finite = torch.isfinite(from_stored(stored, self.dtype)).all(dim=1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0, 0])
+            hint = "; float16 ends at 65504, try bfloat16 or float32" if self.dtype == "float16" else ""
+            raise UserError(f"row {self._rows + bad} of {self.folder} is NaN or infinite as {self.dtype}{hint}")
+        for values, vocabulary, name in zip(labels, (self.concepts, self.answers), ("concept", "answer"), strict=True):
+            outside = (values < -1) | (values >= len(vocabulary))
+            if outside.any():
+                bad = int(outside.argmax())
+                raise UserError(
+                    f"row {self._rows + bad} of {self.folder}: {name} {values[bad]} is outside -1..{len(vocabulary) - 1}"
+                )
+        self._rows += len(stored)
+        self._pending.append((stored.copy(), labels[0].astype(np.int32), labels[1].astype(np.int32)))
+        self._pending_rows += len(stored)
+        if self._pending_rows >= self.rows_per_block:
+            self._flush(final=False)
+
+    def close(self) -> Manifest:
+        """Write what is left, give everything its final name, and return the manifest."""
+        if self._finished:
+            assert self.manifest is not None
+            return self.manifest
+        try:
+            self._flush(final=True)
+            self._end_shard()
+            if not self._rows:
+                raise UserError(f"{self.folder}: no rows were written")
+            mean, scale = self.given or self.moments.normalisation(str(self.folder))
+            if len(mean) != self.width or not all(map(math.isfinite, mean)) or not (math.isfinite(scale) and scale > 0):
+                raise UserError(f"normalisation needs {self.width} finite means and a positive scale")
+            manifest = Manifest(
+                width=self.width, dtype=self.dtype, model=self.model, hook_point=self.hook_point,
+                mean=[float(v) for v in mean], scale=float(scale), concepts=list(self.concepts),
+                answers=list(self.answers), rows=self._rows, shards=tuple(self._shards), extra=self.extra,
+            )  # fmt: skip
+            self._publish(manifest)
+        except BaseException as error:
+            self.abort()
+            if isinstance(error, OSError):
+                raise self._disk_error(error) from error
+            raise
+        self.manifest, self._finished = manifest, True
+        return manifest
+
+    def abort(self) -> None:
+        """Remove every temporary file; the folder holds nothing new under a final name."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if not self._finished:
+            for index in range(len(self._shards) + 1):
+                self._temporary(index).unlink(missing_ok=True)
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}-{index:06d}.tar"
+
+    def _temporary(self, index: int) -> Path:
+        return self.folder / f".{self._name(index)}.tmp"
+
+    def _disk_error(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.folder}: writing shards failed ({error.strerror}); nothing was kept, free space and rerun"
+        )
+
+    def _flush(self, final: bool) -> None:
+        """Cut the pending rows into blocks; the rest stays pending unless this is the end."""
+        if not self._pending:
+            return
+        acts, concept, answer = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        cut = len(acts) if final else len(acts) - len(acts) % self.rows_per_block
+        try:
+            for low in range(0, cut, self.rows_per_block):
+                high = min(low + self.rows_per_block, cut)
+                self._write_block(acts[low:high], concept[low:high], answer[low:high])
+        except OSError as error:
+            self.abort()
+            raise self._disk_error(error) from error
+        self._pending = [(acts[cut:], concept[cut:], answer[cut:])] if cut < len(acts) else []
+        self._pending_rows = len(acts) - cut
+
+    def _write_block(self, acts: np.ndarray, concept: np.ndarray, answer: np.ndarray) -> None:
+        if self.given is None:
+            self.moments.add(from_stored(acts, self.dtype).float().numpy())
+        if self._file is None:
+            self._file = self._temporary(len(self._shards)).open("wb")
+            self._sink = _Sink(self._file)
+            self._tar = tarfile.open(fileobj=self._sink, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        start, self._sink.crc = self._sink.position, 0
+        key = f"{self.split}-{len(self._shards):06d}-{len(self._blocks):06d}"
+        spans: dict[str, tuple[int, int]] = {}
+        for name, array in (("acts", acts), ("concept", concept), ("answer", answer)):
+            payload = npy.encode(array)
+            info = tarfile.TarInfo(f"{key}.{name}.npy")
+            info.size, info.mode = len(payload), 0o644
+            spans[name] = (self._sink.position + tarfile.BLOCKSIZE, len(payload))
+            self._tar.addfile(info, io.BytesIO(payload))
+        block = Block(key, len(acts), start, self._sink.position - start, crc32=self._sink.crc, **spans)
+        self._blocks.append(block)
+        if self._sink.position >= self.shard_bytes:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        name = self._name(len(self._shards))
+        self._shards.append(Shard(name, self._sink.position, self._sink.sha.hexdigest(), tuple(self._blocks)))
+        self._blocks = []
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Shards first, manifest last: a folder with a manifest is complete, one without is not a data set."""
+        (self.folder / FILE_NAME).unlink(missing_ok=True)
+        kept = {shard.name for shard in manifest.shards}
+        placed: list[Path] = []
+        try:
+            for index, shard in enumerate(manifest.shards):
+                self._temporary(index).replace(self.folder / shard.name)
+                placed.append(self.folder / shard.name)
+            manifest.save(self.folder)
+        except BaseException:
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
+        for stale in self.folder.glob(f"{self.split}-*.tar"):
+            if stale.name not in kept:
+                stale.unlink()
