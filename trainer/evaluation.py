@@ -35,7 +35,7 @@ def predicted_slots(concept_code: Tensor) -> Tensor:
     about its concept: it is counted as silent (wrong), never as slot 0 or as the least negative pre-activation.
     """
     if concept_code.shape[1] == 0:
-        return torch.full((concept_code.shape[0],), -1, dtype=torch.int64)
+        return concept_code.new_full((concept_code.shape[0],), -1, dtype=torch.int64)
     strength, slot = concept_code.max(dim=1)
     return torch.where(strength > 0, slot, -1)
 
@@ -78,7 +78,7 @@ class Binding:
 
 def binding(confusion: Tensor) -> Binding:
     """Summarise a confusion matrix [R, R + 1]; concepts without a row are left out of the means."""
-    counts = confusion.double()
+    counts = confusion.double().cpu()
     per_concept = counts.sum(dim=1)
     present = per_concept > 0
     if not bool(present.any()):
@@ -127,7 +127,7 @@ def fragmentation(mean_activation: Iterable[Tensor]) -> Fragmentation:
     silent = total == 0
     efffeat = torch.where(silent, torch.nan, torch.exp(torch.log(total) + entropies.sum(dim=0) / total))
     top1conc = torch.where(silent, torch.nan, tops.amax(dim=0) / total)
-    return Fragmentation(efffeat.numpy(), top1conc.numpy())
+    return Fragmentation(efffeat.cpu().numpy(), top1conc.cpu().numpy())
 
 
 @torch.no_grad()
@@ -139,12 +139,13 @@ def activation_blocks(
     `concepts` is R of the labels, which an unsupervised dictionary does not know. `banks`: default all.
     """
     todo = list(dictionary.all_banks()) if banks is None else list(banks)
+    exact = dictionary.mean.double()
     while todo:
         group = [todo.pop(0)]
         while todo and concepts * 8 * sum(b.slots for b in [*group, todo[0]]) <= SUMS_BYTES:
             group.append(todo.pop(0))
-        sums = [torch.zeros(concepts, bank.slots, dtype=torch.float64) for bank in group]
-        count = torch.zeros(concepts, dtype=torch.float64)
+        sums = [exact.new_zeros(concepts, bank.slots) for bank in group]
+        count = exact.new_zeros(concepts)
         for acts, concept in rows():
             labelled = concept >= 0
             member = torch.nn.functional.one_hot(concept[labelled].long(), concepts).T.float()
@@ -165,18 +166,18 @@ def concept_slot_means(dictionary: ConceptDictionary, rows: RowSource) -> Tensor
 def concept_means(rows: RowSource, concepts: int) -> Tensor:
     """Mean raw activation [R, D] fp32 of each concept."""
     total: Tensor | None = None
-    count = torch.zeros(concepts, dtype=torch.float64)
+    count = torch.zeros(concepts)
     for acts, concept in rows():
         if total is None:
-            total = torch.zeros(concepts, acts.shape[1], dtype=torch.float64)
+            total = acts.new_zeros(concepts, acts.shape[1], dtype=torch.float64)
         labelled = concept >= 0
         index = concept[labelled].long()
         total.index_add_(0, index, acts[labelled].double())
-        count += torch.bincount(index, minlength=concepts)
+        count += torch.bincount(index, minlength=concepts).cpu()
     if total is None or bool((count == 0).any()):
         missing = torch.nonzero(count == 0).flatten().tolist()
         raise DataError(f"no row for concept number(s) {missing}; their mean activation cannot be known")
-    return (total / count.unsqueeze(1)).float()
+    return (total / count.to(total).unsqueeze(1)).float()
 
 
 @dataclass
@@ -203,18 +204,19 @@ def reconstruct(
     """
     concepts = len(dictionary.concept_names)
     count, active, residual, square = 0, 0.0, 0.0, 0.0
-    total = torch.zeros(dictionary.width, dtype=torch.float64)
-    fired = [torch.zeros(bank.slots, dtype=torch.bool) for bank in dictionary.all_banks()]
-    confusion = torch.zeros(concepts, concepts + 1, dtype=torch.int64)
+    total = torch.zeros_like(dictionary.mean, dtype=torch.float64)
+    fired = [torch.zeros_like(bank.b_enc, dtype=torch.bool) for bank in dictionary.all_banks()]
+    confusion = torch.zeros(concepts, concepts + 1, dtype=torch.int64, device=total.device)
     for acts, concept in rows():
         # FVU is the same in normalised units, where sums of squares do not cancel.
         x = dictionary.normalise(acts)
-        x_hat = dictionary.b_dec.expand_as(x).clone()
+        x_hat = dictionary.output(torch.zeros_like(x))
         for index, bank in enumerate(dictionary.all_banks()):
             z = bank_code(bank, x)
             if index == 0 and concepts:
                 confusion += confusion_matrix(predicted_slots(z), concept, concepts)
-            x_hat += z @ decoder_rows(bank.W_dec, dictionary.config.decoder_norm)
+            free = bank is not dictionary.concepts
+            x_hat += z @ (decoder_rows(bank.W_dec, dictionary.config.decoder_norm) if free else bank.W_dec)
             on = z > 0
             active += float(on.sum())
             fired[index] |= on.any(dim=0)

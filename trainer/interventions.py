@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from trainer.dictionary import ConceptDictionary, decoder_rows
+from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
 from trainer.evaluation import bank_code
-from trainer.language_model import answer_matches, edit_residual, generate_answers
+from trainer.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
 
 Edit = Callable[[Tensor], Tensor]
 WriteBack = Literal["add", "replace"]
@@ -38,12 +38,12 @@ class Swap:
 
 
 def swap_pairs(
-    records: Sequence[Mapping[str, Any]], concepts: Sequence[str], *, split: str | None, pairs: int, seed: int
+    records: Sequence[Prompt], concepts: Sequence[str], *, split: str | None, pairs: int, seed: int
 ) -> list[Swap]:
     """Up to `pairs` swaps, spread evenly over the ordered relation pairs and drawn without repetition.
 
     Args:
-        records: lines of a prompts JSONL: prompt, answer, concept (name), subject, optional split.
+        records: prompts that name a concept and a subject; others are passed over.
         concepts: names in slot order.
         split: prompts of this split only (None = all); answers are looked up over all records.
 
@@ -51,9 +51,9 @@ def swap_pairs(
     Raises UserError when nothing is left to swap.
     """
     slot = {name: index for index, name in enumerate(concepts)}
-    known = [r for r in records if r.get("concept") in slot and r.get("subject") is not None]
-    answers = {(r["subject"], slot[r["concept"]]): r["answer"] for r in known}
-    chosen = [r for r in known if split is None or r.get("split") == split]
+    known = [r for r in records if r.concept in slot and r.subject]
+    answers = {(r.subject, slot[r.concept]): r.answer for r in known}
+    chosen = [r for r in known if split is None or r.split == split]
     if not chosen:
         raise UserError(
             f"no prompt of split {split!r} names a subject and one of the concepts {', '.join(concepts)}; "
@@ -62,14 +62,14 @@ def swap_pairs(
     rng = np.random.default_rng(seed)
     queues = []
     for source in range(len(concepts)):
-        asked = [r for r in chosen if slot[r["concept"]] == source]
+        asked = [r for r in chosen if slot[r.concept] == source]
         for target in range(len(concepts)):
             if target == source:
                 continue
             swaps = [
-                Swap(r["prompt"], source, target, r["answer"], answers[r["subject"], target])
+                Swap(r.prompt, source, target, r.answer, answers[r.subject, target])
                 for r in (asked[i] for i in rng.permutation(len(asked)))
-                if answers.get((r["subject"], target), r["answer"]) != r["answer"]
+                if answers.get((r.subject, target), r.answer) != r.answer
             ]
             queues.append(iter(swaps))
     picked: list[Swap] = []
@@ -95,8 +95,7 @@ def set_slots(dictionary: ConceptDictionary, change: Callable[[Tensor], Tensor],
     @torch.no_grad()
     def edit(h: Tensor) -> Tensor:
         z = bank_code(dictionary.concepts, dictionary.normalise(h))
-        rows = decoder_rows(dictionary.concepts.W_dec, dictionary.config.decoder_norm)
-        delta = (change(z) - z) @ rows * dictionary.scale
+        delta = (change(z) - z) @ dictionary.concepts.W_dec * dictionary.scale
         base = h.float() if write_back == "add" else dictionary.decode(dictionary.encode(h))
         return (base + delta).to(h.dtype)
 
@@ -205,16 +204,16 @@ def score_swaps(swaps: Sequence[Swap], texts: Sequence[str], answer_sets: Sequen
     return SwapScore([kind(s, t) for s, t in zip(swaps, texts, strict=True)])
 
 
-def answer_sets(records: Sequence[Mapping[str, Any]], concepts: Sequence[str]) -> list[frozenset[str]]:
+def answer_sets(records: Sequence[Prompt], concepts: Sequence[str]) -> list[frozenset[str]]:
     """All answers of each concept, in slot order."""
-    return [frozenset(r["answer"] for r in records if r.get("concept") == name) for name in concepts]
+    return [frozenset(r.answer for r in records if r.concept == name) for name in concepts]
 
 
 @torch.no_grad()
 def answer_loss(
     model: Any,
     tokenizer: Any,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Prompt],
     layer: int,
     edit: Edit | None = None,
     *,
@@ -225,8 +224,8 @@ def answer_loss(
 
     Prompts are batched by equal token length: then nothing is padded in front and positions need no correction.
     """
-    prompts = [tokenizer(r["prompt"])["input_ids"] for r in records]
-    answers = [tokenizer(" " + r["answer"], add_special_tokens=False)["input_ids"] for r in records]
+    prompts = [tokenizer(r.prompt)["input_ids"] for r in records]
+    answers = [encode_answer(tokenizer, r.answer) for r in records]
     order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     total, tokens = 0.0, 0
     for _, same_length in groupby(order, key=lambda i: len(prompts[i])):
@@ -252,7 +251,7 @@ def answer_loss(
 def loss_recovered(
     model: Any,
     tokenizer: Any,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Prompt],
     layer: int,
     dictionary: ConceptDictionary,
     progress: Callable[[int], Any] = lambda n: None,

@@ -1,0 +1,91 @@
+"""Small dictionaries and a random GPT-2 whose words are single tokens, for the tests of evaluation and interventions."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.language_model import Prompt
+
+WIDTH = 32
+CONCEPTS = ["city", "major", "work"]
+PEOPLE = ["ann", "bob", "cem", "dan"]
+ANSWERS = {
+    "city": ["rome", "oslo", "lima", "bonn"],
+    "major": ["art", "law", "math", "bio"],
+    "work": ["acme", "zeta"] * 2,
+}
+
+
+def words() -> list[str]:
+    """Vocabulary in token order: special tokens, then every word of the prompts and answers."""
+    return [
+        "<pad>",
+        "<unk>",
+        "Q",
+        "where",
+        "which",
+        *CONCEPTS,
+        *PEOPLE,
+        *sorted({a for v in ANSWERS.values() for a in v}),
+    ]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, no end token: greedy answers then have exactly the tokens that were asked for."""
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words())}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+
+
+def tiny_model(seed: int = 0) -> GPT2LMHeadModel:
+    """Random GPT-2 with two blocks of width 32, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(words()), n_positions=16, n_embd=WIDTH, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """`save_pretrained` folder of the tiny model and its tokenizer."""
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_prompts() -> list[Prompt]:
+    """Two templates per person and relation; `which` is the held-out one."""
+    return [
+        Prompt(f"Q {opening} {person} {concept}", ANSWERS[concept][i], concept, opening, split, person)
+        for i, person in enumerate(PEOPLE)
+        for concept in CONCEPTS
+        for opening, split in (("where", "train"), ("which", "heldout"))
+    ]
+
+
+def random_dictionary(
+    free_slots: int = 50, bank_slots: int = 16, *, decoder_norm: str = "free", seed: int = 0
+) -> ConceptDictionary:
+    """Dictionary with random weights everywhere, the normalisation included."""
+    generator = torch.Generator().manual_seed(seed)
+    dictionary = ConceptDictionary(
+        WIDTH, CONCEPTS, DictionaryConfig(free_slots=free_slots, bank_slots=bank_slots, decoder_norm=decoder_norm)
+    )
+    with torch.no_grad():
+        for parameter in dictionary.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    dictionary.set_normalisation(torch.randn(WIDTH, generator=generator), 1.7)
+    return dictionary
+
+
+def exact_dictionary() -> ConceptDictionary:
+    """Dictionary that reconstructs every activation exactly: free slots read +e_i and -e_i and write them back."""
+    dictionary = ConceptDictionary(WIDTH, CONCEPTS, DictionaryConfig(free_slots=2 * WIDTH, bank_slots=WIDTH))
+    with torch.no_grad():
+        for bank, sign in zip(dictionary.banks.values(), (1, -1), strict=True):
+            bank.W_enc.copy_(sign * torch.eye(WIDTH))
+            bank.W_dec.copy_(sign * torch.eye(WIDTH))
+    return dictionary

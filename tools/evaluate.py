@@ -1,0 +1,109 @@
+"""Binding, fragmentation and reconstruction of a trained dictionary -> RUN/evaluation.json
+
+  alignsae evaluate --run runs/demo --train data/demo/layer-01/train --heldout data/demo/layer-01/heldout
+
+Definitions are those of docs/design.md ("The numbers") and trainer/evaluation.py. --unsupervised adds a dictionary that was
+trained without the align stage, for the comparison of fragmentation. --model and --prompts add the loss recovered: the
+language model's cross-entropy on the held-out answers when the reconstruction replaces the activation.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from trainer.checkpoint import load_dictionary
+
+from trainer.errors import UserError
+from trainer.evaluation import evaluate_split
+from trainer.interventions import hook_layer, loss_recovered
+from trainer.language_model import load_language_model, read_prompts
+from trainer.results import rows_of, run_shards, write_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae evaluate`."""
+    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint is read)")
+    parser.add_argument("--train", help="shards of the seen templates (default: the shards in RUN/config.yaml)")
+    parser.add_argument(
+        "--heldout", help="shards of the unseen templates (default: `heldout` beside --train, if there)"
+    )
+    parser.add_argument("--unsupervised", type=Path, help="run folder of a dictionary without the align stage")
+    parser.add_argument("--model", help="language model folder, for the loss recovered (needs --prompts)")
+    parser.add_argument("--prompts", type=Path, help="prompts JSONL with the answers, for the loss recovered")
+    parser.add_argument(
+        "--device", default="cpu", help="device of the language model and the dictionary (default: cpu)"
+    )
+    parser.add_argument("--out", type=Path, help="where to write (default: RUN/evaluation.json)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate and write the JSON file."""
+    if (args.model is None) != (args.prompts is None):
+        raise UserError("--model and --prompts belong together: give both for the loss recovered, or neither")
+    splits = _splits(args)
+    dictionary, trained_on = load_dictionary(args.run)
+    dictionary.to(args.device)
+    result: dict[str, Any] = {
+        "run": str(args.run),
+        "slots": dictionary.slots,
+        "concepts": dictionary.concept_names,
+        "width": dictionary.width,
+        "trained_on": trained_on.digest,
+        **_measure(dictionary, splits),
+    }
+    if args.unsupervised:
+        plain, _ = load_dictionary(args.unsupervised)
+        plain.to(args.device)
+        result["unsupervised"] = {
+            "run": str(args.unsupervised),
+            "slots": plain.slots,
+            **_measure(plain, splits, aligned=False),
+        }
+    if args.model:
+        model, tokenizer = load_language_model(args.model, args.device)
+        records = read_prompts(args.prompts)
+        chosen = [r for r in records if r.split == "heldout"] or records
+        with tqdm(total=4 * len(chosen), desc="loss recovered", unit="prompt") as bar:
+            result["loss_recovered"] = loss_recovered(
+                model, tokenizer, chosen, hook_layer(trained_on.hook_point), dictionary, bar.update
+            )
+    out = args.out or args.run / "evaluation.json"
+    write_json(out, result)
+    _show(result)
+    print(f"written: {out}")
+
+
+def _splits(args: argparse.Namespace) -> dict[str, str]:
+    train = args.train or run_shards(args.run)
+    heldout = args.heldout
+    if heldout is None:
+        beside = Path(train).parent / "heldout"
+        heldout = str(beside) if beside.is_dir() and beside != Path(train) else None
+    return {"train": train, **({"heldout": heldout} if heldout else {})}
+
+
+def _measure(dictionary: Any, splits: dict[str, str], *, aligned: bool = True) -> dict[str, Any]:
+    measured = {}
+    for split, folder in splits.items():
+        rows, manifest = rows_of(folder, dictionary, match_concepts=aligned)
+        with tqdm(total=manifest.rows, desc=split, unit="row") as bar:
+            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update)
+    return measured
+
+
+def _show(result: dict[str, Any]) -> None:
+    for split in ("train", "heldout"):
+        if split not in result:
+            continue
+        part = result[split]
+        bound, reconstruction, spread = part["binding"], part["reconstruction"], part["fragmentation"]
+        print(
+            f"{split}: diagonal binding {bound['diagonal_accuracy']:.4f} (assigned {bound['diagonal_accuracy_assigned']:.4f}), "
+            f"slot accuracy {bound['slot_accuracy']:.4f}, slots alive {bound['slots_alive']}/{len(result['concepts'])}\n"
+            f"{split}: FVU {reconstruction['fvu']:.4f}, L0 {reconstruction['l0']:.1f} "
+            f"({reconstruction['l0_share']:.2%} of {result['slots']} slots), dead {reconstruction['dead']:.2%}\n"
+            f"{split}: EffFeat {spread['concept_slots']['efffeat']} over concept slots, {spread['all']['efffeat']} over all slots"
+        )
+    if "loss_recovered" in result:
+        print("loss recovered over the mean ablation: {recovered_over_mean:.4f}".format(**result["loss_recovered"]))

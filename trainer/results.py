@@ -1,0 +1,94 @@
+"""Files of a run folder that the evaluation tools share: runs/NAME/config.yaml, *.json, plots/*.png, report.html."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from trainer.dictionary import ConceptDictionary
+from trainer.errors import DataError, UserError
+from trainer.evaluation import RowSource
+from trainer.stream import Manifest, read_rows
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write `content` under a temporary name, then rename, so that `path` is never half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON (no NaN: JSON has none)."""
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, hint: str) -> Any:
+    """The JSON value in `path`. Raises UserError with `hint` (what to do) when it is not there or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {hint}") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl in order of step; of a step that was trained twice (after a resume) the later line counts."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); is {run} the folder of a training run?") from error
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            by_step[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill cut short
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def run_shards(run: Path) -> str:
+    """Folder or URL of the shards that the run was trained on, from its config.yaml."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; name the shards with --train or give the folder of a training run as --run"
+        )
+    return str(OmegaConf.load(path).data.shards)
+
+
+def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool = True) -> tuple[RowSource, Manifest]:
+    """All rows of a shard folder in order, as (activations, concept) batches, and its manifest.
+
+    Raises DataError when its width, or (with match_concepts) its concept names, differ from the dictionary's.
+    """
+    manifest = Manifest.load(folder)
+    if manifest.width != dictionary.width:
+        raise DataError(f"{folder}: activations of width {manifest.width}, but the dictionary has {dictionary.width}")
+    names = list(manifest.concepts)
+    if match_concepts and names != dictionary.concept_names:
+        raise DataError(
+            f"{folder}: concepts {', '.join(names)} differ from the dictionary's {', '.join(dictionary.concept_names)}"
+        )
+    device = dictionary.mean.device
+
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in read_rows(folder):
+            yield batch.acts.to(device), batch.concept.to(device)
+
+    return rows, manifest
