@@ -157,6 +157,19 @@ class AlignObjective(nn.Module):
             )
         return x_hat, sp, perp
 
+    @torch.no_grad()
+    def reconstruct(self, acts: Tensor, align: bool) -> tuple[Tensor, Tensor]:
+        """Normalised activations x and their reconstruction, [B, D] each, of raw activations [B, D]. Called on all dictionary ranks."""
+        x = self.dictionary.normalise(acts)
+        step = BankStep(x, None, self.dictionary.config.decoder_norm, None)
+        x_hat = torch.zeros_like(x)
+        for number, bank in enumerate(self.dictionary.free_banks()):
+            x_hat, _, _ = bank(self.choice.kernel(number), x_hat, step)
+        x_hat = self.topology.sum_over_dictionary(x_hat)
+        if align:
+            x_hat = x_hat + self.dictionary.concepts(self._concept_path, x)[2]
+        return x, self.dictionary.output(x_hat)
+
     def settle(self) -> None:
         """Let the kernel choice see the densities of the last forward; called at the next one, and before a save."""
         if self._densities is not None:

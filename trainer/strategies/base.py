@@ -88,8 +88,8 @@ class Strategy(ABC):
         """Clear gradients without an update."""
 
     @abstractmethod
-    def read(self, unit: str) -> UnitState | None:
-        """State of a unit on the one rank that is to write it, None elsewhere."""
+    def read(self, unit: str, *, everywhere: bool = False) -> UnitState | None:
+        """State of a unit on the one rank that is to save it, or on all ranks that hold it (`everywhere`); None on the others."""
 
     @abstractmethod
     def write(self, unit: str, state: UnitState) -> None:

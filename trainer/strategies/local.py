@@ -81,8 +81,8 @@ class LocalStrategy(Strategy):
         square = self.topology.sum_over_dictionary(square)
         return (square + torch.nn.utils.get_total_norm(shared).double().square()).sqrt().float()
 
-    def read(self, unit: str) -> UnitState | None:
-        if not self.holds(unit) or not self._writes(unit):
+    def read(self, unit: str, *, everywhere: bool = False) -> UnitState | None:
+        if not self.holds(unit) or not (everywhere or self._saves(unit)):
             return None
         module = self._units[unit]
         parameters = dict(module.named_parameters())
@@ -110,7 +110,7 @@ class LocalStrategy(Strategy):
     def holds(self, unit: str) -> bool:
         return unit in self._units
 
-    def _writes(self, unit: str) -> bool:
+    def _saves(self, unit: str) -> bool:
         """Spread the units of a dictionary rank over its data ranks, so that they write at the same time."""
         topology = self.topology
         if unit.startswith("bank-"):
