@@ -7,7 +7,9 @@ sorted by row id, which groups them by block and changes nothing about which row
 """
 
 import hashlib
-from collections import OrderedDict
+from bisect import bisect_right
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,6 +41,9 @@ class _Epoch(NamedTuple):
     ends: np.ndarray  # rows up to the end of each block in permuted order; int64 [blocks]
     start: int  # where the first lane begins in the permuted sequence
     row_key: np.uint64  # key of the shuffle inside windows
+
+
+_stop = attrgetter("stop")
 
 
 def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
@@ -86,9 +91,12 @@ class Plan:
         self.global_batch, self.lanes, self.window = global_batch, lanes, window
         self.rows_per_lane_step = global_batch // lanes
         self.steps_per_epoch = self.rows // global_batch
+        self.rows_per_lane = self.steps_per_epoch * self.rows_per_lane_step  # per epoch
         self.block_starts = np.concatenate([[0], np.cumsum(self.block_rows)])
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._shuffled: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        # Caches of pure results, oldest first; a race between threads costs a second computation, nothing else.
+        self._epochs: dict[int, _Epoch] = {}
+        self._windows: dict[tuple[int, int], list[Window]] = {}
+        self._shuffled: dict[tuple[int, int, int], np.ndarray] = {}
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch) of a global step."""
@@ -109,32 +117,27 @@ class Plan:
 
     def windows_of(self, epoch: int, lane: int, first: int, last: int) -> list[Window]:
         """Windows that cover the lane's rows [first, last) of an epoch, in order."""
-        order = self._epoch(epoch)
-        low, high = self._run(order, lane)
-        # Blocks of this lane's run, by their place in the permuted sequence; a window is W of them.
-        begin = int(np.searchsorted(order.ends, low, side="right"))
-        found = []
-        index = (int(np.searchsorted(order.ends, low + first, side="right")) - begin) // self.window
-        position = first
-        while position < last:
-            stop_block = min(begin + (index + 1) * self.window, len(order.ends))
-            start = max(int(order.begins[begin + index * self.window]), low) - low
-            stop = min(int(order.ends[stop_block - 1]), high) - low
-            found.append(Window(index, start, stop))
-            position, index = stop, index + 1
-        return found
+        windows = self._lane_windows(epoch, lane)
+        low = bisect_right(windows, first, key=_stop)
+        high = low
+        while windows[high].stop < last:
+            high += 1
+        return windows[low : high + 1]
 
     def window_rows(self, epoch: int, lane: int, window: Window) -> np.ndarray:
         """Global row ids of a window in reading order; int64 [window.stop - window.start]."""
         order = self._epoch(epoch)
-        low, _ = self._run(order, lane)
-        sequence = np.arange(low + window.start, low + window.stop, dtype=np.int64)
-        piece = np.searchsorted(order.ends, sequence, side="right")
-        rows = order.first_row[piece] + sequence - order.begins[piece]
+        low = order.start + lane * self.rows_per_lane
+        begin, end = low + window.start, low + window.stop
+        head, tail = np.searchsorted(order.ends, [begin, end - 1], side="right")
+        blocks = slice(head, tail + 1)
+        lengths = np.minimum(order.ends[blocks], end) - np.maximum(order.begins[blocks], begin)
+        rows = np.repeat(order.first_row[blocks] - order.begins[blocks], lengths) + np.arange(begin, end)
         rows = rows[np.argsort(mix64(rows.astype(np.uint64) ^ order.row_key))]
         # Sort within each step: reading then visits every block once, from front to back.
-        step = (window.start + np.arange(len(rows))) // self.rows_per_lane_step
-        return rows[np.lexsort((rows, step))]
+        step = np.arange(window.start, window.stop) // self.rows_per_lane_step - window.start // self.rows_per_lane_step
+        step *= self.rows
+        return np.sort(rows + step) - step
 
     def state(self, step: int) -> dict[str, Any]:
         """Position before global step `step` as a small JSON object that names no rank."""
@@ -156,11 +159,20 @@ class Plan:
                 )
         return int(state["step"])
 
-    def _run(self, order: _Epoch, lane: int) -> tuple[int, int]:
-        if not 0 <= lane < self.lanes:
-            raise UserError(f"lane {lane} does not exist; data.lanes={self.lanes}")
-        share = self.steps_per_epoch * self.rows_per_lane_step
-        return order.start + lane * share, order.start + (lane + 1) * share
+    def _lane_windows(self, epoch: int, lane: int) -> list[Window]:
+        """All windows of a lane in an epoch: W blocks each, in the order of the epoch, cut at the ends of the lane's run."""
+        found = self._windows.get((epoch, lane))
+        if found is None:
+            if not 0 <= lane < self.lanes:
+                raise UserError(f"lane {lane} does not exist; data.lanes={self.lanes}")
+            order = self._epoch(epoch)
+            low = order.start + lane * self.rows_per_lane
+            high = low + self.rows_per_lane
+            begin, last = np.searchsorted(order.ends, [low, high - 1], side="right").tolist()
+            edges = [0, *(order.ends[begin + self.window - 1 : last : self.window] - low).tolist(), high - low]
+            found = [Window(number, *pair) for number, pair in enumerate(pairwise(edges))]
+            _remember(self._windows, (epoch, lane), found, 2 * self.lanes)
+        return found
 
     def _epoch(self, epoch: int) -> _Epoch:
         found = self._epochs.get(epoch)
@@ -173,16 +185,20 @@ class Plan:
             sizes = self.block_rows[permuted]
             ends = np.cumsum(sizes)
             found = _Epoch(self.block_starts[permuted], ends - sizes, ends, int(offset) % (spare + 1), row_key)
-            self._epochs[epoch] = found
-            while len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
+            _remember(self._epochs, epoch, found, 2)
         return found
 
     def _cached_window(self, epoch: int, lane: int, window: Window) -> np.ndarray:
         name = (epoch, lane, window.number)
         rows = self._shuffled.get(name)
         if rows is None:
-            rows = self._shuffled[name] = self.window_rows(epoch, lane, window)
-            while len(self._shuffled) > 2 * self.lanes:
-                self._shuffled.popitem(last=False)
+            rows = self.window_rows(epoch, lane, window)
+            _remember(self._shuffled, name, rows, 2 * self.lanes)
         return rows
+
+
+def _remember(cache: dict, name: Any, value: Any, keep: int) -> None:
+    """Put a value into a cache of at most `keep` entries."""
+    cache[name] = value
+    for oldest in list(cache)[:-keep]:
+        cache.pop(oldest, None)

@@ -4,7 +4,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -72,14 +72,9 @@ class _Buffers:
 class _Window(NamedTuple):
     """A lane's window, opened: everything to copy its rows into batches."""
 
-    start: int
-    rows: np.ndarray  # int64 [n] row ids in reading order
+    columns: np.ndarray  # int64 [4, n]: row id, concept, answer, valid, in reading order
     within: np.ndarray  # int64 [n] row within its block
-    runs: list[tuple[int, int, np.ndarray]]  # [a, b) of `rows` that one block's acts fill
-    first_run: list[int]  # index of the first run of each step that the window touches
-    concept: np.ndarray
-    answer: np.ndarray
-    valid: np.ndarray
+    runs: list[list[tuple[int, int, Callable]]]  # per step: [a, b) of the rows, and `take` of the block that fills them
 
 
 class Stream:
@@ -168,33 +163,19 @@ class Stream:
         else:
             acts = self._buffers.take()
             tensor = from_stored(acts, self.manifest.dtype)
-        row_ids, concept, answer = (np.empty(count, dtype=np.int64) for _ in range(3))
-        valid = np.empty(count, dtype=bool)
+        columns = np.empty((4, count), dtype=np.int64)
         first = epoch_step * share
         for place, lane in enumerate(self.lanes):
             for window in self.plan.windows_of(epoch, lane, first, first + share):
                 opened = self._open(epoch, lane, window)
-                a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
                 shift = place * share + window.start - first
-                row_ids[a + shift : b + shift] = opened.rows[a:b]
-                concept[a + shift : b + shift] = opened.concept[a:b]
-                answer[a + shift : b + shift] = opened.answer[a:b]
-                valid[a + shift : b + shift] = opened.valid[a:b]
-                run = opened.first_run[epoch_step - window.start // share]
-                while run < len(opened.runs) and opened.runs[run][0] < b:
-                    low, high, block = opened.runs[run]
+                a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
+                columns[:, a + shift : b + shift] = opened.columns[:, a:b]
+                for low, high, take in opened.runs[epoch_step - window.start // share]:
                     # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
-                    block.take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
-                    run += 1
-        return Batch(
-            acts=tensor,
-            concept=torch.from_numpy(concept),
-            answer=torch.from_numpy(answer),
-            row_ids=torch.from_numpy(row_ids),
-            positions=self._positions,
-            valid=torch.from_numpy(valid),
-            step=step,
-        )
+                    take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
+        row_ids, concept, answer, valid = torch.from_numpy(columns)
+        return Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
 
     def _open(self, epoch: int, lane: int, window: Window) -> _Window:
         """The opened window, shared by the threads that need it; the lane's next window starts opening in the background."""
@@ -240,15 +221,17 @@ class Stream:
         numbers = np.searchsorted(starts, rows, side="right") - 1
         within = rows - starts[numbers]
         blocks = {int(n): self.source.rows(int(n)) for n in np.unique(numbers)}
-        concept, answer = (np.empty(len(rows), dtype=np.int64) for _ in range(2))
-        valid = np.empty(len(rows), dtype=bool)
+        columns = np.empty((4, len(rows)), dtype=np.int64)
+        columns[0] = rows
         for number, block in blocks.items():
             here = np.flatnonzero(numbers == number)
-            concept[here], answer[here] = block.concept[within[here]], block.answer[within[here]]
-            valid[here] = block.valid[within[here]]
-        step = (window.start + np.arange(len(rows))) // self.plan.rows_per_lane_step
+            for column, values in zip(columns[1:], (block.concept, block.answer, block.valid), strict=True):
+                column[here] = values[within[here]]
+        share = self.plan.rows_per_lane_step
+        step = np.arange(window.start, window.stop) // share - window.start // share
         new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))
+        runs: list[list[tuple[int, int, Callable]]] = [[] for _ in range(int(step[-1]) + 1)]
         edges = [*new_run.tolist(), len(rows)]
-        runs = [(a, b, blocks[int(numbers[a])].acts) for a, b in pairwise(edges)]
-        first_run = np.searchsorted(step[new_run], np.arange(step[0], step[-1] + 1)).tolist()
-        return _Window(window.start, rows, within, runs, first_run, concept, answer, valid)
+        for (a, b), s, number in zip(pairwise(edges), step[new_run].tolist(), numbers[new_run].tolist(), strict=True):
+            runs[s].append((a, b, blocks[number].acts.take))
+        return _Window(columns, within, runs)

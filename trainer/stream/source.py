@@ -147,7 +147,7 @@ class BlockSource:
     def _read(self, index: int, shard: int, block: Block, fresh: bool) -> Rows:
         data = self.extents.read(shard, block, fresh)
         first_use = self.config.check and index not in self._checked
-        if first_use and zlib.crc32(memoryview(data)) != block.crc32:
+        if first_use and zlib.crc32(data.data) != block.crc32:
             raise DataError("bytes do not match crc32")
         acts = self._payload(data, block, "acts")
         if acts.shape != (block.rows, self.manifest.width) or acts.dtype != STORED_DTYPES[self.manifest.dtype]:
