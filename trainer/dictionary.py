@@ -138,9 +138,9 @@ class ConceptDictionary(nn.Module):
         """S, over all ranks."""
         return len(self.concept_names) + self.config.free_slots
 
-    def set_normalisation(self, mean: Tensor, scale: float) -> None:
-        """Store mean [D] and scale of the raw activations."""
-        self.mean.copy_(mean)
+    def set_normalisation(self, mean: Sequence[float], scale: float) -> None:
+        """Store mean [D] and scale of the raw activations, as the manifest gives them."""
+        self.mean.copy_(torch.tensor(mean))
         self.scale.fill_(scale)
 
     def normalise(self, raw: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""The configuration of a run: composes what each room owns. YAML < command line; unknown keys are errors; reading has no side effects."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.checkpoint import CheckpointConfig
+from trainer.curriculum import StageConfig
+from trainer.dictionary import DictionaryConfig
+from trainer.errors import UserError
+from trainer.losses import LossConfig
+from trainer.optimizer import OptimConfig
+from trainer.revival import RevivalConfig
+from trainer.strategies import ParallelConfig
+from trainer.stream import DataConfig
+from trainer.tracking import TrackingConfig
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and how it is reported."""
+
+    dir: str = "runs/default"
+    seed: int = 0
+    precision: str = "bf16"  # bf16: bf16 products on fp32 masters | fp32
+    log_every: int = 20  # steps
+
+
+@dataclass
+class Config:
+    """Everything that `trainer.train` reads."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dictionary: DictionaryConfig = field(default_factory=DictionaryConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    revival: RevivalConfig = field(default_factory=RevivalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    kernel: str = "auto"  # auto | dense | sparse | triton
+
+
+def load_config(path: str | Path, overrides: list[str]) -> Config:
+    """Read a YAML file, apply `key=value` overrides, check every key and value.
+
+    Raises UserError, one line: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
+    """
+    schema = OmegaConf.structured(Config)
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read ({error.strerror}); check --config") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"configuration {path} must be a mapping of sections")
+    known = _known_keys()
+    _refuse_unknown(loaded, known, str(path))
+    try:
+        merged = OmegaConf.merge(schema, loaded)
+        for override in overrides:
+            key, separator, text = override.partition("=")
+            if not separator:
+                raise UserError(f"override {override!r} is not key=value")
+            _refuse_unknown(_nested(key), known, "the command line")
+            OmegaConf.update(merged, key, yaml.safe_load(text), merge=False)
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        where = getattr(error, "full_key", None) or path
+        raise UserError(f"configuration {where}: {str(error).splitlines()[0]}") from error
+    for part in (config.data, config.dictionary, config.loss, config.optim, config.revival):
+        part.validate()
+    if config.run.precision not in ("fp32", "bf16"):
+        raise UserError(f"run.precision={config.run.precision!r} is unknown; use fp32 or bf16")
+    if config.run.log_every < 1:
+        raise UserError(f"run.log_every={config.run.log_every} must be at least 1")
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, for tracking."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, inner in enumerate(value):
+                visit(f"{prefix}.{index}", inner)
+        else:
+            flat[prefix] = value
+
+    visit("", OmegaConf.to_container(OmegaConf.structured(config)))
+    return flat
+
+
+def _known_keys() -> set[str]:
+    keys = {f"stages.{field.name}" for field in fields(StageConfig)}
+    for section, value in vars(Config()).items():
+        keys.add(section)
+        if is_dataclass(value):
+            keys |= {f"{section}.{field.name}" for field in fields(value)}
+    return keys
+
+
+def _nested(key: str) -> dict[str, Any]:
+    """a.b -> {a: {b: None}}; list indices in between are dropped."""
+    parts = [part for part in key.replace("[", ".").replace("]", "").split(".") if not part.isdigit()]
+    nested: Any = None
+    for part in reversed(parts[:2]):
+        nested = {part: nested}
+    return nested
+
+
+def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
+    for section, inner in values.items():
+        names = [section]
+        elements = inner if isinstance(inner, list) else [inner]
+        names += [f"{section}.{name}" for element in elements if isinstance(element, dict) for name in element]
+        for name in names:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
+                raise UserError(
+                    f"unknown configuration key {name!r} in {where}; the nearest known one is {nearest[0]!r}"
+                )

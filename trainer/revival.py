@@ -1,0 +1,138 @@
+"""Revival of dead slots by resampling ("Towards Monosemanticity", 2023, appendix on neuron resampling).
+
+Every `every` steps, slots that fired on no row for `dead_after` steps get new weights: rows of the current global batch are drawn with
+probability proportional to their squared loss; a slot's decoder becomes the row's direction at norm 1, its encoder the same direction at 0.2 of the
+mean encoder norm of living slots, its bias 0, its optimizer moments 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+from trainer.strategies import Strategy
+from trainer.topology import Topology
+
+ENCODER_SHARE = 0.2
+
+
+@dataclass
+class RevivalConfig:
+    """Dead slots: when a slot counts as dead, and whether it is given new weights."""
+
+    method: str = "resample"  # resample | none
+    every: int = 500  # steps between revivals
+    dead_after: int = 250  # steps without firing
+    until: float = 0.5  # share of the run after which no slot is revived any more
+
+    def validate(self) -> None:
+        """Raise UserError for an unknown method or a period that cannot be."""
+        if self.method not in ("resample", "none"):
+            raise UserError(f"revival.method={self.method!r} is unknown; use resample or none")
+        if self.every < 1 or self.dead_after < 1:
+            raise UserError("revival.every and revival.dead_after must be at least 1")
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether slots are revived right before step `step` of `total`."""
+        return self.method == "resample" and 0 < step <= total * self.until and step % self.every == 0
+
+
+def count_dead(strategy: Strategy, step: int, dead_after: int) -> int:
+    """Free slots of the whole dictionary that fired on no row of the last `dead_after` steps. Called on all ranks."""
+    strategy.sync_last_fired()
+    dead = [_dead(bank.last_fired, step, dead_after).sum() for bank in strategy.objective.dictionary.free_banks()]
+    return int(strategy.topology.sum_over_dictionary(torch.stack(dead).sum()).item())
+
+
+def resample(strategy: Strategy, acts: Tensor, align: bool, step: int, dead_after: int, seed: int) -> int:
+    """Give the dead slots new weights from the rows acts [B, D] (this rank's share of the global batch). Returns how many. Called on all ranks."""
+    if count_dead(strategy, step, dead_after) == 0:
+        return 0
+    dictionary, topology = strategy.objective.dictionary, strategy.topology
+    x, x_hat = strategy.objective.reconstruct(acts, align)
+    rows = _global_rows(x, (x - x_hat).square().sum(dim=1).square(), topology)
+    counts, norm = _dead_counts(strategy, step, dead_after)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    chosen = rows.draw(int(counts.sum()), generator)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
+    for index in range(len(dictionary.sizes)):
+        if counts[index]:
+            _revive_bank(strategy, index, chosen[starts[index] : starts[index + 1]], norm, step, dead_after)
+    return int(counts.sum())
+
+
+def _dead(last_fired: Tensor, step: int, dead_after: int) -> Tensor:
+    return last_fired <= step - dead_after
+
+
+class _Rows:
+    """Rows of the global batch as candidates: weight of each [G], and a way to bring chosen ones to all ranks."""
+
+    def __init__(self, weights: Tensor, fetch: Callable[[Tensor], Tensor]):
+        self.weights = weights
+        self.fetch = fetch
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` directions [count, D] of norm 1; rows repeat only when the batch has fewer."""
+        weights = self.weights.clamp_min(1e-30)
+        picks = []
+        while count > 0:
+            take = min(count, len(weights))
+            picks.append(torch.multinomial(weights, take, replacement=False, generator=generator))
+            count -= take
+        x = self.fetch(torch.cat(picks))
+        return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _global_rows(x: Tensor, weights: Tensor, topology: Topology) -> _Rows:
+    """Candidates of all data ranks, in the order of the ranks (which is the order of the lanes)."""
+    sizes = torch.zeros(topology.data_world, dtype=torch.int64, device=x.device)
+    sizes[topology.data_rank] = len(x)
+    sizes = topology.sum_over_data(sizes)
+    start = int(sizes[: topology.data_rank].sum())
+    everyone = torch.zeros(int(sizes.sum()), dtype=torch.float64, device=x.device)
+    everyone[start : start + len(x)] = weights.double()
+    everyone = topology.sum_over_data(everyone)
+
+    def fetch(picks: Tensor) -> Tensor:
+        picks = picks.to(x.device) - start
+        mine = (picks >= 0) & (picks < len(x))
+        out = torch.zeros(len(picks), x.shape[1], device=x.device)
+        out[mine] = x[picks[mine]]
+        return topology.sum_over_data(out).cpu()
+
+    return _Rows(everyone.cpu(), fetch)
+
+
+def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float]:
+    """Dead slots of every free bank, int64 [banks], and the mean encoder norm of living slots; of the whole dictionary."""
+    dictionary, topology = strategy.objective.dictionary, strategy.topology
+    figures = torch.zeros(len(dictionary.sizes) + 2, dtype=torch.float64, device=topology.device)
+    for index, bank in zip(dictionary.owned, dictionary.free_banks(), strict=True):
+        dead = _dead(bank.last_fired, step, dead_after)
+        norms = bank(lambda W_enc, b_enc, W_dec: W_enc.detach().norm(dim=1))
+        figures[index] = dead.sum()
+        figures[-2] += norms[~dead].double().sum()
+        figures[-1] += (~dead).sum()
+    topology.sum_over_dictionary(figures)
+    norm = float(figures[-2] / figures[-1]) if figures[-1] else 1.0
+    return figures[:-2].round().long().cpu(), norm
+
+
+def _revive_bank(strategy: Strategy, index: int, rows: Tensor, norm: float, step: int, dead_after: int) -> None:
+    """rows [dead, D] are the new directions of the dead slots of one bank."""
+    unit = f"bank-{index:05d}"
+    state = strategy.read(unit, everywhere=True)
+    if state is None:
+        return
+    dead = _dead(state.weights["last_fired"], step, dead_after)
+    state.weights["W_dec"][dead] = rows
+    state.weights["W_enc"][dead] = rows * (ENCODER_SHARE * norm)
+    state.weights["b_enc"][dead] = 0.0
+    state.weights["last_fired"][dead] = step  # a new slot gets its time to fire
+    for moments in (state.exp_avg, state.exp_avg_sq):
+        for tensor in moments.values():
+            tensor[dead] = 0.0
+    strategy.write(unit, state)

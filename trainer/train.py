@@ -1,0 +1,170 @@
+"""Train a concept-aligned dictionary: `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.
+
+key=value overrides the YAML, for example data.shards=data/demo/layer-01/train dictionary.free_slots=16384 stages.1.epochs=40.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from trainer import checkpoint, loop
+from trainer.config import Config, flatten, load_config, to_yaml
+from trainer.curriculum import Curriculum
+from trainer.dictionary import ConceptDictionary, bank_sizes
+from trainer.errors import UserError
+from trainer.objective import AlignObjective
+from trainer.strategies import build_strategy, join, owned_banks
+from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
+from trainer.topology import Topology, launched_world
+from trainer.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, and turn bad input into one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="trainer.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    args = parser.parse_args(argv)
+    rank, _, world = launched_world()
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}/{world}: %(message)s"
+    )
+    try:
+        run(load_config(args.config, args.overrides))
+    except UserError as error:
+        print(
+            f"trainer.train: error: {error}" if world == 1 else f"trainer.train: rank {rank}: error: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """Build everything that the configuration names, resume if there is something to resume, and train."""
+    _, _, world = launched_world()
+    # All refusals that need no other rank come before any process group forms.
+    config.parallel = config.parallel.resolve(
+        world, len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots))
+    )
+    if not config.data.shards:
+        raise UserError("data.shards is not set; give the folder or URL of a split, as `alignsae extract` writes it")
+    manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
+    plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
+    lanes_of_rank(config.data.lanes, 0, world // config.parallel.dictionary_ranks)
+    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch)
+    check_labels(curriculum, manifest)
+    folder = Path(config.run.dir)
+    resume, skipped = checkpoint.find(config.checkpoint.resume, folder / "checkpoints")
+    state = fresh_state(config, manifest) if resume is None else resumed_state(resume, config, manifest, plan)
+
+    topology = join(config.parallel)
+    for reason in skipped if topology.is_main else []:
+        log.warning("checkpoint skipped: %s", reason)
+    if resume is not None and topology.is_main:
+        log.info("resuming from %s at step %d of %d", resume, state.step, curriculum.total)
+    dictionary = ConceptDictionary(
+        manifest.width,
+        manifest.concepts,
+        config.dictionary,
+        answers=len(manifest.answers),
+        seed=config.run.seed,
+        owned=owned_banks(len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots)), topology),
+    )
+    dictionary.set_normalisation(manifest.mean, manifest.scale)
+    kernels = None if resume is None else checkpoint.load_weights(resume, dictionary)
+    objective = AlignObjective(
+        dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=config.run.precision
+    )
+    if kernels is not None and not objective.choice.pinned:
+        objective.choice.names = kernels
+    strategy = build_strategy(config.parallel, topology)
+    strategy.prepare(objective, config.optim, state.updates)
+    if resume is not None:
+        checkpoint.load_moments(resume, strategy)
+
+    tracker = open_tracker(config, folder, manifest, state.step, topology)
+    # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
+    digest = RowDigest(state.rows_digest if topology.data_rank == 0 else 0)
+    status = "FAILED"
+    try:
+        loop.train(loop.Run(config, folder, manifest, plan, curriculum, strategy, tracker, state, digest))
+        status = "FINISHED"
+    finally:
+        if tracker is not None:
+            tracker.close(status)
+
+
+def check_labels(curriculum: Curriculum, manifest: Manifest) -> None:
+    """Raise UserError when stage align is asked for and the data name no concepts."""
+    if "align" in curriculum.names and not manifest.concepts:
+        raise UserError(
+            "stage align needs labelled rows, but the manifest of data.shards names no concepts; drop the stage or extract with labels"
+        )
+
+
+def fresh_state(config: Config, manifest: Manifest) -> checkpoint.RunState:
+    """The state before step 0."""
+    return checkpoint.RunState(0, 0, "", config.run.seed, {}, 0, wanted_form(config, manifest))
+
+
+def wanted_form(config: Config, manifest: Manifest) -> dict[str, object]:
+    """The dictionary's form as configuration and data ask for it (see checkpoint.describe)."""
+    form = vars(config.dictionary)
+    return {"width": manifest.width, "concepts": list(manifest.concepts), "answers": len(manifest.answers), **form}
+
+
+def resumed_state(folder: Path, config: Config, manifest: Manifest, plan: Plan) -> checkpoint.RunState:
+    """The state of a checkpoint, if it fits configuration and data. Raises UserError naming what differs."""
+    state = checkpoint.read_state(folder)
+    for key, wanted in wanted_form(config, manifest).items():
+        if state.dictionary.get(key) != wanted:
+            raise UserError(
+                f"checkpoint {folder} has {key}={_short(state.dictionary.get(key))} but this run has {_short(wanted)}; "
+                f"use the configuration and data it was made with, or checkpoint.resume=none and another run.dir"
+            )
+    if state.seed != config.run.seed:
+        raise UserError(
+            f"checkpoint {folder} was made with run.seed={state.seed}, not {config.run.seed}; the order of rows would change"
+        )
+    plan.resume(state.stream)
+    return state
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def open_tracker(config: Config, folder: Path, manifest: Manifest, step: int, topology: Topology) -> Tracker | None:
+    """The run folder with config.yaml, and the tracker of the main rank."""
+    if not topology.is_main:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written ({error.strerror}); choose another folder") from error
+    tags = {"manifest_digest": manifest.digest, "hook_point": manifest.hook_point, "model": manifest.model}
+    tracker = Tracker(folder, config.tracking, flatten(config), tags, step)
+    tracker.artifact(folder / "config.yaml")
+    return tracker
+
+
+def exit_with(code: int) -> None:
+    """Leave at once when ranks are waiting for each other: a rank that refuses must not hang the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and launched_world()[2] > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_with(main())
