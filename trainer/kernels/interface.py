@@ -11,6 +11,7 @@ concept code through `PerpStep.grad_concept`, which a kernel adds to in its forw
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -58,6 +59,21 @@ class BankStep:
     perp: PerpStep | None
     stats: list[BankStats] = field(default_factory=list)
 
+    @property
+    def operand(self) -> Tensor:
+        """x [B, D] in the dtype of the products."""
+        return self.x if self.x_low is None else self.x_low
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The operand transposed [D, B], laid out so: the right side of an encoder product whose rows are slots."""
+        return self.operand.T.contiguous()
+
+    @cached_property
+    def reach(self) -> float:
+        """The largest norm of a row of x; bounds the rounding error of a product with it."""
+        return float(self.x.norm(dim=1).max()) if len(self.x) else 0.0
+
 
 class BankKernel(Protocol):
     """Signature of every kernel."""
@@ -67,25 +83,10 @@ class BankKernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-@dataclass
-class Moments:
-    """Global moments of one bank, from which its correlations follow.
-
-    mean [n] and inv_norm [n] of the slots' columns (inv_norm 0 for a constant slot), corr [R, n].
-    """
-
-    mean: Tensor
-    inv_norm: Tensor
-    corr: Tensor
-
-    @classmethod
-    def reduce(cls, total: Tensor, square: Tensor, cross: Tensor, perp: PerpStep) -> "Moments":
-        """From local sums of z [n], z^2 [n] and concept^T z [R, n]; one reduction over data ranks."""
-        packed = perp.reduce(torch.cat([total[None], square[None], cross]))
-        total, square, cross = packed[0], packed[1], packed[2:]
-        mean = total / perp.rows
-        # In double: the difference of two large sums is what a correlation divides by.
-        centred = square.double() - total.double().square() / perp.rows
-        constant = centred <= CONSTANT_SHARE * square
-        inv_norm = torch.where(constant, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt()).float()
-        return cls(mean, inv_norm, cross * inv_norm)
+def column_scale(total: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [n] and inverse norm [n] of centred columns, from global sums of z and z^2; inverse norm 0 for a constant column."""
+    # In double: the difference of two large sums is what a correlation divides by.
+    centred = square.double() - total.double().square() / rows
+    constant = centred <= CONSTANT_SHARE * square
+    inv_norm = torch.where(constant, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt())
+    return total / rows, inv_norm.float()

@@ -1,0 +1,116 @@
+"""One bank by losses.py and autograd, and the same by a kernel: what the kernel tests compare."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer import losses
+from trainer.dictionary import decoder_rows
+from trainer.kernels import BankKernel, BankStep, PerpStep
+
+WEIGHTS = (1.0, 0.3, 0.7)  # of rec, sp and perp in the scalar that is differentiated
+
+
+@dataclass
+class Case:
+    """Weights of one bank, rows, and the code of the concept slots; R = 0 means no orthogonality term."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    recon: Tensor
+    x: Tensor
+    z_concept: Tensor
+    decoder_norm: str = "free"
+
+    def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        named = (self.W_enc, self.b_enc, self.W_dec, self.recon, self.z_concept)
+        return [t.detach().clone().to(dtype).requires_grad_() for t in named]
+
+
+def make_case(
+    rows: int,
+    slots: int,
+    concepts: int,
+    *,
+    width: int = 24,
+    bias: float = 0.0,
+    decoder_norm: str = "free",
+    seed: int = 0,
+) -> Case:
+    """A random bank; `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%)."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=g) / width**0.5
+    return Case(
+        W_enc=torch.randn(slots, width, generator=g),
+        b_enc=bias + 0.1 * torch.randn(slots, generator=g),
+        W_dec=torch.randn(slots, width, generator=g) / width**0.5,
+        recon=torch.randn(rows, width, generator=g) / width**0.5,
+        x=x,
+        z_concept=torch.relu(torch.randn(rows, concepts, generator=g)),
+        decoder_norm=decoder_norm,
+    )
+
+
+def by_oracle(case: Case) -> dict[str, Tensor]:
+    """recon, sp, perp and the gradients of their weighted sum, from losses.py on the whole code, in double."""
+    W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves(torch.float64)
+    x = case.x.double()
+    z = torch.relu(x @ W_enc.T + b_enc)
+    decoder = decoder_rows(W_dec, case.decoder_norm)
+    out = recon + z @ decoder
+    sp = losses.sparsity(z, decoder) * len(case.x)
+    perp = losses.orthogonality(z_concept, z) if z_concept.shape[1] else z.new_zeros(())
+    rec = losses.reconstruction(x, out) * len(case.x)
+    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * perp).backward()
+    return _figures(out, sp, perp, [_grad(t) for t in leaves], (z > 0).sum())
+
+
+def perp_step(z_concept: Tensor, reduce: Callable[[Tensor], Tensor] = lambda t: t, rows: int | None = None) -> PerpStep:
+    """What the objective hands to the banks for its concept code [B, R]."""
+    total = reduce(z_concept.new_tensor(float(len(z_concept)))) if rows is None else torch.tensor(float(rows))
+    mean = reduce(z_concept.sum(dim=0)) / total
+    centred = z_concept - mean
+    square = reduce(torch.stack([centred.square().sum(dim=0), z_concept.square().sum(dim=0)]))
+    constant = square[0] <= losses.CONSTANT_SHARE * square[1]
+    inv_norm = torch.where(constant, torch.zeros_like(mean), square[0].clamp_min(1e-38).rsqrt())
+    return PerpStep(centred * inv_norm, inv_norm, total, reduce, torch.zeros_like(z_concept))
+
+
+def by_kernel(
+    kernel: BankKernel, case: Case, *, low: bool = False, reduce: Callable[[Tensor], Tensor] = lambda t: t
+) -> dict[str, Tensor]:
+    """The same from a kernel, in fp32 or with bf16 products."""
+    W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves()
+    perp = perp_step(z_concept.detach(), reduce) if z_concept.shape[1] else None
+    step = BankStep(case.x, case.x.bfloat16() if low else None, case.decoder_norm, perp)
+    out, sp, value = kernel(W_enc, b_enc, W_dec, recon, step)
+    rec = (case.x - out).square().sum()
+    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value).backward()
+    if perp is not None:
+        z_concept.grad = WEIGHTS[2] * perp.grad_concept
+    figures = _figures(out, sp, value, [_grad(t) for t in leaves], step.stats[0].active)
+    assert torch.equal(step.stats[0].fired, figures["grad b_enc"] != 0) or low or not len(case.x)
+    return figures
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _figures(out: Tensor, sp: Tensor, perp: Tensor, grads: list[Tensor], active: Tensor) -> dict[str, Tensor]:
+    names = ("grad W_enc", "grad b_enc", "grad W_dec", "grad recon", "grad z_concept")
+    return {"recon": out, "sp": sp, "perp": perp, "active": active.float(), **dict(zip(names, grads, strict=True))}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each figure within `tolerance` of the expected one, relative to its norm."""
+    for name, want in expected.items():
+        got = found[name].detach()
+        error = (got.double() - want.detach().double()).norm()
+        scale = want.detach().double().norm()
+        assert got.shape == want.shape, name
+        assert torch.isfinite(got).all(), name
+        assert error <= tolerance * scale + 1e-6, f"{name}: relative error {float(error / scale.clamp_min(1e-30)):.2e}"

@@ -1,0 +1,135 @@
+"""Every kernel against losses.py: value and gradient, odd sizes, all densities, several data ranks."""
+
+import threading
+
+import pytest
+import torch
+from kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case, perp_step
+
+from trainer.kernels import BankKernel, BankStep, KernelChoice
+
+FP32 = 2e-5
+# bf16 keeps 8 bits: rows of products are off by about 2^-9 each, and entries near 0 change sides.
+BF16 = {"dense": 3e-2, "sparse": 1e-3}
+SHAPES = [(1, 1, 1), (1, 70, 3), (5, 6, 1), (33, 130, 6), (64, 6, 1500), (130, 1, 2), (40, 257, 0)]
+KERNELS = ("dense", "sparse")
+
+
+def kernel_named(name: str) -> BankKernel:
+    return KernelChoice(name, 1).kernel(0)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [-2.0, -0.5, 0.5])
+def test_matches_the_oracle_in_fp32(name: str, decoder_norm: str, shape: tuple[int, int, int], bias: float) -> None:
+    case = make_case(*shape, bias=bias, decoder_norm=decoder_norm)
+    # With 1,500 concepts a column with one active entry gets a small difference of large sums, in any fp32 arithmetic.
+    tolerance = FP32 if shape[2] < 100 else 1e-4
+    assert_same(by_kernel(kernel_named(name), case), by_oracle(case), tolerance)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bias", [-9.0, 9.0], ids=["all dead", "all active"])
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+def test_banks_at_the_ends(name: str, bias: float, decoder_norm: str) -> None:
+    case = make_case(48, 100, 5, bias=bias, decoder_norm=decoder_norm)
+    expected = by_oracle(case)
+    assert expected["active"] in (0, 4800)
+    assert_same(by_kernel(kernel_named(name), case), expected, FP32)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bias", [-3.0, -2.0, -1.5, -1.0, 0.0])
+def test_bf16_products(name: str, bias: float) -> None:
+    case = make_case(96, 300, 6, width=160, bias=bias)
+    assert_same(by_kernel(kernel_named(name), case, low=True), by_oracle(case), BF16[name])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("low", [False, True])
+def test_a_rank_without_rows(name: str, low: bool) -> None:
+    case = make_case(0, 50, 4)
+    figures = by_kernel(kernel_named(name), case, low=low)
+    assert figures["recon"].shape == (0, 24)
+    assert figures["sp"] == 0 and figures["active"] == 0
+    for part in ("grad W_enc", "grad b_enc", "grad W_dec"):
+        assert not figures[part].any()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("concepts", [1, 6])
+def test_correlations_are_those_of_all_data_ranks(name: str, concepts: int) -> None:
+    """Two ranks with unequal rows: the sum of their gradients is the gradient over all rows."""
+    case = make_case(50, 90, concepts, bias=-1.0)
+    halves = [slice(0, 20), slice(20, 50)]
+    ranks = Ranks(len(halves))
+
+    def work(rank: int) -> dict[str, torch.Tensor]:
+        h = halves[rank]
+        part = Case(case.W_enc, case.b_enc, case.W_dec, case.recon[h], case.x[h], case.z_concept[h])
+        return by_kernel(kernel_named(name), part, reduce=ranks.reduce)
+
+    first, second = ranks.run(work)
+    joined = {
+        key: torch.cat([first[key], second[key]])
+        if key in ("recon", "grad recon", "grad z_concept")
+        else first[key] + second[key]
+        for key in first
+    }
+    joined["perp"] = first["perp"]
+    assert_same(joined, by_oracle(case), FP32)
+
+
+class Ranks:
+    """Threads that stand for data ranks, with a sum over them."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.parts: list[torch.Tensor] = []
+        self.lock = threading.Lock()
+
+    def reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.lock:
+            self.parts.append(tensor.detach().clone())
+        self.barrier.wait()
+        total = torch.stack(self.parts).sum(dim=0)
+        if self.barrier.wait() == 0:
+            self.parts.clear()
+        self.barrier.wait()
+        return tensor.copy_(total)
+
+    def run(self, work):  # type: ignore[no-untyped-def]
+        results = [None] * self.count
+        threads = [threading.Thread(target=lambda r=r: results.__setitem__(r, work(r))) for r in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weights_that_are_not_numbers_reach_the_loss(name: str) -> None:
+    case = make_case(8, 20, 0, bias=-3.0)
+    case.W_enc[3, 5] = float("nan")
+    W_enc, b_enc, W_dec, recon, _ = case.leaves()
+    out, _, _ = kernel_named(name)(W_enc, b_enc, W_dec, recon, BankStep(case.x, case.x.bfloat16(), "free", None))
+    assert not torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_two_backward_passes_add_up(name: str) -> None:
+    """Gradient accumulation: the buffers of the first pass are still in use in the second."""
+    case = make_case(30, 64, 3, bias=-1.0)
+    W_enc, b_enc, W_dec, recon, z_concept = case.leaves()
+    grads = []
+    for _ in range(2):
+        step = BankStep(case.x, None, "free", perp_step(z_concept.detach()))
+        out, sp, perp = kernel_named(name)(W_enc, b_enc, W_dec, recon, step)
+        (out.square().sum() + sp + perp).backward()
+        grads.append([t.grad.clone() for t in (W_enc, b_enc, W_dec)])
+    for once, twice in zip(*grads, strict=True):
+        torch.testing.assert_close(twice, 2 * once)

@@ -1,0 +1,91 @@
+"""Which kernel a bank uses at a step: pinned by configuration, or chosen from the density measured at the last one."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+from trainer.errors import UserError
+from trainer.kernels.dense import dense_kernel
+from trainer.kernels.interface import BankKernel
+
+NAMES = ("auto", "dense", "sparse", "triton")
+# Share of active entries below which a bank leaves the dense kernel, and above which it returns (docs/performance.md, "Switching point").
+# The gap keeps a bank near the switching point from changing at every step.
+LEAVE_DENSE, RETURN_TO_DENSE = 0.06, 0.09
+
+
+class KernelChoice:
+    """Names a kernel for each bank. The densities it is shown are global, so every rank chooses alike.
+
+    Args:
+        name: auto, or a kernel for all banks at all times.
+        banks: number of banks held here.
+        device: where the weights live; `sparse` runs on CPU, `triton` on CUDA.
+
+    Raises UserError for an unknown name, or one that this machine cannot run.
+    """
+
+    def __init__(self, name: str, banks: int, device: torch.device | None = None):
+        device = device or torch.device("cpu")
+        if name not in NAMES:
+            raise UserError(f"kernel={name!r} is unknown; use one of {', '.join(NAMES)}")
+        self.pinned = name != "auto"
+        self._kernels: dict[str, BankKernel] = {"dense": dense_kernel}
+        self.fast = name if self.pinned else ("sparse" if device.type == "cpu" else "triton")
+        if self.fast != "dense":
+            problem = self._add(self.fast, device)
+            if problem and self.pinned:
+                raise UserError(f"kernel={name} cannot run here: {problem}")
+            if problem:
+                logging.getLogger(__name__).warning("every bank stays on the dense kernel: %s", problem)
+                self.pinned, self.fast = True, "dense"
+        self.names = [self.fast if self.pinned else "dense"] * banks
+
+    def _add(self, name: str, device: torch.device) -> str | None:
+        loaded = {"sparse": _sparse, "triton": _triton}[name](device)
+        if isinstance(loaded, str):
+            return loaded
+        self._kernels[name] = loaded
+        return None
+
+    def observe(self, densities: Sequence[float]) -> None:
+        """Take the share of active entries of each bank at the last step, over the global batch."""
+        if self.pinned:
+            return
+        for bank, density in enumerate(densities):
+            if density < LEAVE_DENSE:
+                self.names[bank] = self.fast
+            elif density > RETURN_TO_DENSE:
+                self.names[bank] = "dense"
+
+    def kernel(self, bank: int) -> BankKernel:
+        """The kernel of bank number `bank` (of those held here)."""
+        return self._kernels[self.names[bank]]
+
+
+def _sparse(device: torch.device) -> BankKernel | str:
+    """The kernel, or why it cannot run."""
+    if device.type != "cpu":
+        return f"sparse is for CPU and the weights are on {device.type}"
+    from trainer.kernels import native
+
+    problem = native.load()
+    if problem:
+        return problem
+    from trainer.kernels.sparse import sparse_kernel
+
+    return sparse_kernel
+
+
+def _triton(device: torch.device) -> BankKernel | str:
+    """The kernel, or why it cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"triton is for CUDA and the weights are on {device.type}"
+    from trainer.kernels.triton import triton_kernel
+
+    return triton_kernel

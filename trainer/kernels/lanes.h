@@ -1,0 +1,46 @@
+// Vector loops on rows of floats. Plain loops and GCC vector types; AVX-512 intrinsics only where the machine has them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+typedef float Lane __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t LANE = 16;
+
+inline float dot(const float* a, const float* b, int64_t size) {
+  Lane s0{}, s1{}, s2{}, s3{};  // four sums hide the latency of the multiply-add
+  int64_t i = 0;
+  for (; i + 4 * LANE <= size; i += 4 * LANE) {
+    s0 += *(const Lane*)(a + i) * *(const Lane*)(b + i);
+    s1 += *(const Lane*)(a + i + LANE) * *(const Lane*)(b + i + LANE);
+    s2 += *(const Lane*)(a + i + 2 * LANE) * *(const Lane*)(b + i + 2 * LANE);
+    s3 += *(const Lane*)(a + i + 3 * LANE) * *(const Lane*)(b + i + 3 * LANE);
+  }
+  s0 = (s0 + s1) + (s2 + s3);
+  float sum = 0;
+  for (int64_t k = 0; k < LANE; ++k) sum += s0[k];
+  for (; i < size; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+inline void add_scaled(float* out, const float* a, float scale, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANE <= size; i += LANE) *(Lane*)(out + i) += scale * *(const Lane*)(a + i);
+  for (; i < size; ++i) out[i] += scale * a[i];
+}
+
+// Writes a row that nobody reads before it has left the cache: past the cache, so that it is not fetched first.
+inline void stream_out(float* out, const float* a, int64_t size) {
+#ifdef WIDE
+  if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (int64_t i = 0; i < size; i += LANE) _mm512_stream_ps(out + i, _mm512_loadu_ps(a + i));
+    return;
+  }
+#endif
+  std::memcpy(out, a, size * sizeof(float));
+}

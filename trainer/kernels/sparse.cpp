@@ -1,0 +1,183 @@
+// What lives on the active entries of one bank: decode, L1, moments of the correlation, and the whole backward pass.
+//
+// Shapes: B rows, D width, R concepts, n slots of the bank, E active entries, m columns (slots active on some rank).
+// Entries are kept slot by slot: those of slot j are start[j] .. start[j + 1], each with its row and its z > 0.
+// Formulas: docs/design.md, "One pass per bank".
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+using at::Tensor;
+
+// Runs f(begin, end) on ranges of slots of about equal numbers of entries, one range per thread.
+template <typename F>
+void over_slots(const int64_t* start, int64_t slots, int64_t idle_cost, F&& f) {
+  const int64_t parts = at::get_num_threads();
+  const int64_t work = start[slots] + slots * idle_cost;
+  auto boundary = [&](int64_t p) {
+    int64_t low = 0, high = slots;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if ((start[middle] + middle * idle_cost) * parts < work * p) low = middle + 1;
+      else high = middle;
+    }
+    return p == parts ? slots : low;
+  };
+  at::parallel_for(0, parts, 1, [&](int64_t p, int64_t q) { f(boundary(p), boundary(q)); });
+}
+
+// The same entries row by row -> row_start [B + 1] int64, slot [E] int32, entry [E] int32 (position in the slot order).
+std::tuple<Tensor, Tensor, Tensor> by_row(const Tensor& start, const Tensor& row, int64_t B) {
+  const int64_t n = start.size(0) - 1, E = row.size(0);
+  Tensor row_start = at::zeros({B + 1}, at::kLong), slot = at::empty({E}, at::kInt), entry = at::empty({E}, at::kInt);
+  const int64_t* s = start.const_data_ptr<int64_t>();
+  const int32_t* r = row.const_data_ptr<int32_t>();
+  int64_t* rs = row_start.mutable_data_ptr<int64_t>();
+  for (int64_t e = 0; e < E; ++e) ++rs[r[e] + 1];
+  for (int64_t b = 0; b < B; ++b) rs[b + 1] += rs[b];
+  std::vector<int64_t> next(rs, rs + B);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t e = s[j]; e < s[j + 1]; ++e) {
+      const int64_t at = next[r[e]]++;
+      slot.mutable_data_ptr<int32_t>()[at] = j;
+      entry.mutable_data_ptr<int32_t>()[at] = e;
+    }
+  return {row_start, slot, entry};
+}
+
+// -> recon + z W_dec [B, D], norm [n] of the decoder rows of active slots (0 elsewhere), and the L1 term.
+std::tuple<Tensor, Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, const Tensor& start, const Tensor& z,
+                                          const Tensor& row_start, const Tensor& slot, const Tensor& entry, bool unit) {
+  const int64_t n = W_dec.size(0), D = W_dec.size(1), B = recon.size(0);
+  Tensor out = at::empty_like(recon), norm = at::zeros({n}, at::kFloat), weighted = at::zeros({n}, at::kFloat);
+  const float *w = W_dec.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *before = recon.const_data_ptr<float>();
+  const int64_t *s = start.const_data_ptr<int64_t>(), *rs = row_start.const_data_ptr<int64_t>();
+  const int32_t *slots = slot.const_data_ptr<int32_t>(), *entries = entry.const_data_ptr<int32_t>();
+  float *norms = norm.mutable_data_ptr<float>(), *l1 = weighted.mutable_data_ptr<float>(), *o = out.mutable_data_ptr<float>();
+  over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      if (s[j] == s[j + 1]) continue;
+      norms[j] = std::sqrt(dot(w + j * D, w + j * D, D));
+      float total = 0;
+      for (int64_t e = s[j]; e < s[j + 1]; ++e) total += zs[e];
+      l1[j] = unit ? total : total * norms[j];
+    }
+  });
+  over_slots(rs, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      std::memcpy(o + b * D, before + b * D, D * sizeof(float));
+      for (int64_t k = rs[b]; k < rs[b + 1]; ++k) {
+        const float scale = unit ? 1 / std::max(norms[slots[k]], 1e-12f) : 1;
+        add_scaled(o + b * D, w + slots[k] * D, zs[entries[k]] * scale, D);
+      }
+    }
+  });
+  return {out, norm, weighted.sum(at::kDouble).item<double>()};
+}
+
+// Local moments of the given columns -> [m, R + 2]: sum z, sum z^2, code^T z.
+Tensor moments(const Tensor& start, const Tensor& row, const Tensor& z, const Tensor& code, const Tensor& columns) {
+  const int64_t m = columns.size(0), R = code.size(1);
+  Tensor out = at::empty({m, R + 2}, at::kFloat);
+  const int64_t *s = start.const_data_ptr<int64_t>(), *slots = columns.const_data_ptr<int64_t>();
+  const int32_t* r = row.const_data_ptr<int32_t>();
+  const float *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>();
+  at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      float* o = out.mutable_data_ptr<float>() + k * (R + 2);
+      std::memset(o, 0, (R + 2) * sizeof(float));
+      double total = 0, square = 0;  // the variance is a small difference of these
+      for (int64_t e = s[slots[k]]; e < s[slots[k] + 1]; ++e) {
+        total += zs[e];
+        square += double(zs[e]) * zs[e];
+        add_scaled(o + 2, a + r[e] * R, zs[e], R);
+      }
+      o[0] = total;
+      o[1] = square;
+    }
+  });
+  return out;
+}
+
+// grad_concept_bi += 2/nu_i ( sum_j z_bj C_ij/n_j - shift_i - a_bi q_i ), where weighted [m, R] holds C_ij/n_j and place [n] its rows.
+void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Tensor& entry, const Tensor& z, const Tensor& place,
+                          const Tensor& weighted, const Tensor& shift, const Tensor& q, const Tensor& code,
+                          const Tensor& inv_norm, Tensor grad_concept) {
+  const int64_t B = code.size(0), R = code.size(1);
+  const int64_t *rs = row_start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
+  const int32_t *slots = slot.const_data_ptr<int32_t>(), *entries = entry.const_data_ptr<int32_t>();
+  const float *zs = z.const_data_ptr<float>(), *wc = weighted.const_data_ptr<float>(), *sh = shift.const_data_ptr<float>(),
+              *qi = q.const_data_ptr<float>(), *a = code.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
+  float* out = grad_concept.mutable_data_ptr<float>();
+  over_slots(rs, B, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sum(R);
+    for (int64_t b = begin; b < end; ++b) {
+      std::fill(sum.begin(), sum.end(), 0.f);
+      for (int64_t k = rs[b]; k < rs[b + 1]; ++k) add_scaled(sum.data(), wc + at_place[slots[k]] * R, zs[entries[k]], R);
+      for (int64_t i = 0; i < R; ++i) out[b * R + i] += 2 * inv[i] * (sum[i] - sh[i] - a[b * R + i] * qi[i]);
+    }
+  });
+}
+
+// Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three tensors given; rows of idle slots are zero.
+// With a correlation term: code [B, R], corr [m, R], mean [m], inv_norm [m], place [n]; scale = dL/dperp. Without: R = 0.
+void backward(const Tensor& W_dec, const Tensor& norm, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
+              const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& corr, const Tensor& mean,
+              const Tensor& inv_norm, const Tensor& place, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
+  const int64_t n = W_dec.size(0), D = W_dec.size(1), R = code.size(1);
+  const float *w = W_dec.const_data_ptr<float>(), *norms = norm.const_data_ptr<float>(), *xs = x.const_data_ptr<float>(),
+              *g = g_recon.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>(),
+              *cs = corr.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
+  const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
+  const int32_t* r = row.const_data_ptr<int32_t>();
+  float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
+  over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> enc(D), dec(D);
+    for (int64_t j = begin; j < end; ++j) {
+      std::fill(enc.begin(), enc.end(), 0.f);
+      std::fill(dec.begin(), dec.end(), 0.f);
+      float bias = 0, total = 0;
+      const float* wj = w + j * D;
+      const float inverse = 1 / std::max(norms[j], 1e-12f);
+      const float* c = R && s[j] < s[j + 1] ? cs + at_place[j] * R : nullptr;
+      const float q = c ? dot(c, c, R) : 0, over = c ? inv[at_place[j]] : 0, centre = c ? mu[at_place[j]] : 0;
+      for (int64_t e = s[j]; e < s[j + 1]; ++e) {
+        float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norms[j]);
+        if (c) slope += g_perp * 2 * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * over * q);
+        bias += slope;
+        total += zs[e];
+        add_scaled(enc.data(), xs + r[e] * D, slope, D);
+        add_scaled(dec.data(), g + r[e] * D, zs[e], D);
+      }
+      if (unit) {  // gradient of a row divided by its norm: what is orthogonal to the row
+        const float along = dot(dec.data(), wj, D) * inverse * inverse;
+        for (int64_t i = 0; i < D; ++i) dec[i] = (dec[i] - along * wj[i]) * inverse;
+      } else if (total > 0) {
+        add_scaled(dec.data(), wj, g_sp * total * inverse, D);
+      }
+      gb[j] = bias;
+      stream_out(ge + j * D, enc.data(), D);
+      stream_out(gd + j * D, dec.data(), D);
+    }
+#ifdef WIDE
+    _mm_sfence();
+#endif
+  });
+}
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(alignsae, m) {
+  m.def("by_row", &by_row);
+  m.def("decode", &decode);
+  m.def("moments", &moments);
+  m.def("add_concept_gradient", &add_concept_gradient);
+  m.def("backward", &backward);
+}

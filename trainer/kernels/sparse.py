@@ -1,0 +1,92 @@
+"""The sparse kernel for CPU: one encoder product, and everything else on the active entries.
+
+Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16: it only says where to look;
+the pre-activations that count are computed again in fp32 (trainer/kernels/encode.cpp, sparse.cpp). What is kept for backward is O(active).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
+
+ops = torch.ops.alignsae
+
+
+def sparse_kernel(
+    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
+    return _Sparse.apply(W_enc, b_enc, W_dec, recon, step)
+
+
+class _Sparse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unit = step.decoder_norm == "unit"
+        start, row, z = ops.encode(W_enc, b_enc, step.x, step.columns, step.reach)
+        by_row = ops.by_row(start, row, len(step.x))
+        recon, norm, sp = ops.decode(W_dec, recon.contiguous(), start, z, *by_row, unit)
+        fired = start.diff() > 0
+        step.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
+        value = recon.new_zeros(())
+        moments = None
+        if step.perp is not None:
+            columns, place = _columns(fired, step.perp)
+            mean, inv_norm, corr = _correlations(start, row, z, columns, step.perp)
+            moments = (columns, place, mean, inv_norm)
+            value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, corr)
+        ctx.save_for_backward(W_enc, b_enc, W_dec)
+        ctx.entries = start, row, z, norm, moments
+        ctx.step = step
+        return recon, recon.new_tensor(sp), value
+
+    @staticmethod
+    def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        step: BankStep = ctx.step
+        W_enc, b_enc, W_dec = ctx.saved_tensors
+        start, row, z, norm, moments = ctx.entries
+        none = W_dec.new_zeros(0, 0)
+        place, mean, inv_norm = start, none, none
+        concept = corr = none
+        if step.perp is not None and moments is not None:
+            columns, place, mean, inv_norm = moments
+            concept = step.perp.concept.contiguous()
+            # Again: kept for all banks, the correlations would be the R x S block that nobody may hold.
+            corr = _correlations(start, row, z, columns, step.perp)[2]
+        grads = [ops.buffer_like(W_enc), torch.empty_like(b_enc), ops.buffer_like(W_dec)]
+        unit = step.decoder_norm == "unit"
+        entries = (W_dec, norm, step.x, g_recon.contiguous(), start, row, z)
+        ops.backward(*entries, float(g_sp), unit, float(g_perp), concept, corr, mean, inv_norm, place, *grads)
+        return *grads, g_recon, None
+
+
+def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
+    """Slots [m] active on some data rank, and the place [n] of each slot among them."""
+    anywhere = perp.reduce(fired.float()) > 0
+    return anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
+
+
+def _correlations(
+    start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpStep
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [m], inverse norm [m] and correlations with the concept slots [m, R] over the global batch; one reduction."""
+    packed = perp.reduce(ops.moments(start, row, z, perp.concept.contiguous(), columns))
+    mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], perp.rows)
+    return mean, inv_norm, packed[:, 2:] * inv_norm[:, None]
+
+
+def _add_concept_gradient(
+    perp: PerpStep, by_row: tuple[Tensor, ...], z: Tensor, place: Tensor, mean: Tensor, inv_norm: Tensor, corr: Tensor
+) -> Tensor:
+    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; returns its part of perp."""
+    q = corr.square().sum(dim=0)
+    weighted = corr * inv_norm[:, None]
+    shift = weighted.T @ mean
+    ops.add_concept_gradient(
+        *by_row, z, place, weighted, shift, q, perp.concept.contiguous(), perp.inv_norm, perp.grad_concept
+    )
+    return q.sum()
