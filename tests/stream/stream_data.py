@@ -1,0 +1,25 @@
+"""Small data sets for the stream tests: what is in them, and how they are written."""
+
+from pathlib import Path
+
+import numpy as np
+
+from trainer.stream import Manifest, ShardWriter
+
+CONCEPTS = ["born", "studied", "works"]
+ANSWERS = ["a", "b", "c", "d", "e"]
+
+
+def rows(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """acts [n, D] whose first entry is the row number, so that a row can be told from its content; labels -1 included."""
+    generator = np.random.default_rng(seed)
+    acts = generator.standard_normal((count, width)).astype(np.float32)
+    acts[:, 0] = np.arange(count)
+    return acts, np.arange(count) % 4 - 1, np.arange(count) % 6 - 1
+
+
+def write(folder: Path, count: int = 300, width: int = 4, **options) -> Manifest:
+    settings = {"dtype": "float32", "rows_per_block": 32, "shard_bytes": 4096, **options}
+    with ShardWriter(folder, "train", width=width, concepts=CONCEPTS, answers=ANSWERS, **settings) as writer:
+        writer.write(*rows(count, width))
+    return Manifest.load(folder)
