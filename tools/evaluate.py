@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from trainer.checkpoint import load_dictionary
 
+from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_split
 from trainer.interventions import hook_layer, loss_recovered
 from trainer.language_model import load_language_model, read_prompts
-from trainer.results import rows_of, run_shards, write_json
+from trainer.results import rows_of, run_shards, write_result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
                 model, tokenizer, chosen, hook_layer(trained_on.hook_point), dictionary, bar.update
             )
     out = args.out or args.run / "evaluation.json"
-    write_json(out, result)
+    write_result(out, result)
     _show(result)
     print(f"written: {out}")
 

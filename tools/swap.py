@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from trainer.checkpoint import load_dictionary
 
+from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.evaluation import concept_means, concept_slot_means
 from trainer.interventions import (
@@ -34,7 +34,7 @@ from trainer.interventions import (
     swap_pairs,
 )
 from trainer.language_model import answer_matches, encode_answer, generate_answers, load_language_model, read_prompts
-from trainer.results import rows_of, run_shards, write_json
+from trainer.results import rows_of, run_shards, write_result
 
 EXAMPLES = 20  # of each kind of failure
 
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         **{method: _summarise(swaps, attempts, concepts) for method, attempts in tried.items()},
     }
     out = args.out or args.run / "swap.json"
-    write_json(out, result)
+    write_result(out, result)
     _show(result)
     print(f"written: {out}")
 

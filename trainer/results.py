@@ -1,7 +1,6 @@
 """Files of a run folder that the evaluation tools share: runs/NAME/config.yaml, *.json, plots/*.png, report.html."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,18 @@ from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
 from trainer.evaluation import RowSource
 from trainer.stream import Manifest, read_rows
+from trainer.stream.manifest import write_atomically
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write `content` under a temporary name, then rename, so that `path` is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+def write_result(path: Path, content: str | bytes | dict[str, Any]) -> None:
+    """Write a text, bytes or a JSON object (no NaN: JSON has none) atomically. Raises UserError when the disk refuses."""
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON (no NaN: JSON has none)."""
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
 
 
 def read_json(path: Path, hint: str) -> Any:
