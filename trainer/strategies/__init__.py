@@ -1,10 +1,15 @@
 """Ways to spread training over ranks; the only home of accelerate, deepspeed and DistributedDataParallel."""
 
+import os
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 from trainer.strategies.base import ParallelConfig, Strategy, UnitState, owned_banks
 from trainer.strategies.local import LocalStrategy
+from trainer.strategies.zero import ZeroStrategy
 from trainer.topology import Topology, build_topology, launched_world
 
 __all__ = ["ParallelConfig", "Strategy", "UnitState", "build_strategy", "join", "owned_banks"]
@@ -15,13 +20,21 @@ def join(config: ParallelConfig) -> Topology:
     cuda = torch.cuda.is_available()
     _, local_rank, world = launched_world()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    backend = "nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world > 1:
-        PartialState(cpu=not cuda, backend="nccl" if cuda else "gloo")
+        PartialState(cpu=not cuda, backend=backend, timeout=timedelta(seconds=config.timeout))
+    elif config.zero_stage and not dist.is_initialized():  # DeepSpeed wants a group even for one process
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
     return build_topology(config.dictionary_ranks, device)
 
 
 def build_strategy(config: ParallelConfig, topology: Topology) -> Strategy:
     """The strategy that a resolved configuration names."""
+    if config.zero_stage:
+        return ZeroStrategy(topology, config.zero_stage, config.offload)
     return LocalStrategy(topology)

@@ -29,7 +29,7 @@ class LocalStrategy(Strategy):
         self.optimizer = build_optimizer(objective.parameters(), optim)
         for parameter in objective.parameters():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=parameter.device),  # fused AdamW wants it there
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
