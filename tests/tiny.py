@@ -1,13 +1,18 @@
 """Small dictionaries and a random GPT-2 whose words are single tokens, for the tests of evaluation and interventions."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from trainer.config import load_config
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.language_model import Prompt
+from trainer.language_model import Prompt, capture, encode_prompts, hook_point, last_token
+from trainer.stream import ShardWriter
+from trainer.train import run
 
 WIDTH = 32
 CONCEPTS = ["city", "major", "work"]
@@ -89,3 +94,62 @@ def exact_dictionary() -> ConceptDictionary:
             bank.W_enc.copy_(sign * torch.eye(WIDTH))
             bank.W_dec.copy_(sign * torch.eye(WIDTH))
     return dictionary
+
+
+def write_shards(folder: Path, model: GPT2LMHeadModel, prompts: list[Prompt], layer: int, split: str) -> None:
+    """Activations of the prompts' last tokens after block `layer`, as a shard folder."""
+    tokenizer = tiny_tokenizer()
+    ids, mask = encode_prompts(tokenizer, [p.prompt for p in prompts])
+    acts = capture(model, ids, mask, [layer])[layer][torch.arange(len(prompts)), last_token(mask)]
+    answers = sorted({a for group in ANSWERS.values() for a in group})
+    with ShardWriter(
+        folder,
+        split,
+        width=WIDTH,
+        dtype="float32",
+        concepts=CONCEPTS,
+        answers=answers,
+        model="tiny",
+        hook_point=hook_point(layer),
+        rows_per_block=8,
+    ) as writer:
+        concept = torch.tensor([CONCEPTS.index(p.concept) for p in prompts])
+        writer.write(acts, concept, torch.tensor([answers.index(p.answer) for p in prompts]))
+
+
+def train_tiny_run(folder: Path) -> Path:
+    """Language model, prompts, shards, and the runs `aligned` and `plain` (no align stage) in one folder."""
+    save_tiny_model(folder / "lm")
+    lines = [json.dumps(vars(p)) for p in tiny_prompts()]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    for split in ("train", "heldout"):
+        chosen = [p for p in tiny_prompts() if p.split == split]
+        write_shards(folder / "data" / split, tiny_model(), chosen, 1, split)
+    for name, stages in STAGES.items():
+        path = folder / f"{name}.yaml"
+        path.write_text(f"{CONFIG}stages: {stages}\n")
+        run(load_config(path, [f"data.shards={folder / 'data' / 'train'}", f"run.dir={folder / name}"]))
+    return folder
+
+
+CONFIG = """
+run: {precision: fp32, log_every: 10}
+data: {global_batch: 12, lanes: 1, threads: 0}
+dictionary: {free_slots: 64, bank_slots: 32}
+optim: {lr: 0.01, warmup: 5}
+tracking: {uri: "off"}
+"""
+STAGES = {
+    "aligned": "[{name: pretrain, steps: 20}, {name: align, steps: 150}]",
+    "plain": "[{name: pretrain, steps: 40}]",
+}
+
+_trained: list[Path] = []
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `train_tiny_run`, made once for all modules that import this fixture. Nobody may change the runs in it."""
+    if not _trained:
+        _trained.append(train_tiny_run(tmp_path_factory.mktemp("tiny")))
+    return _trained[0]

@@ -23,7 +23,9 @@ from trainer.results import rows_of, run_shards, write_result
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae evaluate`."""
-    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint is read)")
+    parser.add_argument(
+        "--run", dest="run_dir", type=Path, required=True, help="run folder (its newest checkpoint is read)"
+    )
     parser.add_argument("--train", help="shards of the seen templates (default: the shards in RUN/config.yaml)")
     parser.add_argument(
         "--heldout", help="shards of the unseen templates (default: `heldout` beside --train, if there)"
@@ -42,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
     if (args.model is None) != (args.prompts is None):
         raise UserError("--model and --prompts belong together: give both for the loss recovered, or neither")
     splits = _splits(args)
-    dictionary, trained_on = load_dictionary(args.run)
+    dictionary, trained_on = load_dictionary(args.run_dir)
     dictionary.to(args.device)
     result: dict[str, Any] = {
-        "run": str(args.run),
+        "run": str(args.run_dir),
         "slots": dictionary.slots,
         "concepts": dictionary.concept_names,
         "width": dictionary.width,
@@ -68,14 +70,14 @@ def run(args: argparse.Namespace) -> None:
             result["loss_recovered"] = loss_recovered(
                 model, tokenizer, chosen, hook_layer(trained_on.hook_point), dictionary, bar.update
             )
-    out = args.out or args.run / "evaluation.json"
+    out = args.out or args.run_dir / "evaluation.json"
     write_result(out, result)
     _show(result)
     print(f"written: {out}")
 
 
 def _splits(args: argparse.Namespace) -> dict[str, str]:
-    train = args.train or run_shards(args.run)
+    train = args.train or run_shards(args.run_dir)
     heldout = args.heldout
     if heldout is None:
         beside = Path(train).parent / "heldout"

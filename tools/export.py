@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # of codes and reconstructions, relative to their norm: fp32 i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae export`."""
-    parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
+    parser.add_argument("--run", dest="run_dir", type=Path, required=True, help="run or checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--format", choices=tuple(WEIGHTS), default="saelens", help="layout (default: saelens)")
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """Fold, write, read back, compare, rename."""
     if args.out.exists():
         raise UserError(f"{args.out} already exists; name a folder that does not")
-    dictionary, manifest = load_dictionary(args.run)
+    dictionary, manifest = load_dictionary(args.run_dir)
     partial = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

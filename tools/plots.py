@@ -136,9 +136,10 @@ def fragmentation_plot(evaluation: Mapping[str, Any]) -> Figure:
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """The loss and its terms (unweighted) over steps, one panel each for the total and the terms."""
     figure, (left, right) = _figure(10.5, 3.9, 2)
-    steps, total = _series(metrics, "loss")
-    left.plot(steps, total, color="black", lw=1.2)
-    left.set(title="loss", yscale="log" if min(total, default=0) > 0 else "linear")
+    # Stages weigh different terms, so the totals of two stages are not joined by a line.
+    for stage in dict.fromkeys(m.get("stage") for m in metrics):
+        left.plot(*_series([m for m in metrics if m.get("stage") == stage], "loss"), color="black", lw=1.2)
+    left.set(title="loss", yscale="log" if min(_series(metrics, "loss")[1], default=0) > 0 else "linear")
     for (key, name), (colour, dash) in zip(TERMS.items(), STYLES, strict=True):
         steps, values = _series(metrics, key)
         positive = [v if v > 0 else np.nan for v in values]
@@ -183,7 +184,7 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 def _stages(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """A vertical line where a stage begins, with its name at the top."""
     ax.grid(alpha=0.25)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
     before = None
     for record in metrics:
         if record.get("stage") != before:

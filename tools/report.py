@@ -23,14 +23,14 @@ from trainer.tracking import add_artifacts
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae report`."""
-    parser.add_argument("--run", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder")
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw, render, write."""
-    metrics = read_metrics(args.run)
-    config = run_config(args.run)
-    evaluation, swap = _optional(args.run / "evaluation.json"), _optional(args.run / "swap.json")
+    metrics = read_metrics(args.run_dir)
+    config = run_config(args.run_dir)
+    evaluation, swap = _optional(args.run_dir / "evaluation.json"), _optional(args.run_dir / "swap.json")
     figures = {"losses": plots.loss_plot(metrics), "training": plots.training_plot(metrics)} if metrics else {}
     if evaluation:
         figures |= {"binding": plots.binding_plot(evaluation), "fragmentation": plots.fragmentation_plot(evaluation)}
@@ -39,12 +39,14 @@ def run(args: argparse.Namespace) -> None:
     images = {name: _png(figure) for name, figure in figures.items()}
     written = []
     for name, image in images.items():
-        written.append(args.run / "plots" / f"{name}.png")
+        written.append(args.run_dir / "plots" / f"{name}.png")
         write_result(written[-1], image)
-    written.append(args.run / "report.html")
-    page = render(args.run.resolve().name, metrics, evaluation, swap, (args.run / "config.yaml").read_text(), images)
+    written.append(args.run_dir / "report.html")
+    page = render(
+        args.run_dir.resolve().name, metrics, evaluation, swap, (args.run_dir / "config.yaml").read_text(), images
+    )
     write_result(written[-1], page)
-    tracked = add_artifacts(args.run, config.tracking.uri, written)
+    tracked = add_artifacts(args.run_dir, config.tracking.uri, written)
     print(f"written: {written[-1]} and {len(images)} plots" + (", attached to the MLflow run" if tracked else ""))
 
 

@@ -21,7 +21,9 @@ from trainer.results import rows_of, run_shards
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae steer`."""
     parser.add_argument("settings", nargs="+", metavar="CONCEPT=ALPHA", help="strength of a concept's slot")
-    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint is read)")
+    parser.add_argument(
+        "--run", dest="run_dir", type=Path, required=True, help="run folder (its newest checkpoint is read)"
+    )
     parser.add_argument("--model", required=True, help="the language model that the activations came from")
     parser.add_argument(
         "--prompt", action="append", required=True, help=r"prompt, \n for a line break; may be given several times"
@@ -36,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print prompt, text before and text after for every prompt."""
-    dictionary, trained_on = load_dictionary(args.run)
+    dictionary, trained_on = load_dictionary(args.run_dir)
     dictionary.to(args.device)
     alphas = dict(_setting(text, dictionary.concept_names) for text in args.settings)
-    rows, _ = rows_of(args.train or run_shards(args.run), dictionary)
+    rows, _ = rows_of(args.train or run_shards(args.run_dir), dictionary)
     means = concept_slot_means(dictionary, rows)
     model, tokenizer = load_language_model(args.model, args.device)
     prompts = [p.replace("\\n", "\n") for p in args.prompt]

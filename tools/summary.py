@@ -22,7 +22,7 @@ EXTRA = ("swaps", "concepts", "l0_share")  # for the bars only, not in summary.j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae summary`."""
-    parser.add_argument("--run", type=Path, required=True, help="run folder of the aligned dictionary")
+    parser.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder of the aligned dictionary")
     parser.add_argument("--lm", type=Path, required=True, help="folder of the language model, with lm_report.json")
     parser.add_argument("--unsupervised", type=Path, required=True, help="run that evaluation.json must compare with")
     parser.add_argument("--seconds-file", type=Path, required=True, help="file that holds the wall time in seconds")
@@ -36,20 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write summary.json, print the table; 1 when a bar is missed."""
-    evaluation = read_json(args.run / "evaluation.json", f"run `alignsae evaluate --run {args.run}` first")
-    swap = read_json(args.run / "swap.json", f"run `alignsae swap --run {args.run}` first")
+    evaluation = read_json(args.run_dir / "evaluation.json", f"run `alignsae evaluate --run {args.run_dir}` first")
+    swap = read_json(args.run_dir / "swap.json", f"run `alignsae swap --run {args.run_dir}` first")
     lm = read_json(args.lm / "lm_report.json", "name the folder that `alignsae finetune-lm` wrote")
     plain = evaluation.get("unsupervised")
     if plain is None or Path(plain["run"]) != args.unsupervised or "heldout" not in evaluation:
         raise UserError(
-            f"{args.run / 'evaluation.json'} does not compare with {args.unsupervised} on train and held-out shards; "
-            f"run `alignsae evaluate --run {args.run} --unsupervised {args.unsupervised} --train ... --heldout ...`"
+            f"{args.run_dir / 'evaluation.json'} does not compare with {args.unsupervised} on train and held-out shards; "
+            f"run `alignsae evaluate --run {args.run_dir} --unsupervised {args.unsupervised} --train ... --heldout ...`"
         )
     figures = collect(evaluation, swap, lm, _seconds(args.seconds_file))
-    write_result(args.run / "summary.json", {key: value for key, value in figures.items() if key not in EXTRA})
+    write_result(args.run_dir / "summary.json", {key: value for key, value in figures.items() if key not in EXTRA})
     table, passed = compare(figures, _rows(args.bars))
     print(table)
-    print(f"written: {args.run / 'summary.json'}")
+    print(f"written: {args.run_dir / 'summary.json'}")
     return 0 if passed else 1
 
 

@@ -41,7 +41,9 @@ EXAMPLES = 20  # of each kind of failure
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae swap`."""
-    parser.add_argument("--run", type=Path, required=True, help="run folder (its newest checkpoint is read)")
+    parser.add_argument(
+        "--run", dest="run_dir", type=Path, required=True, help="run folder (its newest checkpoint is read)"
+    )
     parser.add_argument("--model", required=True, help="the language model that the activations came from")
     parser.add_argument(
         "--prompts", type=Path, required=True, help="JSONL with prompt, answer, concept, subject, split"
@@ -77,18 +79,18 @@ def run(args: argparse.Namespace) -> None:
     """Swap, score and write the JSON file."""
     if args.pairs < 1 or args.batch_size < 1:
         raise UserError("--pairs and --batch-size must be at least 1")
-    dictionary, trained_on = load_dictionary(args.run)
+    dictionary, trained_on = load_dictionary(args.run_dir)
     dictionary.to(args.device)
     concepts = dictionary.concept_names
     if len(concepts) < 2:
-        raise UserError(f"{args.run} has {len(concepts)} concept slots; a swap needs two")
+        raise UserError(f"{args.run_dir} has {len(concepts)} concept slots; a swap needs two")
     layer = hook_layer(trained_on.hook_point)
     records = read_prompts(args.prompts)
     swaps = swap_pairs(
         records, concepts, split=None if args.split == "all" else args.split, pairs=args.pairs, seed=args.seed
     )
     answers = answer_sets(records, concepts)
-    rows, _ = rows_of(args.train or run_shards(args.run), dictionary)
+    rows, _ = rows_of(args.train or run_shards(args.run_dir), dictionary)
     slot_means, class_means = concept_slot_means(dictionary, rows), concept_means(rows, len(concepts))
     model, tokenizer = load_language_model(args.model, args.device)
     longest = max(len(encode_answer(tokenizer, a)) for a in frozenset().union(*answers))
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = sorted({(s.prompt, s.source_answer) for s in swaps})
     unedited = generate_answers(model, tokenizer, [p for p, _ in prompts], longest, args.batch_size)
     result = {
-        "run": str(args.run),
+        "run": str(args.run_dir),
         "model": str(args.model),
         "layer": layer,
         "mode": args.mode,
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         / len(prompts),
         **{method: _summarise(swaps, attempts, concepts) for method, attempts in tried.items()},
     }
-    out = args.out or args.run / "swap.json"
+    out = args.out or args.run_dir / "swap.json"
     write_result(out, result)
     _show(result)
     print(f"written: {out}")

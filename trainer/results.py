@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
 from trainer.evaluation import RowSource
-from trainer.stream import Manifest, read_rows
+from trainer.stream import DataConfig, Manifest
 from trainer.stream.manifest import write_atomically
+from trainer.stream.shards import from_stored
+from trainer.stream.source import BlockSource
 
 
 def write_result(path: Path, content: str | bytes | dict[str, Any]) -> None:
@@ -53,14 +56,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def run_shards(run: Path) -> str:
-    """Folder or URL of the shards that the run was trained on, from its config.yaml."""
+def run_config(run: Path) -> DictConfig:
+    """The resolved configuration of a run."""
     path = run / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist; name the shards with --train or give the folder of a training run as --run"
-        )
-    return str(OmegaConf.load(path).data.shards)
+    try:
+        config = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); is {run} the folder of a training run?") from error
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def run_shards(run: Path) -> str:
+    """Folder or URL of the shards that the run was trained on."""
+    return str(run_config(run).data.shards)
 
 
 def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool = True) -> tuple[RowSource, Manifest]:
@@ -79,7 +88,9 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
     device = dictionary.mean.device
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in read_rows(folder):
-            yield batch.acts.to(device), batch.concept.to(device)
+        source = BlockSource(DataConfig(shards=folder), manifest)
+        for index in range(len(manifest.blocks)):
+            block = source.rows(index)
+            yield from_stored(block.acts, manifest.dtype).to(device), torch.from_numpy(block.concept).to(device)
 
     return rows, manifest
