@@ -16,19 +16,28 @@
 namespace {
 using at::Tensor;
 
-// Row of fp32 weights -> bf16, round to nearest even; returns the sum of squares.
+// Row of fp32 weights -> bf16, round to nearest even; returns the sum of squares. The rows after it are asked for meanwhile.
 float to_low(const float* w, uint16_t* out, int64_t size) {
+  constexpr int64_t AHEAD = 2048;  // floats
+  float sum = 0;
   int64_t i = 0;
 #if defined(WIDE) && defined(__AVX512BF16__)
-  for (; i + LANE <= size; i += LANE)
-    _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(w + i)));
+  Lane squares{};
+  for (; i + LANE <= size; i += LANE) {
+    __builtin_prefetch(w + i + AHEAD);
+    const Lane v = *(const Lane*)(w + i);
+    _mm256_storeu_si256((__m256i*)(out + i), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+    squares += v * v;
+  }
+  for (int64_t k = 0; k < LANE; ++k) sum += squares[k];
 #endif
   for (; i < size; ++i) {
     uint32_t bits;
     std::memcpy(&bits, w + i, 4);
     out[i] = (w[i] != w[i]) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    sum += w[i] * w[i];
   }
-  return dot(w, w, size);
+  return sum;
 }
 
 // bf16 bits as integers that order like the numbers.
@@ -70,7 +79,7 @@ struct Part {  // what one thread found: a run of slots, in order
 
 struct Scratch {
   Tensor weights, product;
-  std::vector<std::vector<int32_t>> row;
+  std::vector<std::vector<int32_t>> row, slot;
   std::vector<std::vector<float>> z;
   std::vector<std::vector<Part>> parts;
 };
@@ -110,23 +119,29 @@ void find(const Tensor& W_enc, const Tensor& b_enc, const Tensor& x, const Tenso
     const T* p = (const T*)product.const_data_ptr();
     at::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
       const int me = at::get_thread_num();
-      auto &row = scratch.row[me];
-      auto &z = scratch.z[me];
-      scratch.parts[me].push_back({c + begin, (int64_t)row.size()});
+      auto &row = scratch.row[me], &slot = scratch.slot[me];
+      auto& z = scratch.z[me];
+      const size_t first = row.size();
+      scratch.parts[me].push_back({c + begin, (int64_t)first});
       for (int64_t j = begin; j < end; ++j) {
-        const size_t before = row.size();
-        auto hit = [&](int64_t b) {
-          const float pre = dot(w + (c + j) * D, rows + b * D, D) + bias[c + j];
-          if (pre <= 0) return;  // a pre-activation that is not a number goes on, to be seen in the loss
-          row.push_back(b);
-          z.push_back(pre);
-        };
+        auto candidate = [&](int64_t b) { row.push_back(b), slot.push_back(j); };
         if (threshold[c + j] == -INFINITY)
-          for (int64_t b = 0; b < B; ++b) hit(b);
+          for (int64_t b = 0; b < B; ++b) candidate(b);
         else
-          scan(p + j * B, B, threshold[c + j], hit);
-        start[c + j + 1] = row.size() - before;
+          scan(p + j * B, B, threshold[c + j], candidate);
       }
+      size_t kept = first;
+      for (size_t e = first; e < row.size(); ++e) {
+        if (e + 1 < row.size()) fetch_ahead(rows + row[e + 1] * D, D), fetch_ahead(w + (c + slot[e + 1 - first]) * D, D);
+        const int64_t j = c + slot[e - first];
+        const float pre = dot(w + j * D, rows + row[e] * D, D) + bias[j];
+        if (pre <= 0) continue;  // a pre-activation that is not a number goes on, to be seen in the loss
+        row[kept++] = row[e];
+        z.push_back(pre);
+        ++start[j + 1];
+      }
+      row.resize(kept);
+      slot.clear();
     });
   }
 }
@@ -138,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
   const int threads = at::get_num_threads();
   scratch->row.resize(std::max<size_t>(scratch->row.size(), threads));
   scratch->z.resize(scratch->row.size());
+  scratch->slot.resize(scratch->row.size());
   scratch->parts.resize(scratch->row.size());
   for (size_t t = 0; t < scratch->row.size(); ++t) scratch->row[t].clear(), scratch->z[t].clear(), scratch->parts[t].clear();
   const int64_t n = W_enc.size(0);

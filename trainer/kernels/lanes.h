@@ -12,6 +12,11 @@
 typedef float Lane __attribute__((vector_size(64), aligned(4)));
 constexpr int64_t LANE = 16;
 
+// Asks for a row before it is needed: rows of active slots lie far apart, which no hardware prefetcher foresees.
+inline void fetch_ahead(const float* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += LANE) __builtin_prefetch(row + i);
+}
+
 inline float dot(const float* a, const float* b, int64_t size) {
   Lane s0{}, s1{}, s2{}, s3{};  // four sums hide the latency of the multiply-add
   int64_t i = 0;
@@ -43,4 +48,14 @@ inline void stream_out(float* out, const float* a, int64_t size) {
   }
 #endif
   std::memcpy(out, a, size * sizeof(float));
+}
+
+inline void stream_zero(float* out, int64_t size) {
+#ifdef WIDE
+  if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (int64_t i = 0; i < size; i += LANE) _mm512_stream_ps(out + i, _mm512_setzero_ps());
+    return;
+  }
+#endif
+  std::memset(out, 0, size * sizeof(float));
 }

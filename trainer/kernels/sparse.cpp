@@ -64,6 +64,7 @@ std::tuple<Tensor, Tensor, double> decode(const Tensor& W_dec, const Tensor& rec
   float *norms = norm.mutable_data_ptr<float>(), *l1 = weighted.mutable_data_ptr<float>(), *o = out.mutable_data_ptr<float>();
   over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
+      if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
       if (s[j] == s[j + 1]) continue;
       norms[j] = std::sqrt(dot(w + j * D, w + j * D, D));
       float total = 0;
@@ -75,6 +76,7 @@ std::tuple<Tensor, Tensor, double> decode(const Tensor& W_dec, const Tensor& rec
     for (int64_t b = begin; b < end; ++b) {
       std::memcpy(o + b * D, before + b * D, D * sizeof(float));
       for (int64_t k = rs[b]; k < rs[b + 1]; ++k) {
+        if (k + 1 < rs[b + 1]) fetch_ahead(w + slots[k + 1] * D, D);
         const float scale = unit ? 1 / std::max(norms[slots[k]], 1e-12f) : 1;
         add_scaled(o + b * D, w + slots[k] * D, zs[entries[k]] * scale, D);
       }
@@ -142,14 +144,22 @@ void backward(const Tensor& W_dec, const Tensor& norm, const Tensor& x, const Te
   over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> enc(D), dec(D);
     for (int64_t j = begin; j < end; ++j) {
+      if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
+      if (s[j] == s[j + 1]) {
+        gb[j] = 0;
+        stream_zero(ge + j * D, D);
+        stream_zero(gd + j * D, D);
+        continue;
+      }
       std::fill(enc.begin(), enc.end(), 0.f);
       std::fill(dec.begin(), dec.end(), 0.f);
       float bias = 0, total = 0;
       const float* wj = w + j * D;
       const float inverse = 1 / std::max(norms[j], 1e-12f);
-      const float* c = R && s[j] < s[j + 1] ? cs + at_place[j] * R : nullptr;
+      const float* c = R ? cs + at_place[j] * R : nullptr;
       const float q = c ? dot(c, c, R) : 0, over = c ? inv[at_place[j]] : 0, centre = c ? mu[at_place[j]] : 0;
       for (int64_t e = s[j]; e < s[j + 1]; ++e) {
+        if (e + 1 < s[end]) fetch_ahead(g + r[e + 1] * D, D), fetch_ahead(xs + r[e + 1] * D, D);
         float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norms[j]);
         if (c) slope += g_perp * 2 * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * over * q);
         bias += slope;
