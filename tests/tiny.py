@@ -82,7 +82,7 @@ def random_dictionary(
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    dictionary.set_normalisation(torch.randn(WIDTH, generator=generator), 1.7)
+    dictionary.set_normalisation(torch.randn(WIDTH, generator=generator).tolist(), 1.7)
     return dictionary
 
 

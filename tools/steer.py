@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
     means = concept_slot_means(dictionary, rows)
     model, tokenizer = load_language_model(args.model, args.device)
     prompts = [p.replace("\\n", "\n") for p in args.prompt]
+    longest = max(len(tokenizer(p)["input_ids"]) for p in prompts) + args.max_new_tokens
+    limit = getattr(model.config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise UserError(f"prompt and answer may take {longest} tokens, the model reads {limit}; lower --max-new-tokens")
     before = generate_answers(model, tokenizer, prompts, args.max_new_tokens)
     edit = steering(dictionary, {slot: alpha * float(means[slot]) for slot, alpha in alphas.items()}, args.mode)
     with edit_residual(model, hook_layer(trained_on.hook_point), edit):

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         )
     figures = collect(evaluation, swap, lm, _seconds(args.seconds_file))
     write_result(args.run_dir / "summary.json", {key: value for key, value in figures.items() if key not in EXTRA})
-    table, passed = compare(figures, _rows(args.bars))
+    table, passed = compare(figures, read_bars(args.bars))
     print(table)
     print(f"written: {args.run_dir / 'summary.json'}")
     return 0 if passed else 1
@@ -117,8 +117,9 @@ def _limit(figures: Mapping[str, float | None], row: Mapping[str, Any], word: st
     return None if limit is None else limit * row.get("factor", 1)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+def read_bars(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a bars file; configs/demo_bars.yaml describes the form. Raises UserError when there are none."""
+    if not Path(path).is_file():
         raise UserError(f"{path} does not exist; name the file of rows and bars with --bars")
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(content, dict) or not content.get("rows"):

@@ -91,6 +91,7 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
         source = BlockSource(DataConfig(shards=folder), manifest)
         for index in range(len(manifest.blocks)):
             block = source.rows(index)
-            yield from_stored(block.acts, manifest.dtype).to(device), torch.from_numpy(block.concept).to(device)
+            acts = from_stored(block.acts[block.valid], manifest.dtype)
+            yield acts.to(device), torch.from_numpy(block.concept[block.valid]).to(device)
 
     return rows, manifest

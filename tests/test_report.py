@@ -1,0 +1,236 @@
+"""The commands on a finished run, from evaluate to summary, as a user types them."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tiny import CONCEPTS, tiny_run  # noqa: F401  (a fixture)
+
+from tools.cli import main
+from tools.summary import collect, compare, read_bars
+from trainer.errors import UserError
+from trainer.results import read_metrics, write_result
+
+SUMMARY_KEYS = {
+    "lm_answer_accuracy",
+    "binding_diagonal_accuracy",
+    "concept_slots_alive",
+    "slot_accuracy_heldout",
+    "swap_success_best",
+    "swap_alpha_best",
+    "swap_success_mean_difference",
+    "efffeat_concept",
+    "efffeat_all",
+    "efffeat_unsupervised",
+    "top1conc_all",
+    "fvu",
+    "l0",
+    "slots",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):  # noqa: F811
+    """A copy of the tiny runs with evaluation.json, swap.json, plots and report.html."""
+    folder = tmp_path_factory.mktemp("finished") / "copy"
+    shutil.copytree(tiny_run, folder)
+    run, model, prompts = str(folder / "aligned"), str(folder / "lm"), str(folder / "prompts.jsonl")
+    train = str(folder / "data" / "train")  # config.yaml names the original
+    model_and_prompts = ["--model", model, "--prompts", prompts]
+    plain = ["--unsupervised", str(folder / "plain")]
+    assert main(["evaluate", "--run", run, "--train", train, *plain, *model_and_prompts]) == 0
+    assert main(["swap", "--run", run, *model_and_prompts, "--alphas", "1,2", "--pairs", "12"]) == 0
+    assert main(["report", "--run", run]) == 0
+    return folder
+
+
+def test_evaluation_holds_both_splits_and_the_unsupervised_run(finished):
+    found = json.loads((finished / "aligned" / "evaluation.json").read_text())
+    assert found["concepts"] == CONCEPTS
+    for split in ("train", "heldout"):
+        assert found[split]["rows"] == 12
+        assert found[split]["binding"]["slot_accuracy"] == 1
+        assert found[split]["reconstruction"]["fvu"] < 0.1
+        assert sum(map(sum, found[split]["binding"]["confusion"])) == 12
+        assert found[split]["fragmentation"]["concept_slots"]["efffeat"] < 1.2
+        assert found["unsupervised"][split]["binding"]["slots_alive"] == 0
+    assert found["unsupervised"]["train"]["fragmentation"]["all"]["efffeat"] > 2
+    assert 0.5 < found["loss_recovered"]["recovered_over_mean"] <= 1.1
+
+
+def test_swap_file_has_every_alpha_both_methods_and_a_full_matrix(finished):
+    found = json.loads((finished / "aligned" / "swap.json").read_text())
+    for method in ("slots", "mean_difference"):
+        part = found[method]
+        assert [row["alpha"] for row in part["alphas"]] == [1, 2]
+        assert part["best_success"] == max(row["success"] for row in part["alphas"])
+        assert part["matrix"]["swaps"] == [[0, 2, 2], [2, 0, 2], [2, 2, 0]]
+        failures = sum(group["count"] for group in part["failures"].values())
+        assert failures + sum(map(sum, part["matrix"]["successes"])) == found["pairs"] == 12
+        for group in part["failures"].values():
+            assert all(set(e) == {"prompt", "source", "target", "expected", "answered"} for e in group["examples"])
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.links, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "img":
+            self.images.append(found["src"])
+        self.links += [found[key] for key in ("href", "src") if key in found and tag != "img"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_is_one_file_with_every_plot_inside(finished):
+    page = _Page()
+    page.feed((finished / "aligned" / "report.html").read_text())
+    plots = {p.stem: p.read_bytes() for p in (finished / "aligned" / "plots").iterdir()}
+    assert set(plots) == {"binding", "fragmentation", "swap", "swap_matrix", "losses", "training"}
+    assert page.links == []
+    prefix = "data:image/png;base64,"
+    assert all(src.startswith(prefix) for src in page.images)
+    inside = {base64.b64decode(src.removeprefix(prefix)) for src in page.images}
+    assert inside == set(plots.values())
+    assert all(image.startswith(b"\x89PNG") and len(image) > 5_000 for image in inside)
+    evaluation = json.loads((finished / "aligned" / "evaluation.json").read_text())
+    assert f"{evaluation['train']['reconstruction']['fvu']:.4f}" in page.text
+    assert "free_slots: 64" in page.text
+
+
+def test_report_escapes_what_prompts_contain(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "aligned", run)
+    swap = json.loads((run / "swap.json").read_text())
+    swap["slots"]["failures"]["other"]["examples"][0]["answered"] = "<script>alert(1)</script>"
+    write_result(run / "swap.json", swap)
+    assert main(["report", "--run", str(run)]) == 0
+    assert "<script>" not in (run / "report.html").read_text()
+
+
+def test_report_of_a_run_that_was_not_evaluated(tiny_run, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("metrics.jsonl", "config.yaml"):
+        shutil.copy(tiny_run / "aligned" / name, run)
+    assert main(["report", "--run", str(run)]) == 0
+    assert {p.name for p in (run / "plots").iterdir()} == {"losses.png", "training.png"}
+
+
+def test_steer_prints_both_texts(finished, capsys):
+    model = ["--run", str(finished / "aligned"), "--model", str(finished / "lm"), "--prompt", "Q where ann city"]
+    assert main(["steer", *model, "--max-new-tokens", "2", "city=0", "work=50"]) == 0
+    out = capsys.readouterr().out
+    before, after = (re.search(rf"{word}: +(.*)", out)[1] for word in ("before", "after"))
+    assert before and after and before != after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["citty=1"], "did you mean city?"),
+        (["city=much"], "'much' is no number"),
+        (["city=1", "--max-new-tokens", "99"], "lower --max-new-tokens"),
+    ],
+)
+def test_steer_refuses_bad_settings_in_one_line(finished, capsys, arguments, message):
+    model = ["--run", str(finished / "aligned"), "--model", str(finished / "lm"), "--prompt", "Q where ann city"]
+    assert main(["steer", *model, *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("alignsae: error:") and message in error
+
+
+def test_evaluate_refuses_shards_of_other_concepts(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(finished / "data" / "train", other)
+    manifest = (other / "manifest.json").read_text()
+    (other / "manifest.json").write_text(manifest.replace('"major"', '"minor"'))
+    run = finished / "aligned"
+    before = (run / "evaluation.json").read_bytes()
+    assert main(["evaluate", "--run", str(run), "--train", str(other)]) == 2
+    assert "minor" in capsys.readouterr().err
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_evaluate_without_a_model_for_its_prompts_is_refused(finished, capsys):
+    assert main(["evaluate", "--run", str(finished / "aligned"), "--prompts", "p.jsonl"]) == 2
+    assert "--model and --prompts belong together" in capsys.readouterr().err
+
+
+def test_summary_has_the_agreed_keys_and_exits_1_on_a_missed_bar(finished, tmp_path, capsys):
+    (finished / "lm" / "lm_report.json").write_text('{"answer_accuracy": 0.75}')
+    (tmp_path / "seconds").write_text("321\n")
+    run = finished / "aligned"
+    command = ["summary", "--run", str(run), "--lm", str(finished / "lm"), "--unsupervised", str(finished / "plain")]
+    command += ["--seconds-file", str(tmp_path / "seconds")]
+    for bar, code, verdict in ((0.7, 0, "pass"), (0.8, 1, "MISSED")):
+        bars = tmp_path / "bars.yaml"
+        bars.write_text(f"rows:\n- {{measure: accuracy, value: lm_answer_accuracy, at_least: {bar}}}\n")
+        assert main([*command, "--bars", str(bars)]) == code
+        assert re.search(rf"accuracy +0\.750 +>= {bar}00 +{verdict}", capsys.readouterr().out)
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == SUMMARY_KEYS
+    assert (summary["seconds"], summary["slots"], summary["concept_slots_alive"]) == (321, 67, 3)
+    assert summary["efffeat_unsupervised"] > summary["efffeat_concept"]
+
+
+def test_summary_refuses_another_unsupervised_run(finished, tmp_path, capsys):
+    (tmp_path / "seconds").write_text("1")
+    (finished / "lm" / "lm_report.json").write_text('{"answer_accuracy": 1.0}')
+    command = ["summary", "--run", str(finished / "aligned"), "--lm", str(finished / "lm")]
+    assert main([*command, "--unsupervised", "elsewhere", "--seconds-file", str(tmp_path / "seconds")]) == 2
+    assert "elsewhere" in capsys.readouterr().err
+
+
+def test_demo_bars_are_the_table_of_the_demo(finished):
+    evaluation, swap = (json.loads((finished / "aligned" / f"{n}.json").read_text()) for n in ("evaluation", "swap"))
+    figures = collect(evaluation, swap, {"answer_accuracy": 1.0}, 60.0)
+    rows = read_bars(Path(__file__).parents[1] / "configs" / "demo_bars.yaml")
+    good = figures | {"swaps": 600, "swap_success_best": 0.8, "swap_success_mean_difference": 0.8}
+    assert compare(good, rows)[1]
+    for change in (
+        {"seconds": 601.0},
+        {"lm_answer_accuracy": 0.979},
+        {"binding_diagonal_accuracy": 0.999},
+        {"concept_slots_alive": 2},
+        {"slot_accuracy_heldout": 0.98},
+        {"swaps": 499},
+        {"swap_success_best": 0.749},
+        {"swap_success_mean_difference": 0.85},
+        {"efffeat_concept": 1.21},
+        {"efffeat_concept": None},
+        {"fvu": 0.11},
+        {"l0_share": 0.051},
+    ):
+        assert not compare(good | change, rows)[1], change
+
+
+def test_a_bar_on_an_unknown_figure_is_refused():
+    with pytest.raises(UserError, match="'fvv'"):
+        compare({"fvu": 0.1}, [{"measure": "x", "value": "fvv", "at_most": 1}])
+
+
+def test_metrics_survive_a_cut_line_and_a_repeated_step(tmp_path):
+    lines = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+
+
+def test_results_are_never_half_written(tmp_path):
+    target = tmp_path / "x.json"
+    write_result(target, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_result(target, {"a": float("nan")})
+    assert json.loads(target.read_text()) == {"a": 1}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_result(tmp_path / "file" / "x.json", {"a": 1})
