@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.errors import DataError
+from trainer.errors import DataError, UserError
 from trainer.stream.location import redact
+from trainer.stream.remote import read_file
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
@@ -109,8 +110,6 @@ class Manifest:
     @classmethod
     def load(cls, location: str | Path, *, allow_pipe: bool = False, retries: int = 4) -> "Manifest":
         """Read and check the manifest of a folder or URL; raises DataError when it is missing, foreign or inconsistent."""
-        from trainer.stream.remote import read_file  # the one home of network access
-
         payload = read_file(str(location), FILE_NAME, allow_pipe=allow_pipe, retries=retries)
         return cls.parse(payload, f"{redact(str(location)).rstrip('/')}/{FILE_NAME}")
 
@@ -139,6 +138,20 @@ def write_atomically(path: Path, payload: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+def read_names(path: Path) -> list[str]:
+    """Label names in label order from a JSON list or a text file with one name per line; raises UserError."""
+    try:
+        text = path.read_text()
+        names = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as names ({error})") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path}: must hold one name per line, or a JSON list of names")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: repeats a name")
+    return names
 
 
 def _no_constant(word: str) -> float:

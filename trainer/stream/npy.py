@@ -32,8 +32,8 @@ def view(payload: np.ndarray, where: str) -> np.ndarray:
         raise DataError(f"{where}: not an npy file")
     size_bytes = 2 if head[6] == 1 else 4
     start = 8 + size_bytes + int.from_bytes(head[8 : 8 + size_bytes], "little")
-    if start > len(payload) or start > 4096:
-        raise DataError(f"{where}: npy header is longer than its payload")
+    if start > len(payload) or start > 4096 or start % 16:
+        raise DataError(f"{where}: npy header is damaged (length)")
     match = _HEADER.match(payload[8 + size_bytes : start].tobytes())
     if match is None:
         raise DataError(f"{where}: npy header is damaged or of an object dtype")

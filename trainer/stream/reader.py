@@ -220,7 +220,7 @@ class Stream:
         starts = self.plan.block_starts
         numbers = np.searchsorted(starts, rows, side="right") - 1
         within = rows - starts[numbers]
-        blocks = {int(n): self.source.rows(int(n)) for n in np.unique(numbers)}
+        blocks = self.source.many(np.unique(numbers).tolist())
         columns = np.empty((4, len(rows)), dtype=np.int64)
         columns[0] = rows
         for number, block in blocks.items():

@@ -24,7 +24,7 @@ class Moments:
 
     def __init__(self, width: int):
         self.rows = 0
-        self.mean = np.zeros(width)
+        self.width, self.mean = width, np.zeros(width)
         self.squares = 0.0  # sum over rows of ||h - mean||^2
 
     def add(self, rows: np.ndarray) -> None:

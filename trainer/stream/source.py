@@ -1,38 +1,24 @@
 """Blocks of rows as arrays: memory-mapped, checked at first use, masked when damaged within a budget."""
 
 import logging
-import mmap
 import threading
 import zlib
 from collections import OrderedDict
-from typing import NamedTuple, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.stream import npy
+from trainer.stream.blocks import Rows, map_file, nonfinite_rows, open_block
+from trainer.stream.cache import RemoteExtents
 from trainer.stream.config import DataConfig
 from trainer.stream.location import is_remote, join, local_path, redact
-from trainer.stream.manifest import STORED_DTYPES, Block, Manifest
+from trainer.stream.manifest import Block, Manifest
+from trainer.stream.shards import to_stored
 
 log = logging.getLogger(__name__)
-# Smallest bit patterns of infinity and NaN, read as a signed integer and, for negative values, as an unsigned one.
-_NONFINITE = {
-    "float16": (np.int16, 0x7C00, np.uint16, 0xFC00),
-    "bfloat16": (np.int16, 0x7F80, np.uint16, 0xFF80),
-    "float32": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
-}
-_CHUNK = 1 << 18  # bytes checked at a time: crc and finiteness then read the same cache lines
 _MAPS = 128  # shards mapped at a time; a map holds a file descriptor
-
-
-class Rows(NamedTuple):
-    """One block: acts [n, D] as stored, concept and answer int32 [n], valid bool [n]."""
-
-    acts: np.ndarray
-    concept: np.ndarray
-    answer: np.ndarray
-    valid: np.ndarray
 
 
 class Extents(Protocol):
@@ -68,7 +54,7 @@ class LocalExtents:
                 self._maps.pop(shard, None)
             mapped = self._maps.get(shard)
             if mapped is None:
-                mapped = self._maps[shard] = self._map(shard)
+                mapped = self._maps[shard] = map_file(self.folder / self.manifest.shards[shard].name)
                 while len(self._maps) > _MAPS:
                     self._maps.popitem(last=False)
             else:
@@ -76,14 +62,6 @@ class LocalExtents:
         if len(mapped) < block.offset + block.bytes:
             raise DataError(f"shard is truncated at byte {len(mapped)}")
         return mapped[block.offset : block.offset + block.bytes]
-
-    def _map(self, shard: int) -> np.ndarray:
-        path = self.folder / self.manifest.shards[shard].name
-        try:
-            with path.open("rb") as file:
-                return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise DataError(f"shard cannot be read ({getattr(error, 'strerror', None) or 'it is empty'})") from None
 
     def close(self) -> None:
         self._maps.clear()
@@ -99,19 +77,20 @@ class BlockSource:
     def __init__(self, config: DataConfig, manifest: Manifest, extents: Extents | None = None):
         self.config, self.manifest = config, manifest
         if extents is None:
-            if is_remote(config.shards):
-                raise DataError(f"{redact(config.shards)}: remote shards are not readable here")
-            extents = LocalExtents(manifest, config.shards)
+            extents = (
+                RemoteExtents(manifest, config.shards, config.cache_dir, config.cache_bytes, config.retries)
+                if is_remote(config.shards)
+                else LocalExtents(manifest, config.shards)
+            )
         self.extents = extents
+        remote = isinstance(extents, RemoteExtents)
+        self._downloaders = ThreadPoolExecutor(config.download_threads, "download") if remote else None
         self.quarantined: set[int] = set()
         self.nonfinite_rows = 0
         self.reread = 0
         self._checked: dict[int, np.ndarray | None] = {}  # block -> rows that are not finite (None: all are)
         self._lock = threading.Lock()
-        mean = np.asarray(manifest.mean, dtype=np.float32)
-        from trainer.stream.shards import to_stored
-
-        self.mean = to_stored(mean, manifest.dtype)
+        self.mean = to_stored(np.asarray(manifest.mean), manifest.dtype)  # what a masked row holds
 
     def rows(self, index: int) -> Rows:
         """The block with that number in manifest order."""
@@ -128,7 +107,13 @@ class BlockSource:
                 problem = str(error)
                 with self._lock:
                     self.reread += 1
-        return self._quarantine(index, shard, block, problem)
+        return self._quarantine(index, block, problem)
+
+    def many(self, indices: list[int]) -> dict[int, Rows]:
+        """Several blocks by number; remote ones are downloaded side by side."""
+        if self._downloaders is None or len(indices) < 2:
+            return {index: self.rows(index) for index in indices}
+        return dict(zip(indices, self._downloaders.map(self.rows, indices), strict=True))
 
     def where(self, index: int) -> str:
         """Shard, block and byte offset, for messages."""
@@ -149,62 +134,45 @@ class BlockSource:
         first_use = self.config.check and index not in self._checked
         if first_use and zlib.crc32(data.data) != block.crc32:
             raise DataError("bytes do not match crc32")
-        acts = self._payload(data, block, "acts")
-        if acts.shape != (block.rows, self.manifest.width) or acts.dtype != STORED_DTYPES[self.manifest.dtype]:
-            raise DataError(
-                f"activations are {acts.dtype} {acts.shape}, "
-                f"the manifest says {self.manifest.dtype} ({block.rows}, {self.manifest.width})"
-            )
-        concept = self._labels(data, block, "concept", len(self.manifest.concepts))
-        answer = self._labels(data, block, "answer", len(self.manifest.answers))
+        manifest = self.manifest
+        rows = open_block(data, block, manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
         if first_use:
-            self._note(index, nonfinite_rows(acts, self.manifest.dtype))
-        valid = np.ones(block.rows, dtype=bool)
+            self._note(index, nonfinite_rows(rows.acts, manifest.dtype))
         bad = self._checked.get(index)
         if bad is not None:
-            acts, concept, answer = acts.copy(), concept.copy(), answer.copy()
-            acts[bad], concept[bad], answer[bad], valid[bad] = self.mean, -1, -1, False
-        return Rows(acts, concept, answer, valid)
-
-    def _payload(self, data: np.ndarray, block: Block, name: str) -> np.ndarray:
-        start, size = getattr(block, name)
-        return npy.view(data[start - block.offset : start - block.offset + size], name)
-
-    def _labels(self, data: np.ndarray, block: Block, name: str, size: int) -> np.ndarray:
-        if getattr(block, name) is None:
-            return np.full(block.rows, -1, dtype=np.int32)
-        labels = self._payload(data, block, name)
-        if labels.shape != (block.rows,) or labels.dtype.kind != "i":
-            raise DataError(f"{name} is {labels.dtype} {labels.shape}, not one integer per row")
-        if labels.min() < -1 or labels.max() >= size:
-            raise DataError(f"a {name} label is outside -1..{size - 1}")
-        return labels.astype(np.int32, copy=False)
+            rows = Rows(*(array.copy() for array in rows))
+            rows.acts[bad], rows.concept[bad], rows.answer[bad], rows.valid[bad] = self.mean, -1, -1, False
+        return rows
 
     def _note(self, index: int, bad: np.ndarray | None) -> None:
-        """Remember that a block was checked, and count its rows that are not finite against the budget."""
+        """Remember that a block was checked, and count its rows that are not finite against the budget.
+
+        A block beyond the budget is not remembered: whichever thread comes next must fail too instead of masking it.
+        """
         with self._lock:
-            if index in self._checked:
-                return
-            self._checked[index] = bad
-            if bad is None:
-                return
-            self.nonfinite_rows += len(bad)
-            total = self.nonfinite_rows
+            total = self.nonfinite_rows + (0 if bad is None else len(bad))
+            spent = bad is not None and index not in self._checked and total > self.config.nonfinite_budget
+            if not spent and index not in self._checked:
+                self._checked[index], self.nonfinite_rows = bad, total
+        if bad is None:
+            return
         first = int(self.manifest.block_rows[:index].sum()) + int(bad[0])
         message = f"{self.where(index)}: {len(bad)} rows hold NaN or infinity, first row id {first}"
-        if total > self.config.nonfinite_budget:
+        if spent:
             raise _BudgetSpent(
                 f"{message}; {total} exceed data.nonfinite_budget={self.config.nonfinite_budget}, "
                 "extract again or raise the budget"
             )
         log.warning("%s; masked", message)
 
-    def _quarantine(self, index: int, shard: int, block: Block, problem: str) -> Rows:
+    def _quarantine(self, index: int, block: Block, problem: str) -> Rows:
         with self._lock:
-            self.quarantined.add(index)
-            count = len(self.quarantined)
+            count = len(self.quarantined | {index})
+            spent = count > self.config.quarantine_budget
+            if not spent:
+                self.quarantined.add(index)
         message = f"{self.where(index)}: {problem}"
-        if count > self.config.quarantine_budget:
+        if spent:
             raise _BudgetSpent(
                 f"{message}; {count} damaged blocks exceed data.quarantine_budget={self.config.quarantine_budget}, "
                 "restore the shard (`alignsae verify` lists all damage) or raise the budget"
@@ -218,21 +186,11 @@ class BlockSource:
         return Rows(np.ascontiguousarray(acts), none, none, np.zeros(block.rows, dtype=bool))
 
     def close(self) -> None:
+        """Stop downloading and unmap the shards."""
+        if self._downloaders is not None:
+            self._downloaders.shutdown(wait=True, cancel_futures=True)
         self.extents.close()
 
 
 class _BudgetSpent(DataError):
     """Damage beyond the budget; not worth another attempt."""
-
-
-def nonfinite_rows(acts: np.ndarray, dtype: str) -> np.ndarray | None:
-    """Indices of rows of acts [n, D] (as stored) with NaN or infinity; None when there are none."""
-    signed, high, unsigned, low = _NONFINITE[dtype]
-    flat = acts.reshape(-1)
-    step = _CHUNK // acts.itemsize
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
-        if part.view(signed).max() >= high or part.view(unsigned).max() >= low:
-            bits = acts.view(unsigned)
-            return np.flatnonzero(((bits & high) == high).any(axis=1))
-    return None

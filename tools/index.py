@@ -1,0 +1,99 @@
+"""Build manifest.json for block shards that were written elsewhere, without copying them.
+
+FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or bfloat16 bits as
+uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for none). Every byte is read
+once: checksums, label ranges and the normalisation come out of the same pass. One-vector samples need `alignsae repack`.
+"""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.errors import DataError, UserError
+from trainer.stream import Manifest
+from trainer.stream.blocks import nonfinite_rows, open_block
+from trainer.stream.manifest import FILE_NAME, Shard, read_names
+from trainer.stream.scan import SUFFIXES, form_of, scan_shard
+from trainer.stream.shards import Moments, from_stored
+
+_ANY_LABEL = 1 << 31  # bound while the vocabulary is still unknown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae index`."""
+    parser.add_argument("folder", type=Path, help="folder of one split: holds the tars, gets manifest.json")
+    parser.add_argument("--model", default="", help="name of the language model, recorded in the manifest")
+    parser.add_argument("--hook-point", default="", help="where the activations were taken, for example layer-06")
+    parser.add_argument(
+        "--concepts", type=Path, help="file with one concept name per line, or a JSON list, in label order"
+    )
+    parser.add_argument("--answers", type=Path, help="file with one answer per line, or a JSON list, in label order")
+    for name, suffix in SUFFIXES.items():
+        parser.add_argument(f"--{name}", default=suffix, metavar="SUFFIX", help=f"member suffix (default {suffix})")
+    parser.add_argument(
+        "--normalisation", metavar="FOLDER", help="take mean and scale from this manifest, as a held-out split should"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest.json")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scan the folder and write its manifest last."""
+    folder: Path = args.folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if (folder / FILE_NAME).exists() and not args.overwrite:
+        raise UserError(f"{folder} already has a {FILE_NAME}; pass --overwrite to replace it")
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise UserError(f"{folder}: holds no .tar files")
+    concepts, answers = (read_names(path) if path else None for path in (args.concepts, args.answers))
+    given = Manifest.load(args.normalisation) if args.normalisation else None
+    suffixes = {name: getattr(args, name) for name in SUFFIXES}
+    bounds = [len(names) if names is not None else _ANY_LABEL for names in (concepts, answers)]
+    shards: list[Shard] = []
+    moments: Moments | None = None
+    dtype, labels = "", [-1, -1]
+    with tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, desc="index") as bar:
+        for path in paths:
+            shard, data = scan_shard(path, suffixes, bar.update)
+            shards.append(shard)
+            for block in shard.blocks:
+                place = f"{path}: block {block.key} at byte {block.offset}"
+                extent = data[block.offset : block.offset + block.bytes]
+                try:
+                    if moments is None:
+                        width, dtype = form_of(extent, block)
+                        moments = Moments(width)
+                    rows = open_block(extent, block, moments.width, dtype, *bounds)
+                except DataError as error:
+                    raise DataError(f"{place}: {error}") from None
+                bad = nonfinite_rows(rows.acts, dtype)
+                if bad is not None:
+                    raise DataError(f"{place}: row {bad[0]} holds NaN or infinity; extract it again")
+                moments.add(from_stored(rows.acts.copy(), dtype).float().numpy())
+                labels = [max(a, int(b.max())) for a, b in zip(labels, (rows.concept, rows.answer), strict=True)]
+    if moments is None:
+        raise DataError(f"{folder}: the shards hold no rows")
+    mean, scale = (given.mean, given.scale) if given else moments.normalisation(str(folder))
+    if len(mean) != moments.width:
+        raise UserError(f"{args.normalisation}: width {len(mean)} differs from {moments.width} of {folder}")
+    manifest = Manifest(
+        width=moments.width,
+        dtype=dtype,
+        model=args.model,
+        hook_point=args.hook_point,
+        mean=mean,
+        scale=scale,
+        concepts=concepts if concepts is not None else [f"concept-{i}" for i in range(labels[0] + 1)],
+        answers=answers if answers is not None else [f"answer-{i}" for i in range(labels[1] + 1)],
+        rows=moments.rows,
+        shards=tuple(shards),
+    )
+    # What is written must be readable: the same checks as for any manifest.
+    Manifest.parse(manifest.to_json().encode(), f"{folder}/{FILE_NAME}")
+    manifest.save(folder)
+    print(
+        f"{folder}: {manifest.rows} rows of {manifest.width} x {dtype} in {len(manifest.blocks)} blocks, "
+        f"{len(shards)} shards, digest {manifest.digest[:16]}"
+    )

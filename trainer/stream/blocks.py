@@ -1,0 +1,84 @@
+"""From the bytes of a block to arrays: shapes, dtypes, label ranges and finiteness are checked, nothing is copied."""
+
+import mmap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.errors import DataError
+from trainer.stream import npy
+from trainer.stream.manifest import STORED_DTYPES, Block
+
+# Smallest bit patterns of infinity and NaN, read as a signed integer and, for negative values, as an unsigned one.
+_NONFINITE = {
+    "float16": (np.int16, 0x7C00, np.uint16, 0xFC00),
+    "bfloat16": (np.int16, 0x7F80, np.uint16, 0xFF80),
+    "float32": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
+}
+_CHUNK = 1 << 18  # bytes, so that both passes read cache
+
+
+class Rows(NamedTuple):
+    """One block: acts [n, D] as stored, concept and answer int32 [n], valid bool [n]."""
+
+    acts: np.ndarray
+    concept: np.ndarray
+    answer: np.ndarray
+    valid: np.ndarray
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The file as a read-only memory map, uint8 [bytes]; raises DataError when it cannot be read or is empty."""
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:  # an empty file cannot be mapped
+        raise DataError(f"{path}: is empty") from None
+
+
+def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int) -> Rows:
+    """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the labels.
+
+    Raises DataError (without a location) when a payload is not what the manifest says.
+    """
+    acts = _payload(data, block, block.acts, "activations")
+    if acts.shape != (block.rows, width) or acts.dtype != STORED_DTYPES[dtype]:
+        raise DataError(
+            f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} ({block.rows}, {width})"
+        )
+    concept = _labels(data, block, block.concept, "concept", concepts)
+    answer = _labels(data, block, block.answer, "answer", answers)
+    return Rows(acts, concept, answer, np.ones(block.rows, dtype=bool))
+
+
+def _payload(data: np.ndarray, block: Block, span: tuple[int, int], name: str) -> np.ndarray:
+    start = span[0] - block.offset
+    return npy.view(data[start : start + span[1]], name)
+
+
+def _labels(data: np.ndarray, block: Block, span: tuple[int, int] | None, name: str, size: int) -> np.ndarray:
+    if span is None:
+        return np.full(block.rows, -1, dtype=np.int32)
+    labels = _payload(data, block, span, name)
+    if labels.shape != (block.rows,) or labels.dtype.kind != "i":
+        raise DataError(f"{name} is {labels.dtype} {labels.shape}, not one integer per row")
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= size:
+        raise DataError(f"{name} label {low if low < -1 else high} is outside -1..{size - 1}")
+    return labels.astype(np.int32, copy=False)
+
+
+def nonfinite_rows(acts: np.ndarray, dtype: str) -> np.ndarray | None:
+    """Indices of rows of acts [n, D] (as stored) with NaN or infinity; None when there are none."""
+    signed, high, unsigned, low = _NONFINITE[dtype]
+    flat = acts.reshape(-1)
+    step = _CHUNK // acts.itemsize
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        if part.view(signed).max() >= high or part.view(unsigned).max() >= low:
+            bits = acts.view(unsigned)
+            return np.flatnonzero(((bits & high) == high).any(axis=1))
+    return None

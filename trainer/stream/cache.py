@@ -1,0 +1,208 @@
+"""Remote blocks through a bounded folder that all processes of a node share.
+
+The unit is a block, not a shard: an epoch visits blocks in random order, and a cache of whole shards smaller than the data set would
+fetch every shard once per block. A file is written under a temporary name, checked against the block's crc32, fsynced and renamed;
+its name is a hash of the full URL, the server's ETag and the byte range.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from trainer.errors import DataError, UserError
+from trainer.stream.blocks import map_file
+from trainer.stream.location import join, redact
+from trainer.stream.manifest import Block, Manifest, Shard
+from trainer.stream.remote import fetch, version
+
+log = logging.getLogger(__name__)
+_STALE_SECONDS = 3600  # a temporary file this old belongs to a process that was killed
+
+
+class BlockCache:
+    """Files of a folder, together at most `limit` bytes; the ones used longest ago go first.
+
+    A file that a process has mapped stays readable for it after eviction.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.folder, self.limit = folder, limit
+        self._unseen = limit  # bytes added since the folder was last measured; the first addition measures
+        self._lock = threading.Lock()
+        try:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir={folder} cannot be created ({error.strerror}); choose another") from None
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.block"
+
+    def lock(self, key: str) -> FileLock:
+        """A lock between threads and processes; keys share 4,096 of them."""
+        return FileLock(self.folder / "locks" / key[:3])
+
+    def get(self, key: str, size: int) -> np.ndarray | None:
+        """The cached file as uint8 [size], or None. Marks it as used."""
+        path = self.path(key)
+        try:
+            data = map_file(path)
+            os.utime(path)
+        except (DataError, FileNotFoundError):
+            return None
+        return data if len(data) == size else None
+
+    def put(self, key: str, payload: bytes) -> None:
+        """Store a file atomically and make room for it first; raises UserError when the disk is full or read-only."""
+        path = self.path(key)
+        temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            self._make_room(len(payload))
+            path.parent.mkdir(exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            hint = "lower data.cache_bytes" if error.errno == errno.ENOSPC else "choose another data.cache_dir"
+            raise UserError(f"{self.folder}: a block cannot be cached ({error.strerror}); {hint}") from None
+
+    def drop(self, key: str) -> None:
+        """Forget a file."""
+        self.path(key).unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """Measuring a large folder takes longer than a download: do it once per hundredth of the limit, and evict with a margin."""
+        with self._lock:
+            self._unseen += size
+            if self._unseen < self.limit // 100:
+                return
+            self._unseen = size
+            with FileLock(self.folder / "locks" / "evict"):
+                self._evict(size)
+
+    def _evict(self, size: int) -> None:
+        files = sorted(self._measure())
+        total = sum(length for _, length, _ in files) + size
+        if total <= self.limit * 0.95:
+            return
+        for _, length, path in files:
+            path.unlink(missing_ok=True)
+            total -= length
+            if total <= self.limit * 0.9:
+                return
+
+    def _measure(self) -> Iterator[tuple[float, int, Path]]:
+        """(last use, bytes, path) of every finished file; removes what killed processes left."""
+        for path in self.folder.glob("??/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process evicted it
+                continue
+            if path.suffix == ".block":
+                yield status.st_mtime, status.st_size, path
+            elif time.time() - status.st_mtime > _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+class RemoteExtents:
+    """Blocks of remote shards by byte range, through the cache. A server without ranges is read shard by shard."""
+
+    def __init__(self, manifest: Manifest, url: str, cache_dir: str, cache_bytes: int, retries: int):
+        largest = max(block.bytes for _, block in manifest.blocks)
+        if cache_bytes < 2 * largest:
+            raise UserError(f"data.cache_bytes={cache_bytes} holds no two blocks of {largest} bytes; raise it")
+        self.manifest, self.url, self.retries = manifest, url, retries
+        self.cache = BlockCache(Path(cache_dir).expanduser(), cache_bytes)
+        self.downloads = 0
+        self._ranges = not url.startswith("pipe:")
+        self._versions: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def read(self, shard: int, block: Block, fresh: bool) -> np.ndarray:
+        """uint8 [block.bytes] of the cached file; `fresh` downloads it again."""
+        key = self._key(shard, block)
+        if not fresh:
+            data = self.cache.get(key, block.bytes)
+            if data is not None:
+                return data
+        with self.cache.lock(key):
+            if fresh:
+                self.cache.drop(key)
+            data = self.cache.get(key, block.bytes)  # another process may have been faster
+            if data is None and self._ranges:
+                self._fetch_block(shard, block, key)
+                data = self.cache.get(key, block.bytes)
+        if data is None:
+            data = self._through_whole_shard(shard, block, key)
+        return data
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _shard_url(self, shard: int) -> str:
+        return join(self.url, self.manifest.shards[shard].name)
+
+    def _key(self, shard: int, block: Block) -> str:
+        url = self._shard_url(shard)
+        with self._lock:
+            known = self._versions.get(shard)
+        if known is None:
+            known = version(url, self.retries)
+            with self._lock:
+                self._versions[shard] = known
+        return hashlib.sha256(f"{url}\0{known}\0{block.offset}\0{block.bytes}\0{block.crc32}".encode()).hexdigest()
+
+    def _fetch_block(self, shard: int, block: Block, key: str) -> None:
+        payload = fetch(self._shard_url(shard), (block.offset, block.offset + block.bytes), self.retries)
+        with self._lock:
+            self.downloads += 1
+        whole = self.manifest.shards[shard]
+        if len(payload) == whole.bytes != block.bytes:
+            self._ranges = False
+            log.warning("%s: the server ignores byte ranges, whole shards are read", redact(self.url))
+            self._store_shard(shard, whole, payload)
+        else:
+            self._store(key, block, payload)
+
+    def _store(self, key: str, block: Block, payload: bytes) -> None:
+        if len(payload) != block.bytes:
+            raise DataError(f"download has {len(payload)} bytes instead of {block.bytes}")
+        if zlib.crc32(payload) != block.crc32:
+            raise DataError("downloaded bytes do not match crc32")
+        self.cache.put(key, payload)
+
+    def _through_whole_shard(self, shard: int, block: Block, key: str) -> np.ndarray:
+        """The block from a download of its whole shard, of which every other block is kept as well."""
+        whole = self.manifest.shards[shard]
+        name = hashlib.sha256(self._shard_url(shard).encode()).hexdigest()
+        with FileLock(self.cache.folder / "locks" / f"shard-{name[:16]}"):
+            data = self.cache.get(key, block.bytes)
+            if data is None:
+                payload = fetch(self._shard_url(shard), None, self.retries)
+                with self._lock:
+                    self.downloads += 1
+                self._store_shard(shard, whole, payload, last=block)
+                data = self.cache.get(key, block.bytes)
+        if data is None:
+            raise DataError("downloaded bytes do not match crc32")
+        return data
+
+    def _store_shard(self, shard: int, whole: Shard, payload: bytes, last: Block | None = None) -> None:
+        """Keep every undamaged block; `last` is stored last, so that a small cache still holds it."""
+        if len(payload) != whole.bytes:
+            raise DataError(f"download has {len(payload)} bytes instead of {whole.bytes}")
+        for block in sorted(whole.blocks, key=lambda b: b is last):
+            part = payload[block.offset : block.offset + block.bytes]
+            if zlib.crc32(part) == block.crc32:
+                self.cache.put(self._key(shard, block), part)
