@@ -34,8 +34,8 @@ from trainer.language_model import (
     hook_point,
     last_token,
     load_language_model,
-    read_json_lines,
     read_prompts,
+    read_texts,
 )
 from trainer.stream import Manifest, ShardWriter
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
@@ -168,41 +168,13 @@ def prompt_source(args: argparse.Namespace, model: Any, tokenizer: Any, layers: 
     return Source({split: len(by_split[split]) for split in SPLITS}, rows, "prompt", concepts, answers)
 
 
-def open_texts(path: Path, name: str) -> Callable[[], Iterator[str]]:
-    """A function that starts reading the texts of a JSONL file or a datasets folder from the beginning."""
-    if path.is_dir():
-        import datasets
-
-        try:
-            saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-            data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-        except Exception as error:  # datasets raises a dozen unrelated types here
-            raise UserError(f"cannot read the data set in {path}: {' '.join(str(error).split())[:200]}") from error
-        if isinstance(data, dict):
-            if "train" not in data:
-                raise UserError(f"the data set in {path} has no split 'train'; found {', '.join(data)}")
-            data = data["train"]
-        numbered: Callable[[], Iterable[tuple[int, dict[str, Any]]]] = lambda: enumerate(data)  # noqa: E731
-    else:
-        numbered = lambda: read_json_lines(path)  # noqa: E731
-
-    def texts() -> Iterator[str]:
-        for number, row in numbered():
-            if not isinstance(row.get(name), str):
-                raise UserError(f"{path}:{number}: no text field {name!r}; found {', '.join(sorted(row)) or 'none'}")
-            yield row[name]
-
-    return texts
-
-
 def text_source(args: argparse.Namespace, model: Any, tokenizer: Any, layers: list[int]) -> Source:
     """One unlabelled row per token, in text order."""
-    texts = open_texts(args.texts, args.field)
     special = torch.tensor(sorted(tokenizer.all_special_ids))
 
     def windows(split: str) -> Iterator[tuple[list[int], int]]:
         """Token ids of a window, and 1 with the last window of a text."""
-        for index, text in enumerate(texts()):
+        for index, text in enumerate(read_texts(args.texts, args.field)):
             heldout = args.heldout > 0 and index % args.heldout == args.heldout - 1
             if heldout == (split == "heldout"):
                 ids = tokenizer(text)["input_ids"]

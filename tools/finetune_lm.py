@@ -29,7 +29,7 @@ from tools.lm_training.batches import Example, Shuffled, encode_question, encode
 from tools.lm_training.models import build_model, build_tokenizer
 from tools.lm_training.score import answer_accuracy, known_answers, predicted_logits
 from trainer.errors import UserError
-from trainer.language_model import Prompt, load_language_model, read_json_lines, read_prompts
+from trainer.language_model import Prompt, load_language_model, read_prompts, read_texts
 
 # What a checkpoint must agree on to be continued.
 SETTINGS = (
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--vocabulary", type=int, default=2048, help="tokens of the BPE (default: %(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--questions", required=True, type=Path, help="prompts JSONL: prompt, answer, concept, ...")
-    data.add_argument("--texts", type=Path, help="JSONL of texts to mix in, one object per line")
+    data.add_argument("--texts", type=Path, help="JSONL file or datasets folder of texts to mix in")
     data.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
     data.add_argument(
         "--templates", choices=["all", "train"], default="all", help="questions of which split to train on"
@@ -141,16 +141,6 @@ def examples(
     return asked, [window for text in texts for window in encode_text(tokenizer, text, context)]
 
 
-def read_texts(path: Path | None, field: str) -> list[str]:
-    """One string per line of a JSONL file. UserError when the field is missing or no text."""
-    texts = []
-    for number, row in read_json_lines(path) if path else ():
-        if not isinstance(row.get(field), str):
-            raise UserError(f"{path}:{number}: no text field {field!r}; found {', '.join(sorted(row)) or 'none'}")
-        texts.append(row[field])
-    return texts
-
-
 def check(args: argparse.Namespace) -> None:
     for name in ("steps", "questions_per_step", "texts_per_step", "context", "layers", "width", "heads"):
         if getattr(args, name) < 1:
@@ -162,7 +152,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
     started = time.monotonic()
-    prompts, texts = read_prompts(args.questions), read_texts(args.texts, args.field)
+    prompts = read_prompts(args.questions)
+    texts = list(read_texts(args.texts, args.field)) if args.texts else []
     learned = [p for p in prompts if args.templates == "all" or p.split == "train"]
     torch.manual_seed(args.seed)
     if args.model:

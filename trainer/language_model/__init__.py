@@ -8,6 +8,7 @@ from trainer.language_model.prompts import (
     generate_answers,
     read_json_lines,
     read_prompts,
+    read_texts,
 )
 from trainer.language_model.residual import (
     capture,
@@ -34,4 +35,5 @@ __all__ = [
     "load_language_model",
     "read_json_lines",
     "read_prompts",
+    "read_texts",
 ]

@@ -64,6 +64,37 @@ def read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
+def read_texts(path: Path, field: str) -> Iterator[str]:
+    """Texts of a JSONL file, or of a folder that `datasets` saved or can load (its split "train").
+
+    UserError when the source cannot be read or a row has no text under `field`.
+    """
+    rows = enumerate(_data_set(path)) if path.is_dir() else read_json_lines(path)
+    empty = True
+    for number, row in rows:
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{path}:{number}: no text field {field!r}; found {', '.join(sorted(row)) or 'none'}")
+        empty = False
+        yield row[field]
+    if empty:
+        raise UserError(f"{path} holds no texts")
+
+
+def _data_set(folder: Path) -> Any:
+    import datasets
+
+    try:
+        saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+        data = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
+    except Exception as error:  # datasets raises a dozen unrelated types here
+        raise UserError(f"cannot read the data set in {folder}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(data, dict):
+        return data
+    if "train" not in data:
+        raise UserError(f"the data set in {folder} has no split 'train'; found {', '.join(data)}")
+    return data["train"]
+
+
 def encode_answer(tokenizer: Any, answer: str) -> list[int]:
     """Token ids of one space and `answer`, with the tokenizer's end token behind them if it has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -1,0 +1,251 @@
+"""Loading, residual capture and edits on three architectures, prompt files, greedy answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.lm_training.models import build_model, build_tokenizer
+from trainer.errors import UserError
+from trainer.language_model import (
+    answer_matches,
+    capture,
+    edit_residual,
+    encode_answer,
+    encode_prompts,
+    find_blocks,
+    generate_answers,
+    hook_point,
+    last_token,
+    load_language_model,
+    read_prompts,
+    read_texts,
+)
+
+PROMPTS = ["Q: Who?\nA:", "Q: Where does Ada work today?\nA:", "Q: a\nA:", "Q: What did Ben Ash study?\nA:"]
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer(PROMPTS, 300)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "gpt_neox"])
+def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    model = build_model(request.param, tokenizer, layers=LAYERS, width=32, heads=2, context=64).eval()
+    with torch.no_grad():  # far from the symmetric start, so that positions and prompts matter
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+def test_capture_is_the_output_of_each_block(model: Any, tokenizer: Any) -> None:
+    ids, mask = encode_prompts(tokenizer, PROMPTS)
+    found = capture(model, ids, mask, [2, 0, 1])
+    with torch.no_grad():
+        reference = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    real = mask.bool()
+    for layer in (0, 1):
+        torch.testing.assert_close(found[layer][real], reference[layer + 1][real])
+    # transformers stores the last one behind the final norm; ours is before it.
+    norm = next(m for name, m in model.named_modules() if name.split(".")[-1] in ("ln_f", "norm", "final_layer_norm"))
+    torch.testing.assert_close(norm(found[2])[real], reference[3][real])
+
+
+def test_the_forward_pass_stops_after_the_last_hooked_layer(model: Any, tokenizer: Any) -> None:
+    ran: list[int] = []
+    hooks = [len(block._forward_hooks) for block in find_blocks(model)]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args, i=i: ran.append(i))
+        for i, block in enumerate(find_blocks(model))
+    ]
+    capture(model, *encode_prompts(tokenizer, PROMPTS), [0, 1])
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]
+    assert [len(block._forward_hooks) for block in find_blocks(model)] == hooks
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model: Any, tokenizer: Any, side: str) -> None:
+    ids, mask = encode_prompts(tokenizer, PROMPTS, side=side)
+    batch, last = capture(model, ids, mask, [0, 2]), last_token(mask)
+    for row, prompt in enumerate(PROMPTS):
+        alone = capture(model, *encode_prompts(tokenizer, [prompt]), [0, 2])
+        for layer in (0, 2):
+            torch.testing.assert_close(batch[layer][row, last[row]], alone[layer][0, -1], atol=2e-5, rtol=1e-4)
+
+
+@given(st.integers(0, 5), st.integers(1, 5), st.integers(0, 5))
+def test_last_token_on_either_side(left: int, real: int, right: int) -> None:
+    mask = torch.tensor([[0] * left + [1] * real + [0] * right])
+    assert last_token(mask).tolist() == [left + real - 1]
+
+
+@pytest.mark.parametrize("layers", [[3], [-1], [0, 7]])
+def test_a_layer_out_of_range_is_named(model: Any, tokenizer: Any, layers: list[int]) -> None:
+    with pytest.raises(UserError, match=r"layer (3|-1|7) does not exist: the model has layers 0 to 2"):
+        capture(model, *encode_prompts(tokenizer, PROMPTS), layers)
+    with pytest.raises(UserError, match="does not exist"), edit_residual(model, layers[-1], lambda h: h):
+        pass
+
+
+def test_a_model_without_blocks_is_refused(model: Any) -> None:
+    class Foreign(torch.nn.Module):
+        config = model.config
+
+    with pytest.raises(UserError, match="no ModuleList of 3 blocks"):
+        find_blocks(Foreign())
+
+
+def test_batched_answers_equal_single_ones(model: Any, tokenizer: Any) -> None:
+    single = [generate_answers(model, tokenizer, [p], max_new_tokens=5)[0] for p in PROMPTS]
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=5, batch_size=3) == single
+    assert len(set(single)) > 1
+
+
+def test_an_edit_touches_the_last_prompt_token_once(model: Any, tokenizer: Any) -> None:
+    """Behind the last block the residual alone decides the first token: another prompt's residual gives its token."""
+    first = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1)
+    ids, mask = encode_prompts(tokenizer, PROMPTS)
+    last = LAYERS - 1
+    donors = capture(model, ids, mask, [last])[last][torch.arange(len(PROMPTS)), last_token(mask)].flip(0)
+    seen: list[torch.Tensor] = []
+
+    def edit(residual: torch.Tensor) -> torch.Tensor:
+        seen.append(residual.clone())
+        return donors
+
+    with edit_residual(model, last, edit):
+        swapped = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1)
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert swapped == first[::-1] != first
+    assert len(seen) == 2  # once per generation, whatever its length
+    torch.testing.assert_close(seen[0], donors.flip(0), atol=2e-5, rtol=1e-4)
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1) == first
+
+
+def test_an_edit_reaches_later_tokens_through_the_cache(model: Any, tokenizer: Any) -> None:
+    plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)
+    with edit_residual(model, 0, lambda h: h):
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) == plain
+    with edit_residual(model, 0, lambda h: h + 5 * torch.randn(h.shape, generator=torch.manual_seed(1))):
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) != plain
+
+
+def test_answers_stop_at_the_end_token_and_at_a_new_line(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+    words = {
+        "end": [*tokenizer(" Ada Ash")["input_ids"], tokenizer.eos_token_id, 40],
+        "line": tokenizer(" Ben\nQ:")["input_ids"],
+    }
+    for name, expected in (("end", "Ada Ash"), ("line", "Ben")):
+        tail = torch.tensor([words[name]])
+        monkeypatch.setattr(model, "generate", lambda input_ids, tail=tail, **_: torch.cat([input_ids, tail], dim=1))
+        cut = generate_answers(model, tokenizer, ["Q: x\nA:"])
+        assert cut[0].startswith(expected) and "Q:" not in cut[0]
+
+
+def test_answers_are_tokenised_behind_the_prompt(tokenizer: Any) -> None:
+    ids = encode_answer(tokenizer, "Ada work")
+    assert ids[-1] == tokenizer.eos_token_id
+    joined = tokenizer(PROMPTS[0] + " Ada work")["input_ids"]
+    assert tokenizer(PROMPTS[0])["input_ids"] + ids[:-1] == joined
+    assert answer_matches(" Ada work\n", "Ada work") and not answer_matches("Ada", "Ada work")
+
+
+def test_a_saved_model_loads_frozen_with_its_tokenizer(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, words = load_language_model(tmp_path, "cpu", torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16 and not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert words.pad_token_id is not None
+    again, _ = load_language_model(tmp_path)
+    inputs = encode_prompts(words, PROMPTS)
+    torch.testing.assert_close(capture(again, *inputs, [2])[2], capture(model, *inputs, [2])[2])
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "config", "weights", "pickle"])
+def test_an_unreadable_model_folder_is_one_line(tokenizer: Any, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    if damage != "missing":
+        folder.mkdir()
+    if damage in ("config", "weights", "pickle"):
+        model = build_model("gpt2", tokenizer, layers=1, width=16, heads=2, context=16)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if damage == "config":
+        (folder / "config.json").write_text("{")
+    elif damage == "weights":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    elif damage == "pickle":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load a language model") as caught:
+        load_language_model(folder)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+GOOD = '{"prompt": "Q: a\\nA:", "answer": "b", "concept": "c", "note": 1}\n'
+
+
+def test_prompts_keep_order_and_ignore_other_fields(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(GOOD + "\n" + GOOD.replace('"b"', '"d"').replace('"note": 1', '"template": 3, "split": "heldout"'))
+    first, second = read_prompts(path)
+    assert (first.answer, first.split, first.template) == ("b", "train", "")
+    assert (second.answer, second.split, second.template) == ("d", "heldout", "3")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD + GOOD.replace('"b"', '"  "'), ":2: answer is empty"),
+        (GOOD.replace('"Q: a\\nA:"', '""'), ":1: prompt is empty"),
+        (GOOD.replace('"concept": "c", ', ""), "no field 'concept'; found answer, note, prompt"),
+        (GOOD.replace('"note": 1', '"split": "test"'), "split 'test' is neither"),
+        (GOOD.replace('"b"', "7"), ":1: answer is empty or no text"),
+        ("[1]\n", "expected a JSON object"),
+        ("{\n", "not UTF-8 JSON lines"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_a_bad_prompts_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"p\.jsonl") as caught:
+        read_prompts(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_empty_prompt_and_a_missing_file_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompt 1 of the batch is empty"):
+        encode_prompts(tokenizer, ["a", ""])
+    with pytest.raises(UserError, match="No such file"):
+        read_prompts(tmp_path / "none.jsonl")
+
+
+def test_texts_from_lines_and_from_a_data_set_folder(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"body": "one"}\n{"body": "two"}\n')
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"body": ["one", "two"]}).save_to_disk(str(saved))
+    assert list(read_texts(path, "body")) == list(read_texts(saved, "body")) == ["one", "two"]
+    for source in (path, saved):
+        with pytest.raises(UserError, match="no text field 'text'; found body"):
+            list(read_texts(source, "text"))
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(UserError, match="cannot read the data set"):
+        list(read_texts(tmp_path / "bad", "text"))
+
+
+def test_hook_points_are_named_by_block() -> None:
+    assert hook_point(6) == "blocks.6.hook_resid_post"
