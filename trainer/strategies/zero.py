@@ -71,12 +71,10 @@ class ZeroStrategy(Strategy):
 
         self.objective = objective
         self._units = objective.dictionary.units()
-        for parameter in objective.parameters():
-            if parameter.numel() == 0:  # no concepts: nothing to shard
-                parameter.requires_grad_(False)
+        _empty_to_buffers(objective)
         largest = max(objective.dictionary.free_banks(), key=lambda bank: bank.slots)
         config = deepspeed_config(self.stage, self.offload, largest, optim.accumulate)
-        optimizer = build_optimizer([p for p in objective.parameters() if p.requires_grad], optim)
+        optimizer = build_optimizer(objective.parameters(), optim)
         # DeepSpeed has no public way to drop gradients. Without .grad AdamW leaves a parameter and its moments alone.
         optimizer.register_step_pre_hook(self._drop_gradients)
         self._dropping = False
@@ -136,11 +134,6 @@ class ZeroStrategy(Strategy):
         weights = {name: on_host(buffer) for name, buffer in module.named_buffers()} if mine else {}
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                weights[name] = on_host(parameter)
-                for key in MOMENTS:
-                    moments[key][name] = on_host(parameter)
-                continue
             whole = safe_get_full_fp32_param(parameter)
             parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if mine:
@@ -156,8 +149,6 @@ class ZeroStrategy(Strategy):
                 if name in state.weights:
                     buffer.copy_(state.weights[name])
             for name, parameter in module.named_parameters():
-                if not parameter.requires_grad:
-                    continue
                 if name in state.weights:
                     self._write_weight(parameter, state.weights[name])
                 for key, values in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
@@ -198,3 +189,12 @@ class ZeroStrategy(Strategy):
     def _saves(self, unit: str) -> bool:
         """Spread the units over the ranks, so that they write at the same time."""
         return list(self._units).index(unit) % self.topology.world == self.topology.rank
+
+
+def _empty_to_buffers(module: nn.Module) -> None:
+    """Without concepts their bank has parameters of no elements, which ZeRO-3 cannot shard."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            if parameter.numel() == 0:
+                delattr(child, name)
+                child.register_buffer(name, parameter.detach())
