@@ -39,6 +39,13 @@ inline void add_scaled(float* out, const float* a, float scale, int64_t size) {
   for (; i < size; ++i) out[i] += scale * a[i];
 }
 
+// A loop, since memset's string instruction takes longer to start than a row takes to clear.
+inline void set_zero(float* out, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANE <= size; i += LANE) *(Lane*)(out + i) = Lane{};
+  for (; i < size; ++i) out[i] = 0;
+}
+
 // Writes a row that nobody reads before it has left the cache: past the cache, so that it is not fetched first.
 inline void stream_out(float* out, const float* a, int64_t size) {
 #ifdef WIDE

@@ -17,16 +17,16 @@
 namespace {
 using at::Tensor;
 
-// Runs f(begin, end) on ranges of slots of about equal numbers of entries, one range per thread.
+// Runs f(begin, end) on ranges of slots (or rows) that hold about equal numbers of entries, one range per thread.
 template <typename F>
-void over_slots(const int64_t* start, int64_t slots, int64_t idle_cost, F&& f) {
+void over(const int64_t* start, int64_t slots, F&& f) {
   const int64_t parts = at::get_num_threads();
-  const int64_t work = start[slots] + slots * idle_cost;
+  const int64_t work = start[slots] + slots;  // an idle slot costs about as much as an entry: its gradient is written
   auto boundary = [&](int64_t p) {
     int64_t low = 0, high = slots;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if ((start[middle] + middle * idle_cost) * parts < work * p) low = middle + 1;
+      if ((start[middle] + middle) * parts < work * p) low = middle + 1;
       else high = middle;
     }
     return p == parts ? slots : low;
@@ -53,36 +53,30 @@ std::tuple<Tensor, Tensor, Tensor> by_row(const Tensor& start, const Tensor& row
   return {row_start, slot, entry};
 }
 
-// -> recon + z W_dec [B, D], norm [n] of the decoder rows of active slots (0 elsewhere), and the L1 term.
-std::tuple<Tensor, Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, const Tensor& start, const Tensor& z,
-                                          const Tensor& row_start, const Tensor& slot, const Tensor& entry, bool unit) {
-  const int64_t n = W_dec.size(0), D = W_dec.size(1), B = recon.size(0);
-  Tensor out = at::empty_like(recon), norm = at::zeros({n}, at::kFloat), weighted = at::zeros({n}, at::kFloat);
+// -> recon + z W_dec [B, D], and the L1 term.
+std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, const Tensor& z, const Tensor& row_start,
+                                  const Tensor& slot, const Tensor& entry, bool unit) {
+  const int64_t D = W_dec.size(1), B = recon.size(0);
+  Tensor out = at::empty_like(recon), l1 = at::zeros({B}, at::kDouble);
   const float *w = W_dec.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *before = recon.const_data_ptr<float>();
-  const int64_t *s = start.const_data_ptr<int64_t>(), *rs = row_start.const_data_ptr<int64_t>();
+  const int64_t* rs = row_start.const_data_ptr<int64_t>();
   const int32_t *slots = slot.const_data_ptr<int32_t>(), *entries = entry.const_data_ptr<int32_t>();
-  float *norms = norm.mutable_data_ptr<float>(), *l1 = weighted.mutable_data_ptr<float>(), *o = out.mutable_data_ptr<float>();
-  over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
-      if (s[j] == s[j + 1]) continue;
-      norms[j] = std::sqrt(dot(w + j * D, w + j * D, D));
-      float total = 0;
-      for (int64_t e = s[j]; e < s[j + 1]; ++e) total += zs[e];
-      l1[j] = unit ? total : total * norms[j];
-    }
-  });
-  over_slots(rs, B, 1, [&](int64_t begin, int64_t end) {
+  float* o = out.mutable_data_ptr<float>();
+  double* sums = l1.mutable_data_ptr<double>();
+  over(rs, B, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       std::memcpy(o + b * D, before + b * D, D * sizeof(float));
       for (int64_t k = rs[b]; k < rs[b + 1]; ++k) {
-        if (k + 1 < rs[b + 1]) fetch_ahead(w + slots[k + 1] * D, D);
-        const float scale = unit ? 1 / std::max(norms[slots[k]], 1e-12f) : 1;
-        add_scaled(o + b * D, w + slots[k] * D, zs[entries[k]] * scale, D);
+        if (k + 1 < rs[end]) fetch_ahead(w + slots[k + 1] * D, D);
+        const float* wj = w + slots[k] * D;
+        // The norm costs nothing here, where the row is in the cache; a pass of its own would fetch every row once more.
+        const float norm = std::sqrt(dot(wj, wj, D)), zk = zs[entries[k]];
+        sums[b] += unit ? zk : zk * norm;
+        add_scaled(o + b * D, wj, unit ? zk / std::max(norm, 1e-12f) : zk, D);
       }
     }
   });
-  return {out, norm, weighted.sum(at::kDouble).item<double>()};
+  return {out, l1.sum().item<double>()};
 }
 
 // Local moments of the given columns -> [m, R + 2]: sum z, sum z^2, code^T z.
@@ -119,10 +113,10 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
   const float *zs = z.const_data_ptr<float>(), *wc = weighted.const_data_ptr<float>(), *sh = shift.const_data_ptr<float>(),
               *qi = q.const_data_ptr<float>(), *a = code.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
   float* out = grad_concept.mutable_data_ptr<float>();
-  over_slots(rs, B, 1, [&](int64_t begin, int64_t end) {
+  over(rs, B, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(R);
     for (int64_t b = begin; b < end; ++b) {
-      std::fill(sum.begin(), sum.end(), 0.f);
+      set_zero(sum.data(), R);
       for (int64_t k = rs[b]; k < rs[b + 1]; ++k) add_scaled(sum.data(), wc + at_place[slots[k]] * R, zs[entries[k]], R);
       for (int64_t i = 0; i < R; ++i) out[b * R + i] += 2 * inv[i] * (sum[i] - sh[i] - a[b * R + i] * qi[i]);
     }
@@ -131,17 +125,17 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
 
 // Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three tensors given; rows of idle slots are zero.
 // With a correlation term: code [B, R], corr [m, R], mean [m], inv_norm [m], place [n]; scale = dL/dperp. Without: R = 0.
-void backward(const Tensor& W_dec, const Tensor& norm, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
+void backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
               const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& corr, const Tensor& mean,
               const Tensor& inv_norm, const Tensor& place, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
   const int64_t n = W_dec.size(0), D = W_dec.size(1), R = code.size(1);
-  const float *w = W_dec.const_data_ptr<float>(), *norms = norm.const_data_ptr<float>(), *xs = x.const_data_ptr<float>(),
+  const float *w = W_dec.const_data_ptr<float>(), *xs = x.const_data_ptr<float>(),
               *g = g_recon.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>(),
               *cs = corr.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
   const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
   float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
-  over_slots(s, n, 1, [&](int64_t begin, int64_t end) {
+  over(s, n, [&](int64_t begin, int64_t end) {
     std::vector<float> enc(D), dec(D);
     for (int64_t j = begin; j < end; ++j) {
       if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
@@ -151,16 +145,16 @@ void backward(const Tensor& W_dec, const Tensor& norm, const Tensor& x, const Te
         stream_zero(gd + j * D, D);
         continue;
       }
-      std::fill(enc.begin(), enc.end(), 0.f);
-      std::fill(dec.begin(), dec.end(), 0.f);
+      set_zero(enc.data(), D);
+      set_zero(dec.data(), D);
       float bias = 0, total = 0;
       const float* wj = w + j * D;
-      const float inverse = 1 / std::max(norms[j], 1e-12f);
+      const float norm = std::sqrt(dot(wj, wj, D)), inverse = 1 / std::max(norm, 1e-12f);
       const float* c = R ? cs + at_place[j] * R : nullptr;
       const float q = c ? dot(c, c, R) : 0, over = c ? inv[at_place[j]] : 0, centre = c ? mu[at_place[j]] : 0;
       for (int64_t e = s[j]; e < s[j + 1]; ++e) {
         if (e + 1 < s[end]) fetch_ahead(g + r[e + 1] * D, D), fetch_ahead(xs + r[e + 1] * D, D);
-        float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norms[j]);
+        float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norm);
         if (c) slope += g_perp * 2 * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * over * q);
         bias += slope;
         total += zs[e];

@@ -29,7 +29,7 @@ class _Sparse(torch.autograd.Function):
         unit = step.decoder_norm == "unit"
         start, row, z = ops.encode(W_enc, b_enc, step.x, step.columns, step.reach)
         by_row = ops.by_row(start, row, len(step.x))
-        recon, norm, sp = ops.decode(W_dec, recon.contiguous(), start, z, *by_row, unit)
+        recon, sp = ops.decode(W_dec, recon.contiguous(), z, *by_row, unit)
         fired = start.diff() > 0
         step.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
         value = recon.new_zeros(())
@@ -40,15 +40,15 @@ class _Sparse(torch.autograd.Function):
             moments = (columns, place, mean, inv_norm)
             value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, corr)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries = start, row, z, norm, moments
+        ctx.entries = start, row, z, moments
         ctx.step = step
         return recon, recon.new_tensor(sp), value
 
     @staticmethod
-    def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
         step: BankStep = ctx.step
         W_enc, b_enc, W_dec = ctx.saved_tensors
-        start, row, z, norm, moments = ctx.entries
+        start, row, z, moments = ctx.entries
         none = W_dec.new_zeros(0, 0)
         place, mean, inv_norm = start, none, none
         concept = corr = none
@@ -59,7 +59,7 @@ class _Sparse(torch.autograd.Function):
             corr = _correlations(start, row, z, columns, step.perp)[2]
         grads = [ops.buffer_like(W_enc), torch.empty_like(b_enc), ops.buffer_like(W_dec)]
         unit = step.decoder_norm == "unit"
-        entries = (W_dec, norm, step.x, g_recon.contiguous(), start, row, z)
+        entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
         ops.backward(*entries, float(g_sp), unit, float(g_perp), concept, corr, mean, inv_norm, place, *grads)
         return *grads, g_recon, None
 
