@@ -1,6 +1,7 @@
 """The configuration of a run: composes what each room owns. YAML < command line; unknown keys are errors; reading has no side effects."""
 
 import difflib
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from trainer.checkpoint import CheckpointConfig
 from trainer.curriculum import StageConfig
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
+from trainer.guard import GuardConfig
 from trainer.losses import LossConfig
 from trainer.optimizer import OptimConfig
 from trainer.revival import RevivalConfig
@@ -29,6 +31,9 @@ class RunConfig:
     seed: int = 0
     precision: str = "bf16"  # bf16: bf16 products on fp32 masters | fp32
     log_every: int = 20  # steps
+    wall_minutes: float = (
+        0.0  # after which the run saves and leaves with the code that asks for a requeue; 0 = no limit
+    )
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Config:
     stages: list[StageConfig] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     revival: RevivalConfig = field(default_factory=RevivalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -55,7 +61,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     """
     schema = OmegaConf.structured(Config)
     try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
+        loaded = _read_yaml(Path(path).read_text()) or {}
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read ({error.strerror}); check --config") from error
     except yaml.YAMLError as error:
@@ -71,18 +77,45 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             if not separator:
                 raise UserError(f"override {override!r} is not key=value")
             _refuse_unknown(_nested(key), known, "the command line")
-            OmegaConf.update(merged, key, yaml.safe_load(text), merge=False)
+            OmegaConf.update(merged, key, _read_yaml(text), merge=False)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None) or path
         raise UserError(f"configuration {where}: {str(error).splitlines()[0]}") from error
-    for part in (config.data, config.dictionary, config.loss, config.optim, config.revival):
+    for part in (
+        config.data,
+        config.dictionary,
+        config.loss,
+        config.optim,
+        config.revival,
+        config.guard,
+        config.checkpoint,
+    ):
         part.validate()
     if config.run.precision not in ("fp32", "bf16"):
         raise UserError(f"run.precision={config.run.precision!r} is unknown; use fp32 or bf16")
+    if not config.run.wall_minutes >= 0:
+        raise UserError(f"run.wall_minutes={config.run.wall_minutes} must not be negative")
     if config.run.log_every < 1:
         raise UserError(f"run.log_every={config.run.log_every} must be at least 1")
     return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the booleans of version 1.2, true and false alone: `off` is a word (tracking.uri=off)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def to_yaml(config: Config) -> str:

@@ -1,6 +1,7 @@
 """The visible loop: batch -> objective -> backward -> clip -> step -> record -> save."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import checkpoint, revival
+from trainer import revival
+from trainer.checkpoint import RunState, Saver
 from trainer.config import Config
 from trainer.curriculum import Curriculum, Point, class_means, concept_slots
-from trainer.metrics import Metrics
+from trainer.guard import Guard
+from trainer.interrupt import Interrupt
+from trainer.metrics import Metrics, StepSums, loss_terms, weighted
 from trainer.objective import Rows
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Batch, Manifest, Plan, RowDigest, Stream, lanes_of_rank
@@ -37,12 +41,13 @@ class Run:
     curriculum: Curriculum
     strategy: Strategy
     tracker: Tracker | None
-    state: checkpoint.RunState
+    state: RunState
     digest: RowDigest
-    metrics: Metrics = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(self.strategy.topology)
+    guard: Guard
+    saver: Saver
+    interrupt: Interrupt
+    metrics: Metrics = field(default_factory=Metrics)
+    grad_norm: float = 0.0  # before clipping, of the last update
 
     def stream(self, step: int) -> Stream:
         """Batches of this rank from global step `step` on."""
@@ -51,39 +56,46 @@ class Run:
         return Stream(self.config.data, self.manifest, self.plan, lanes, step, pin=topology.device.type == "cuda")
 
 
-def train(run: Run) -> None:
-    """Train from run.state.step to the end of the curriculum, saving on the way and at the end."""
-    config, state, curriculum = run.config, run.state, run.curriculum
-    began, logged = time.perf_counter(), state.step
+def train(run: Run) -> int:
+    """Train from run.state.step to the end of the curriculum, or until a stop is asked for; save on the way and at the end.
+
+    Returns 0, or the exit code of trainer.interrupt.
+    """
+    config, state, curriculum, saver = run.config, run.state, run.curriculum, run.saver
+    began, logged, code = time.perf_counter(), state.step, 0
     is_main = run.strategy.topology.is_main
     with (
         run.stream(state.step) as stream,
         tqdm(total=curriculum.total, initial=state.step, unit="step", disable=not is_main, dynamic_ncols=True) as bar,
     ):
-        while state.step < curriculum.total:
+        while state.step < curriculum.total and not code:
             point = curriculum.at(state.step)
-            if point.wakes:
-                wake_concepts(run)
+            if point.wakes and (code := wake_concepts(run)):
+                break
             batch = next(stream)
             rows = to_rows(batch, run)
             if config.revival.due(state.step, curriculum.total):
                 revive(run, rows, point)
 
-            norm = update(run, rows, point)
+            done, failed, *stops = update(run, rows, point)
             run.digest.update(batch.row_ids, batch.positions)
             state.step += 1
             state.stage = point.stage
             state.stream = stream.state()
             bar.update()
 
+            saver.advance(done, failed)
+            code = run.interrupt.code(*stops)
             if state.step % config.run.log_every == 0 or state.step == curriculum.total:
                 seconds = time.perf_counter() - began
-                record(run, point, norm, seconds, stream.stall_seconds / seconds, state.step - logged, bar)
+                record(run, stream, point, seconds, state.step - logged, bar)
                 stream.stall_seconds, began, logged = 0.0, time.perf_counter(), state.step
-            if state.step == curriculum.total or (
-                config.checkpoint.every and state.step % config.checkpoint.every == 0
-            ):
-                save(run)
+            if saver.due(state.step) or code or state.step == curriculum.total:
+                save(run, stream)
+        if code and saver.last_step != state.step:  # asked to stop while concept slots woke up
+            save(run, stream)
+        saver.wait()
+    return code
 
 
 def to_rows(batch: Batch, run: Run) -> Rows:
@@ -98,19 +110,35 @@ def to_rows(batch: Batch, run: Run) -> Rows:
     return Rows(acts, concept, answer, topology.sum_over_data(counts))
 
 
-def update(run: Run, rows: Rows, point: Point) -> float:
-    """One step of the optimizer from one batch, in `optim.accumulate` micro-batches. Returns the gradient norm before clipping."""
-    strategy, optim = run.strategy, run.config.optim
+def update(run: Run, rows: Rows, point: Point) -> list[float]:
+    """One step of the optimizer from one batch, in `optim.accumulate` micro-batches, unless the guard says no.
+
+    Returns the votes of all ranks, summed: save phase done, save phase failed, stop and requeue, stop for good.
+    """
+    strategy, optim, state, guard = run.strategy, run.config.optim, run.state, run.guard
     parts = list(micro_batches(rows, optim.accumulate))
+    sums = StepSums(strategy.topology, len(parts))
     for number, part in enumerate(parts):
-        loss, sums = strategy.forward(part, point.weights, point.align, run.state.step + 1)
+        loss, part_sums = strategy.forward(part, point.weights, point.align, state.step + 1)
         strategy.backward(loss, last=number == len(parts) - 1)
-        run.metrics.add(sums, micro_batches=len(parts))
-    run.metrics.close_step()
-    norm = strategy.update(point.lr, optim.clip)
-    if torch.isfinite(torch.tensor(norm)):
-        run.state.updates += 1
-    return norm
+        sums.add(part_sums)
+    total, votes = sums.reduce([*run.saver.votes(), *run.interrupt.votes()])
+
+    global_loss, norm = weighted(loss_terms(total, 1), point.weights), math.nan
+    problem = guard.problem(global_loss, point.stage)
+    if problem:
+        strategy.discard()
+    else:
+        norm = strategy.update(point.lr, optim.clip)
+        problem = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
+    if problem:
+        guard.skip(state.step, problem, global_loss, norm)
+        return votes
+    guard.accept(global_loss)
+    run.metrics.add(total)
+    run.grad_norm = norm
+    state.updates += 1
+    return votes
 
 
 def micro_batches(rows: Rows, parts: int) -> Iterator[Rows]:
@@ -123,23 +151,35 @@ def micro_batches(rows: Rows, parts: int) -> Iterator[Rows]:
         yield Rows(acts, concept, answer, rows.counts)
 
 
-def wake_concepts(run: Run) -> None:
-    """Set the concept slots from the class means of the rows that come next (at most one epoch)."""
+def wake_concepts(run: Run) -> int:
+    """Set the concept slots from the class means of the rows that come next (at most one epoch).
+
+    Returns 0, or the exit code when a stop was asked for meanwhile; the slots are then left asleep.
+    """
     strategy, manifest = run.strategy, run.manifest
     dictionary = strategy.objective.dictionary
     batches = min(run.plan.steps_per_epoch, WAKE_BATCHES)
 
+    code = 0
+
     def labelled(stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal code
         for _ in range(batches):
+            code = run.interrupt.agree(strategy.topology)
+            if code:
+                return
             batch = next(stream).to(strategy.topology.device)
             yield dictionary.normalise(batch.acts[batch.valid]), batch.concept[batch.valid]
 
     with run.stream(run.state.step) as stream:
         classes = class_means(labelled(stream), len(manifest.concepts), manifest.width, strategy.topology)
+    if code:
+        return code
     missing = [name for name, n in zip(manifest.concepts, classes.counts.tolist(), strict=True) if n == 0]
     if missing and strategy.topology.is_main:
         log.warning("no row of the training data is labelled %s; these slots stay asleep", ", ".join(missing[:10]))
     strategy.write("concepts", UnitState({k: v.cpu() for k, v in concept_slots(classes).items()}, {}, {}))
+    return 0
 
 
 def revive(run: Run, rows: Rows, point: Point) -> None:
@@ -152,29 +192,29 @@ def revive(run: Run, rows: Rows, point: Point) -> None:
         tqdm.write(f"step {run.state.step}: {revived} dead slots got new weights")
 
 
-def record(run: Run, point: Point, norm: float, seconds: float, stall: float, steps: int, bar: Any) -> None:
-    """Reduce the figures of the last `steps` steps and write them to JSONL, MLflow and the progress bar."""
-    topology = run.strategy.topology
-    figures = run.metrics.read(point.weights)
+def record(run: Run, stream: Stream, point: Point, seconds: float, steps: int, bar: Any) -> None:
+    """Write the figures of the last `steps` steps to JSONL, MLflow and the progress bar."""
     dead = revival.count_dead(run.strategy, run.state.step, run.config.revival.dead_after)
-    run.state.rows_digest = global_digest(run)
-    if run.tracker is None:
+    tally(run, stream)
+    if run.tracker is None or run.metrics.steps == 0:  # every update of the interval was skipped
         return
-    free_slots = run.config.dictionary.free_slots
     line = {
         "step": run.state.step,
         "stage": point.stage,
         "epoch": run.state.step / run.plan.steps_per_epoch,
         "rows": run.state.step * run.config.data.global_batch,
-        **figures,
-        "dead": dead / free_slots,
-        "grad_norm": norm,
+        **run.metrics.read(point.weights),
+        "dead": dead / run.config.dictionary.free_slots,
+        "grad_norm": run.grad_norm,
         "lr": point.lr,
         "rows_per_s": steps * run.config.data.global_batch / seconds,
-        "stall": stall,
+        "stall": stream.stall_seconds / seconds,
+        "save_stall": run.saver.take_seconds() / seconds,
+        "skipped_updates": run.guard.skipped,
+        **run.state.damage,
         "rows_digest": f"{run.state.rows_digest:016x}",
     }
-    if topology.device.type == "cuda":
+    if run.strategy.topology.device.type == "cuda":
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     run.tracker.log(line, run.state.step)
     shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")}
@@ -182,15 +222,19 @@ def record(run: Run, point: Point, norm: float, seconds: float, stall: float, st
     bar.set_description(point.stage, refresh=False)
 
 
-def global_digest(run: Run) -> int:
-    """Digest of the rows of all global batches so far, from the chains of the data ranks."""
-    topology = run.strategy.topology
-    total = topology.sum_over_data(torch.tensor(run.digest.signed, device=topology.device))
-    return RowDigest.combine([int(total)]).value
+def tally(run: Run, stream: Stream) -> None:
+    """Bring the row digest and the counts of masked and reread data up to date, over all data ranks."""
+    topology, state = run.strategy.topology, run.state
+    counters = stream.counters()
+    mine = torch.tensor([run.digest.signed, *counters.values()], device=topology.device)
+    digest, *counts = topology.sum_over_data(mine).tolist()
+    state.rows_digest = RowDigest.combine([digest]).value
+    # A process counts what it met itself; an earlier one may have met more.
+    state.damage = {k: max(n, state.damage.get(k, 0)) for k, n in zip(counters, counts, strict=True)}
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint."""
-    run.state.rows_digest = global_digest(run)
-    root = run.folder / "checkpoints"
-    return checkpoint.save(root, run.strategy, run.state, run.manifest, run.config.checkpoint.keep)
+def save(run: Run, stream: Stream) -> None:
+    """Begin to write a checkpoint, or write it."""
+    tally(run, stream)
+    run.state.guard = run.guard.state()
+    run.saver.save(run.state, last=run.state.step == run.curriculum.total)

@@ -1,15 +1,23 @@
 """Where figures go: a JSONL that is always written, and MLflow, whose failures never stop training. The only home of mlflow."""
 
-import json
 import logging
 import os
 import subprocess
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from trainer.journal import Journal
 
 log = logging.getLogger(__name__)
+
+
+MAX_METRICS = 1000  # that MLflow takes in one call
 
 
 @dataclass
@@ -29,67 +37,127 @@ class Tracker:
         config: store and names.
         params: resolved configuration, flat.
         tags: further tags; the git revision is added.
-        step: step that training starts from; later lines of an earlier attempt are dropped.
+        step: step that training starts from; later lines of an earlier attempt are dropped, and the MLflow run goes on.
     """
 
     def __init__(
         self, run_dir: Path, config: TrackingConfig, params: Mapping[str, Any], tags: Mapping[str, str], step: int
     ):
-        self.path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self.path) if _step_of(line) <= step] if step else []
-        self.path.write_text("".join(kept))
-        self._file = self.path.open("a")
-        self._run_file = run_dir / "mlflow_run_id"
-        self._mlflow: Any = None
-        self._config = config
+        self._journal = Journal(run_dir / "metrics.jsonl", step)
+        self._mirror: _Mirror | None = None
         if config.uri != "off":
-            self._guard(self._start, run_dir, params, {**tags, "git_revision": git_revision()}, step)
+            tags = {**tags, "git_revision": git_revision()}
+            self._mirror = _Mirror(lambda: _open_run(run_dir, config, params, tags, resumed=step > 0))
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """One line of metrics.jsonl, and its numbers to MLflow by step."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._journal.write(values)
         numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        self._guard(lambda: self._mlflow.log_metrics(numbers, step=step, synchronous=False))
+        if self._mirror is not None:
+            self._mirror.put(_Numbers(numbers, step, int(time.time() * 1000)))
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file with the MLflow run."""
-        self._guard(lambda: self._mlflow.log_artifact(str(path), folder))
+        if self._mirror is not None:
+            self._mirror.put(lambda client, run_id: client.log_artifact(run_id, str(path), folder))
 
-    def close(self, status: str = "FINISHED") -> None:
-        """Flush and end the run with an MLflow status: FINISHED, FAILED or KILLED."""
-        self._file.close()
-        self._guard(lambda: (self._mlflow.flush_async_logging(), self._mlflow.end_run(status)))
+    def close(self, status: str = "FINISHED", patience: float = 60.0) -> None:
+        """End the run with an MLflow status: FINISHED, FAILED or KILLED. MLflow gets at most `patience` seconds for what is left."""
+        if self._mirror is not None:
+            self._mirror.put(lambda client, run_id: client.set_terminated(run_id, status))
+            self._mirror.close(patience)
 
-    def _start(self, run_dir: Path, params: Mapping[str, Any], tags: Mapping[str, str], step: int) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow  # imported here: it takes seconds, and ranks that do not track never need it
 
-        self._mlflow = mlflow
-        connect(mlflow, self._config.uri, run_dir)
-        run_id = self._run_file.read_text().strip() if step and self._run_file.exists() else None
-        _experiment(mlflow, self._config.experiment, run_dir)
-        run = mlflow.start_run(run_id=run_id, run_name=self._config.run_name or run_dir.name, log_system_metrics=False)
-        self._run_file.write_text(run.info.run_id + "\n")
-        mlflow.set_tags(dict(tags))
-        if run_id is None:
-            items = [(k, str(v)[:6000]) for k, v in params.items()]
-            for i in range(0, len(items), 100):  # MLflow takes 100 params a call
-                mlflow.log_params(dict(items[i : i + 100]))
+class _Numbers(NamedTuple):
+    values: dict[str, float]
+    step: int
+    milliseconds: int
 
-    def _guard(self, action: Any, *args: Any) -> None:
-        """Run an MLflow call; the first failure turns MLflow off for this run and says so."""
-        if action != self._start and self._mlflow is None:
-            return
+
+_Action = Callable[[Any, str], Any]  # of an MlflowClient and a run id
+
+
+class _Mirror:
+    """MLflow in a thread of its own: importing it, making its database or trying a server that does not answer take seconds to
+    minutes, which training does not wait for. The first failure turns it off and says so.
+
+    open_run: returns an MlflowClient and the id of the run.
+    """
+
+    def __init__(self, open_run: Callable[[], tuple[Any, str]]):
+        self._open_run = open_run
+        self._queue: SimpleQueue[_Numbers | _Action | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def put(self, item: _Numbers | _Action) -> None:
+        if self._thread.is_alive():
+            self._queue.put(item)
+
+    def close(self, patience: float) -> None:
+        self._queue.put(None)
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            log.warning("MLflow did not take everything within %.0f s; metrics.jsonl is complete", patience)
+
+    def _work(self) -> None:
         try:
-            action(*args)
+            client, run_id = self._open_run()
+            item = self._queue.get()
+            while item is not None:
+                if isinstance(item, _Numbers):
+                    item = self._log(client, run_id, item)
+                    continue
+                item(client, run_id)
+                item = self._queue.get()
         except Exception as error:
-            self._mlflow = None
+            text = " ".join(str(error).split())[:200]
             log.warning(
-                "MLflow is off for the rest of this run (%s: %s); metrics.jsonl goes on",
-                type(error).__name__,
-                str(error)[:200],
+                "MLflow is off for the rest of this run (%s: %s); metrics.jsonl goes on", type(error).__name__, text
             )
+
+    def _log(self, client: Any, run_id: str, item: _Numbers) -> _Numbers | _Action | None:
+        """Log this and the numbers behind it in one call; returns the first item that is none."""
+        from mlflow.entities import Metric
+
+        metrics: list[Any] = []
+        following: _Numbers | _Action | None = item
+        while isinstance(following, _Numbers) and len(metrics) + len(following.values) <= MAX_METRICS:
+            metrics += [Metric(k, v, following.milliseconds, following.step) for k, v in following.values.items()]
+            if self._queue.empty():
+                client.log_batch(run_id, metrics=metrics)
+                return self._queue.get()
+            following = self._queue.get()
+        client.log_batch(run_id, metrics=metrics)
+        return following
+
+
+def _open_run(
+    run_dir: Path, config: TrackingConfig, params: Mapping[str, Any], tags: Mapping[str, str], resumed: bool
+) -> tuple[Any, str]:
+    """A client, and the run that mlflow_run_id names if training resumed, else a new one."""
+    client = connect(config.uri, run_dir)
+    run_file = run_dir / "mlflow_run_id"
+    if resumed and run_file.exists():
+        run_id = run_file.read_text().strip()
+        with suppress(_mlflow_exception()):  # a store that was deleted since then
+            client.update_run(run_id, status="RUNNING")
+            return client, run_id
+    from mlflow.entities import Param
+
+    experiment = _experiment(client, config.experiment, run_dir, config.uri)
+    run_id = client.create_run(experiment, run_name=config.run_name or run_dir.name, tags=dict(tags)).info.run_id
+    items = [Param(k, str(v)[:6000]) for k, v in params.items()]
+    for i in range(0, len(items), 100):  # MLflow takes 100 params a call
+        client.log_batch(run_id, params=items[i : i + 100])
+    run_file.write_text(run_id + "\n")
+    return client, run_id
+
+
+def _mlflow_exception() -> type[Exception]:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException
 
 
 def add_artifacts(run_dir: Path, uri: str | None, paths: list[Path]) -> bool:
@@ -98,32 +166,39 @@ def add_artifacts(run_dir: Path, uri: str | None, paths: list[Path]) -> bool:
     if uri == "off" or not run_file.exists():
         return False
     try:
-        import mlflow
-
-        connect(mlflow, uri, run_dir)
+        client = connect(uri, run_dir)
         for path in paths:
-            mlflow.MlflowClient().log_artifact(
-                run_file.read_text().strip(), str(path), "plots" if path.suffix == ".png" else None
-            )
+            client.log_artifact(run_file.read_text().strip(), str(path), "plots" if path.suffix == ".png" else None)
     except Exception as error:
-        log.warning("not stored in MLflow (%s: %s)", type(error).__name__, str(error)[:200])
+        log.warning("not stored in MLflow (%s: %s)", type(error).__name__, " ".join(str(error).split())[:200])
         return False
     return True
 
 
-def connect(mlflow: Any, uri: str | None, run_dir: Path) -> None:
-    """Point mlflow at the configured store, MLFLOW_TRACKING_URI, or the SQLite file beside the run folder."""
-    mlflow.set_tracking_uri(
-        uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-    )
+def store_uri(uri: str | None, run_dir: Path) -> str:
+    """The configured store, MLFLOW_TRACKING_URI, or the SQLite file beside the run folder."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
-def _experiment(mlflow: Any, name: str, run_dir: Path) -> None:
-    """Select the experiment; one made in a local database keeps its artifacts beside it instead of in the working directory."""
-    local = mlflow.get_tracking_uri().startswith("sqlite:")
-    if local and mlflow.get_experiment_by_name(name) is None:
-        mlflow.create_experiment(name, artifact_location=(run_dir.resolve().parent / "mlartifacts").as_uri())
-    mlflow.set_experiment(name)
+def connect(uri: str | None, run_dir: Path) -> Any:
+    """An MlflowClient of `store_uri`."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # MLflow's own defaults try a server that does not answer for many minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow  # imported here: it takes seconds, and ranks that do not track never need it
+
+    return mlflow.MlflowClient(tracking_uri=store_uri(uri, run_dir))
+
+
+def _experiment(client: Any, name: str, run_dir: Path, uri: str | None) -> str:
+    """Id of the experiment; one made in a local database keeps its artifacts beside it instead of in the working directory."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = store_uri(uri, run_dir).startswith("sqlite:")
+    folder = (run_dir.resolve().parent / "mlartifacts").as_uri() if local else None
+    return client.create_experiment(name, artifact_location=folder)
 
 
 def git_revision() -> str:
@@ -133,15 +208,3 @@ def git_revision() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
-
-
-def _step_of(line: str) -> float:
-    """Step of a line; a line cut short by a crash counts as later than any."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return float("inf")

@@ -4,6 +4,7 @@ key=value overrides the YAML, for example data.shards=data/demo/layer-01/train d
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -14,13 +15,19 @@ from trainer.config import Config, flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.dictionary import ConceptDictionary, bank_sizes
 from trainer.errors import UserError
+from trainer.guard import Guard
+from trainer.interrupt import Interrupt
+from trainer.journal import Journal
 from trainer.objective import AlignObjective
 from trainer.strategies import build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
+from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology, launched_world
 from trainer.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+OUTCOME = "outcome.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,19 +42,22 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}/{world}: %(message)s"
     )
-    try:
-        run(load_config(args.config, args.overrides))
-    except UserError as error:
-        print(
-            f"trainer.train: error: {error}" if world == 1 else f"trainer.train: rank {rank}: error: {error}",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+    with Interrupt() as interrupt:
+        try:
+            return run(load_config(args.config, args.overrides), interrupt)
+        except UserError as error:
+            print(
+                f"trainer.train: error: {error}" if world == 1 else f"trainer.train: rank {rank}: error: {error}",
+                file=sys.stderr,
+            )
+            return 2
 
 
-def run(config: Config) -> None:
-    """Build everything that the configuration names, resume if there is something to resume, and train."""
+def run(config: Config, interrupt: Interrupt) -> int:
+    """Build everything that the configuration names, resume if there is something to resume, and train.
+
+    Returns the exit code: 0, or one of trainer.interrupt.
+    """
     _, _, world = launched_world()
     # All refusals that need no other rank come before any process group forms.
     config.parallel = config.parallel.resolve(
@@ -60,11 +70,14 @@ def run(config: Config) -> None:
     lanes_of_rank(config.data.lanes, 0, world // config.parallel.dictionary_ranks)
     curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch)
     check_labels(curriculum, manifest)
+    interrupt.limit(config.run.wall_minutes)
     folder = Path(config.run.dir)
-    resume, skipped = checkpoint.find(config.checkpoint.resume, folder / "checkpoints")
-    state = fresh_state(config, manifest) if resume is None else resumed_state(resume, config, manifest, plan)
 
     topology = join(config.parallel)
+    resume, skipped = checkpoint.find(config.checkpoint.resume, folder / "checkpoints", topology)
+    state = fresh_state(config, manifest) if resume is None else resumed_state(resume, config, manifest, plan)
+    if config.checkpoint.resume != "auto":
+        checkpoint.refuse_later(folder / "checkpoints", state.step)
     for reason in skipped if topology.is_main else []:
         log.warning("checkpoint skipped: %s", reason)
     if resume is not None and topology.is_main:
@@ -83,22 +96,74 @@ def run(config: Config) -> None:
         dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=config.run.precision
     )
     if kernels is not None and not objective.choice.pinned:
-        objective.choice.names = kernels
+        # A checkpoint may come from a machine with another fast kernel.
+        objective.choice.names = ["dense" if name == "dense" else objective.choice.fast for name in kernels]
     strategy = build_strategy(config.parallel, topology)
     strategy.prepare(objective, config.optim, state.updates)
     if resume is not None:
         checkpoint.load_moments(resume, strategy)
 
     tracker = open_tracker(config, folder, manifest, state.step, topology)
+    journal = Journal(folder / "skipped.jsonl", state.step) if topology.is_main else None
+    guard = Guard(config.guard, plan, journal, state.guard)
+    saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint, strategy, manifest, trusted=resume)
     # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
     digest = RowDigest(state.rows_digest if topology.data_rank == 0 else 0)
-    status = "FAILED"
+    code, status = 2, "failed"
     try:
-        loop.train(loop.Run(config, folder, manifest, plan, curriculum, strategy, tracker, state, digest))
-        status = "FINISHED"
+        code = loop.train(
+            loop.Run(
+                config, folder, manifest, plan, curriculum, strategy, tracker, state, digest, guard, saver, interrupt
+            )
+        )
+        status = "interrupted" if code else "finished"
     finally:
+        saver.close()
         if tracker is not None:
-            tracker.close(status)
+            write_outcome(folder, tracker, summarise(status, code, interrupt, state, curriculum, guard, saver))
+    topology.barrier()  # the launcher ends all ranks when one has left
+    return code
+
+
+def summarise(
+    status: str,
+    code: int,
+    interrupt: Interrupt,
+    state: checkpoint.RunState,
+    curriculum: Curriculum,
+    guard: Guard,
+    saver: checkpoint.Saver,
+) -> dict[str, object]:
+    """What the run came to, in one line of the log and as an object."""
+    saved = saver.last.name if saver.last is not None else None
+    figures = {"skipped_updates": guard.skipped, **state.damage, "rows_digest": f"{state.rows_digest:016x}"}
+    why = f" ({interrupt.why or 'asked by another rank'}; exit code {code})" if status == "interrupted" else ""
+    log.info(
+        "%s at step %d of %d%s; checkpoint %s; %s",
+        *(status, state.step, curriculum.total, why, saved),
+        ", ".join(f"{k} {v}" for k, v in figures.items()),
+    )
+    return {
+        "status": status,
+        "exit_code": code,
+        "step": state.step,
+        "steps": curriculum.total,
+        "checkpoint": saved,
+        **figures,
+    }
+
+
+def write_outcome(folder: Path, tracker: Tracker, outcome: dict[str, object]) -> None:
+    """outcome.json, which scripts read because launchers do not pass exit codes on; and the end of the tracked run."""
+    try:
+        write_atomically(folder / OUTCOME, json.dumps(outcome, indent=1).encode() + b"\n")
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", folder / OUTCOME, error.strerror)
+    else:
+        tracker.artifact(folder / OUTCOME)
+    interrupted = outcome["status"] == "interrupted"
+    status = {"finished": "FINISHED", "interrupted": "KILLED"}.get(str(outcome["status"]), "FAILED")
+    tracker.close(status, patience=10.0 if interrupted else 60.0)
 
 
 def check_labels(curriculum: Curriculum, manifest: Manifest) -> None:
@@ -148,7 +213,8 @@ def open_tracker(config: Config, folder: Path, manifest: Manifest, step: int, to
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        (folder / OUTCOME).unlink(missing_ok=True)  # of an earlier attempt
     except OSError as error:
         raise UserError(f"run.dir={folder} cannot be written ({error.strerror}); choose another folder") from error
     tags = {"manifest_digest": manifest.digest, "hook_point": manifest.hook_point, "model": manifest.model}

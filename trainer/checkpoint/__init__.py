@@ -1,0 +1,26 @@
+"""Checkpoints that name no rank: one safetensors file per unit (bank, concepts, output bias, value head), so that any strategy and world loads any of them.
+
+    checkpoints/step-00000100/   state.json manifest.json hashes.json dictionary/UNIT.safetensors optimizer/UNIT.safetensors COMPLETE
+    checkpoints/latest           name of the newest complete folder
+
+Commit protocol: everything goes to step-N.tmp and is synced to disk; all ranks acknowledge; hashes.json lists what was written; the folder is
+renamed; COMPLETE is written; `latest` moves last. Only safetensors and JSON are ever read.
+"""
+
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.restore import find, load_dictionary, load_moments, load_weights, refuse_later, verify
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import RunState, read_state
+
+__all__ = [
+    "CheckpointConfig",
+    "RunState",
+    "Saver",
+    "find",
+    "load_dictionary",
+    "load_moments",
+    "load_weights",
+    "read_state",
+    "refuse_later",
+    "verify",
+]

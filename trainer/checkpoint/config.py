@@ -1,0 +1,25 @@
+"""Configuration of checkpoints."""
+
+from dataclasses import dataclass
+
+from trainer.errors import UserError
+
+
+@dataclass
+class CheckpointConfig:
+    """When and how to save, how many to keep, and where to resume from."""
+
+    every: int = 1000  # steps between saves; 0 = only at the end
+    keep: int = 2  # verified checkpoints kept
+    resume: str = "auto"  # auto: the newest of this run that verifies | none | a checkpoint or run folder
+    asynchronous: bool = True  # copy first, write while training goes on; the last save always waits
+    on_error: str = "continue"  # continue: a save that fails is reported and the run goes on | stop
+
+    def validate(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        if self.every < 0:
+            raise UserError(f"checkpoint.every={self.every} must not be negative; 0 saves only at the end")
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep={self.keep} must be at least 1")
+        if self.on_error not in ("continue", "stop"):
+            raise UserError(f"checkpoint.on_error={self.on_error!r} is unknown; use continue or stop")

@@ -1,0 +1,198 @@
+"""Finding a checkpoint that can be trusted, and loading it."""
+
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trainer.checkpoint.files import read_json, sha256
+from trainer.checkpoint.state import RunState, least_bytes, read_state
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.errors import DataError, UserError
+from trainer.strategies import Strategy, UnitState
+from trainer.stream import Manifest
+from trainer.topology import Topology
+
+_NAME = re.compile(r"(?:(?:dictionary|optimizer)/[a-z0-9-]+\.safetensors|state\.json|manifest\.json)\Z")
+_STEP = re.compile(r"step-(\d{8,})\Z")
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Why a checkpoint folder must not be used, or None if every file is there and has its hash.
+
+    Ranks share the hashing: each calls this with its number `part` of `parts` and looks at that share of the files.
+    """
+    if not (folder / "COMPLETE").exists():
+        return "it was not completed"
+    try:
+        hashes = read_json(folder / "hashes.json")
+        sizes = {name: _listed_bytes(name, entry) for name, entry in hashes.items()}
+        for name, least in least_bytes(read_state(folder).dictionary, len(sizes)).items():
+            if name not in sizes:
+                return f"{name} is not in hashes.json"
+            if sizes[name] < least:
+                return f"{name} has {sizes[name]} bytes, too few for the dictionary that state.json describes"
+        for name in sorted(sizes)[part::parts]:
+            if (folder / name).stat().st_size != sizes[name]:
+                return f"{name} has another size than hashes.json says"
+            if sha256(folder / name) != hashes[name]["sha256"]:
+                return f"{name} differs from its hash"
+    except (OSError, DataError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def _listed_bytes(name: str, entry: object) -> int:
+    if not _NAME.match(name):
+        raise DataError(f"hashes.json lists {name!r:.80}, which is no file of a checkpoint")
+    size = entry.get("bytes") if isinstance(entry, dict) and isinstance(entry.get("sha256"), str) else None
+    if not isinstance(size, int):
+        raise DataError(f"hashes.json has no size and hash of {name}")
+    return size
+
+
+def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, or None for a fresh start, and which were skipped and why. Called on all ranks.
+
+    Args:
+        resume: see CheckpointConfig.
+        root: checkpoints folder of this run.
+        topology: ranks that look together; None: this process alone.
+
+    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same folder.
+    """
+    topology = topology or Topology()
+    if resume == "none":
+        return None, []
+    named = resume != "auto"
+    candidates = list(_candidates(Path(resume) if named else root))
+    _refuse_other_views(candidates, root, topology)
+    skipped: list[str] = []
+    for folder in candidates:
+        reason = verify(folder, topology.rank, topology.world)
+        if not topology.any_over_world(reason is not None):
+            return folder, skipped
+        skipped.append(f"{folder}: {reason or 'another rank found it damaged'}")
+    if named:
+        raise UserError(
+            f"checkpoint.resume={resume}: no usable checkpoint there ({'; '.join(skipped) or 'none found'})"
+        )
+    return None, skipped
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name of a checkpoint folder; -1 for another name."""
+    match = _STEP.match(folder.name)
+    return int(match.group(1)) if match else -1
+
+
+def saved(root: Path) -> list[Path]:
+    """Folders step-N, newest first, whatever is in them."""
+    return sorted((p for p in root.glob("step-*") if step_of(p) >= 0 and p.is_dir()), key=step_of, reverse=True)
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    if path.name == "latest" and path.is_file():
+        path = path.parent / path.read_text(errors="replace").strip()[:100]
+    if (path / "state.json").exists():
+        yield path
+        return
+    yield from saved(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+
+
+def refuse_later(root: Path, step: int) -> None:
+    """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that will save there too."""
+    later = [p for p in saved(root) if step_of(p) > step and (p / "COMPLETE").exists()]
+    if later:
+        raise UserError(
+            f"{root} holds checkpoints up to step {step_of(later[0])}, but this run starts at step {max(step, 0)} and would mix with "
+            f"them; choose another run.dir, delete them, or use checkpoint.resume=auto"
+        )
+
+
+def _refuse_other_views(candidates: list[Path], root: Path, topology: Topology) -> None:
+    view = zlib.crc32("\n".join(folder.name for folder in candidates).encode())
+    total = topology.sum_over_world(torch.tensor(view, dtype=torch.int64, device=topology.device))
+    if topology.any_over_world(int(total) != topology.world * view):
+        raise UserError(
+            f"ranks see different checkpoints in {root}; run.dir must be on a file system that all nodes share"
+        )
+
+
+def load_weights(folder: Path, dictionary: ConceptDictionary) -> list[str]:
+    """Fill the units that `dictionary` holds; returns the kernel names of its free banks."""
+    kernels = []
+    for unit, module in dictionary.units().items():
+        path = folder / "dictionary" / f"{unit}.safetensors"
+        tensors = _read(path)
+        _refuse_other_shapes(path, tensors, {name: tuple(t.shape) for name, t in module.state_dict().items()})
+        module.load_state_dict(tensors)
+        if unit.startswith("bank-"):
+            with safe_open(path, framework="pt") as file:
+                kernels.append((file.metadata() or {}).get("kernel", "dense"))
+    return kernels
+
+
+def load_moments(folder: Path, strategy: Strategy) -> None:
+    """Set the optimizer state of every unit; after the engine was built."""
+    for unit in strategy.unit_names():
+        if strategy.holds(unit):
+            path = folder / "optimizer" / f"{unit}.safetensors"
+            moments = _read(path)
+            with safe_open(folder / "dictionary" / f"{unit}.safetensors", framework="pt") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes.pop("last_fired", None)
+            _refuse_other_shapes(
+                path, moments, {f"{k}.{n}": s for k in ("exp_avg", "exp_avg_sq") for n, s in shapes.items()}
+            )
+            strategy.write(unit, UnitState({}, _strip(moments, "exp_avg."), _strip(moments, "exp_avg_sq.")))
+
+
+def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
+    """The whole dictionary and the manifest of its training data, from a run folder, a checkpoint folder or `checkpoints/latest`.
+
+    Raises UserError when there is no usable checkpoint.
+    """
+    folder, _ = find(str(path), Path(path))
+    assert folder is not None  # a named path that has none raises
+    state = read_state(folder)
+    manifest = Manifest.load(str(folder))
+    dictionary = build(state, manifest)
+    load_weights(folder, dictionary)
+    return dictionary.eval().requires_grad_(False), manifest
+
+
+def build(state: RunState, manifest: Manifest) -> ConceptDictionary:
+    """A dictionary of the form in the state, with the normalisation of the manifest."""
+    form = state.dictionary
+    if manifest.width != form["width"]:
+        raise DataError(f"manifest.json of the checkpoint has width {manifest.width}, state.json {form['width']}")
+    sizes = {key: form[key] for key in ("free_slots", "bank_slots", "decoder_norm", "value_hidden")}
+    dictionary = ConceptDictionary(form["width"], form["concepts"], DictionaryConfig(**sizes), answers=form["answers"])
+    dictionary.set_normalisation(manifest.mean, manifest.scale)
+    return dictionary
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
+
+
+def _refuse_other_shapes(path: Path, tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise DataError(
+                f"{path}: {name} has shape {found.get(name)}, not {wanted.get(name)}; resume from another checkpoint"
+            )
+
+
+def _strip(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

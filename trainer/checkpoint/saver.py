@@ -1,0 +1,276 @@
+"""Saving: snapshot, write, acknowledge, commit, retain.
+
+A save has two phases that every rank enters and leaves together: `write` (each rank its units, into step-N.tmp) and `commit` (the main rank: hash
+manifest, rename, COMPLETE, `latest`). A rank that is done with a phase says so with its vote, "done" and "failed"; the votes of all ranks are
+summed, and all ranks act on the sums alike. The training loop adds the votes to the one small reduction that it makes at every step anyway, so
+an asynchronous save needs no collective of its own, no second process group, and cannot get between the collectives of training. Where the loop
+is not running (a synchronous save, the last one) `wait` reduces the votes itself.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from trainer.checkpoint.config import CheckpointConfig
+from trainer.checkpoint.files import read_json, run_in_background, seal, sync_folder, write_json
+from trainer.checkpoint.restore import saved, verify
+from trainer.checkpoint.state import RunState
+from trainer.errors import DataError, UserError
+from trainer.strategies import Strategy, UnitState
+from trainer.stream import Manifest
+
+log = logging.getLogger(__name__)
+
+Unit = tuple[str, dict[str, str], UnitState]  # name, metadata, state
+_FAILURES = (OSError, SafetensorError, DataError, MemoryError)
+
+
+class Saver:
+    """Writes the checkpoints of a run. All methods but `votes` are called on all ranks, in the same order.
+
+    Args:
+        root: checkpoints folder; unfinished saves of earlier attempts in it are removed.
+        config: see CheckpointConfig.
+        strategy: whose units are saved.
+        manifest: of the training data, stored with each checkpoint.
+        trusted: checkpoint that this run resumed from, already verified.
+    """
+
+    def __init__(
+        self, root: Path, config: CheckpointConfig, strategy: Strategy, manifest: Manifest, trusted: Path | None = None
+    ):
+        self.root, self.config, self.strategy, self.manifest = root, config, strategy, manifest
+        self.topology = strategy.topology
+        self.last: Path | None = trusted  # newest checkpoint known to be good
+        self.last_step = -1  # of the last save that was begun
+        self._seconds = 0.0
+        self._last = False
+        self._verified = {trusted.name} if trusted is not None and trusted.parent == root else set()
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=run_in_background)
+        self._phase = ""
+        self._task: Future[None] = Future()
+        self._state: RunState
+        if self.topology.is_main:
+            clean(root)
+
+    def due(self, step: int) -> bool:
+        """Whether a save begins after `step` steps."""
+        return self.config.every > 0 and step % self.config.every == 0
+
+    def save(self, state: RunState, last: bool = False) -> None:
+        """Begin a save, and finish it unless saves are asynchronous. An earlier one that is still under way is finished first.
+
+        `last`: of the run. It is finished in any case, and its failure raises UserError whatever checkpoint.on_error says.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self._last = last
+        self._save(state)
+        if last:
+            self.wait()
+        self._seconds += time.perf_counter() - began
+
+    def _save(self, state: RunState) -> None:
+        self._state, self.last_step = replace(state), state.step
+        prepared = self._attempt(self._prepare) if self.topology.is_main else _done()
+        if self.topology.any_over_world(prepared.exception() is not None):
+            self._task = prepared
+            self._fail()
+            return
+        self._phase = "write"
+        self.strategy.sync_last_fired()
+        self.strategy.objective.settle()
+        units = self._units()
+        if self.config.asynchronous:
+            snapshot = list(units)
+            self._task = self._pool.submit(self._write, snapshot)
+        else:
+            self._task = self._attempt(self._write, units)
+            for _ in units:  # reading a unit may be a collective: a rank that cannot write must still take part
+                pass
+            self.wait()
+
+    def votes(self) -> list[float]:
+        """This rank's (done, failed) of the phase under way."""
+        if not self._phase or not self._task.done():
+            return [0.0, 0.0]
+        return [1.0, float(self._task.exception() is not None)]
+
+    def advance(self, done: float, failed: float) -> None:
+        """Go on as the votes, summed over all ranks, say. Raises UserError when a save failed and checkpoint.on_error=stop."""
+        if not self._phase or done < self.topology.world:
+            return
+        if failed:
+            self._fail()
+        elif self._phase == "write":
+            self._phase = "commit"
+            self._task = self._submit(self._commit) if self.topology.is_main else _done()
+        else:
+            self._phase = ""
+            self.last = self._final
+
+    def wait(self) -> None:
+        """Finish the save under way, if there is one."""
+        while self._phase:
+            wait([self._task])
+            votes = torch.tensor(self.votes(), dtype=torch.float64, device=self.topology.device)
+            self.advance(*self.topology.sum_over_world(votes).tolist())
+
+    def take_seconds(self) -> float:
+        """Seconds that training stood still for saves since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """Stop the writing thread, after what it is writing."""
+        self._pool.shutdown(wait=True)
+
+    @property
+    def _final(self) -> Path:
+        return self.root / f"step-{self._state.step:08d}"
+
+    @property
+    def _work(self) -> Path:
+        return self._final.with_suffix(".tmp")
+
+    def _submit(self, action: Callable[[], None]) -> "Future[None]":
+        return self._pool.submit(action) if self.config.asynchronous else self._attempt(action)
+
+    @staticmethod
+    def _attempt(action: Callable[..., None], *args: Iterable[Unit]) -> "Future[None]":
+        """Do it now; the failures of a save are kept, not raised."""
+        future: Future[None] = Future()
+        try:
+            action(*args)
+            future.set_result(None)
+        except _FAILURES as error:
+            future.set_exception(error)
+        return future
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+        (self._work / "dictionary").mkdir(parents=True, exist_ok=True)
+        (self._work / "optimizer").mkdir(exist_ok=True)
+
+    def _units(self) -> Iterator[Unit]:
+        """The units that this rank saves, as copies in host memory."""
+        kernels = dict(zip(self.strategy.objective.dictionary.owned, self.strategy.objective.choice.names, strict=True))
+        for unit in self.strategy.unit_names():
+            state = self.strategy.read(unit)
+            if state is not None:
+                is_bank = unit.startswith("bank-")
+                yield unit, {"kernel": kernels[int(unit.removeprefix("bank-"))]} if is_bank else {}, state
+
+    def _write(self, units: Iterable[Unit]) -> None:
+        hashes = {}
+        if isinstance(units, list):
+            units = _consume(units)
+        for unit, metadata, state in units:
+            moments = {f"exp_avg.{k}": v for k, v in state.exp_avg.items()}
+            moments |= {f"exp_avg_sq.{k}": v for k, v in state.exp_avg_sq.items()}
+            for folder, tensors in (("dictionary", state.weights), ("optimizer", moments)):
+                path = self._work / folder / f"{unit}.safetensors"
+                save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+                hashes[f"{folder}/{unit}.safetensors"] = seal(path)
+        write_json(self._work / f"hashes-{self.topology.rank}.json", hashes)
+
+    def _commit(self) -> None:
+        work, final = self._work, self._final
+        write_json(work / "state.json", self._state.to_json())
+        self.manifest.save(work)
+        hashes = {name: seal(work / name) for name in ("state.json", "manifest.json")}
+        for rank in range(self.topology.world):
+            part = work / f"hashes-{rank}.json"
+            hashes |= read_json(part)
+            part.unlink()
+        write_json(work / "hashes.json", hashes)
+        for folder in (work / "dictionary", work / "optimizer", work):
+            sync_folder(folder)
+        # A checkpoint of the same step stands aside until the new one is in place (see clean).
+        aside = final.with_suffix(".old")
+        if final.exists():
+            final.rename(aside)
+        work.rename(final)
+        sync_folder(self.root)
+        (final / "COMPLETE").touch()
+        sync_folder(final)
+        shutil.rmtree(aside, ignore_errors=True)
+        pointer = self.root / "latest.tmp"
+        pointer.write_text(final.name + "\n")
+        seal(pointer)
+        pointer.replace(self.root / "latest")
+        sync_folder(self.root)
+        self._verified.add(final.name)
+        self._retain()
+
+    def _retain(self) -> None:
+        """Delete what is older than the newest `keep` checkpoints that verify. Damaged ones between them stay, to be looked at."""
+        good = 0
+        for folder in saved(self.root):
+            if good >= self.config.keep:
+                self._verified.discard(folder.name)
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            reason = None if folder.name in self._verified else verify(folder)
+            if reason is None:
+                self._verified.add(folder.name)
+                good += 1
+            else:
+                log.warning("%s does not count as a checkpoint to keep: %s", folder, reason)
+
+    def _fail(self) -> None:
+        """All ranks are here: drop the save, report it, go on or stop."""
+        self._phase = ""
+        error = self._task.exception() if self._task.done() else None
+        reason = " ".join(str(error).split()) if error is not None else "another rank failed, see its message"
+        if self.topology.is_main:
+            if not (self._final / "COMPLETE").exists():
+                shutil.rmtree(self._final, ignore_errors=True)
+            clean(self.root)
+        kept = f"the last good one is {self.last.name}" if self.last is not None else "there is none yet"
+        message = f"checkpoint {self._final} was not saved ({reason}); {kept}"
+        if self._last:
+            raise UserError(
+                f"{message}; the run is over, free some space and start it again to repeat the steps since then"
+            )
+        if self.config.on_error == "stop":
+            raise UserError(f"{message}; stopped because checkpoint.on_error=stop")
+        if error is not None or self.topology.is_main:
+            log.warning("%s; training goes on", message)
+
+
+def clean(root: Path) -> None:
+    """Remove what killed or failed saves left, and put back a checkpoint that stood aside when its successor did not arrive."""
+    with suppress(OSError):  # a folder that cannot be written is reported by the next save
+        for aside in root.glob("step-*.old"):
+            final = aside.with_suffix("")
+            if (final / "COMPLETE").exists():
+                shutil.rmtree(aside)
+            else:
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+        for stale in root.glob("step-*.tmp"):
+            shutil.rmtree(stale)
+        (root / "latest.tmp").unlink(missing_ok=True)
+
+
+def _consume(snapshot: list[Unit]) -> Iterator[Unit]:
+    """Each unit once, letting go of its memory after use."""
+    snapshot.reverse()
+    while snapshot:
+        yield snapshot.pop()
+
+
+def _done() -> "Future[None]":
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future

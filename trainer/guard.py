@@ -1,0 +1,88 @@
+"""Numbers that go wrong: updates that must not be made, the same decision on all ranks."""
+
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.journal import Journal
+from trainer.stream import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GuardConfig:
+    """When an update is skipped, and when the run gives up. A loss or gradient norm that is not finite is always skipped."""
+
+    spike: float = 0.0  # skip where the loss exceeds this many times its running median; 0 = off
+    window: int = (
+        50  # accepted losses that the median is taken over, of one stage; before they are there nothing is a spike
+    )
+    stop_after: int = 10  # skipped updates in a row after which the run stops
+
+    def validate(self) -> None:
+        """Raise UserError for a bound that cannot be."""
+        if self.spike and not self.spike > 1:
+            raise UserError(f"guard.spike={self.spike} must be above 1, or 0 for off")
+        if self.window < 1 or self.stop_after < 1:
+            raise UserError("guard.window and guard.stop_after must be at least 1")
+
+
+class Guard:
+    """Judges losses and gradient norms of the global batch, which are the same on all ranks.
+
+    Args:
+        config: bounds.
+        plan: names the rows of a step.
+        journal: skipped.jsonl, on the rank that writes it; None on the others.
+        state: what `state` gave at the checkpoint that the run goes on from, or {}.
+    """
+
+    def __init__(self, config: GuardConfig, plan: Plan, journal: Journal | None, state: dict[str, Any]):
+        self.config, self.plan, self.journal = config, plan, journal
+        self.skipped = int(state.get("skipped", 0))
+        self.in_a_row = int(state.get("in_a_row", 0))
+        self._stage = str(state.get("stage", ""))
+        self._losses = deque((float(loss) for loss in state.get("losses", [])), maxlen=config.window)
+
+    def state(self) -> dict[str, Any]:
+        """Counts and recent losses, for state.json."""
+        recent = list(self._losses) if self.config.spike else []
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "stage": self._stage, "losses": recent}
+
+    def problem(self, loss: float, stage: str) -> str:
+        """Why the step with this loss must not change the weights; "" if it may."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if stage != self._stage:  # other terms: earlier losses say nothing
+            self._stage = stage
+            self._losses.clear()
+        if self.config.spike and len(self._losses) == self.config.window:
+            usual = median(self._losses)
+            if loss > self.config.spike * usual:
+                return f"the loss {loss:.4g} is over guard.spike={self.config.spike:g} times its median {usual:.4g}"
+        return ""
+
+    def accept(self, loss: float) -> None:
+        """The update was made."""
+        self.in_a_row = 0
+        self._losses.append(loss)
+
+    def skip(self, step: int, problem: str, loss: float, norm: float) -> None:
+        """The update from batch `step` was not made: count it, record its rows. Raises UserError after too many in a row."""
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.journal is not None:
+            log.warning("step %d: update skipped, %s (%d so far)", step, problem, self.skipped)
+            rows = self.plan.batch_rows(*self.plan.locate(step)).tolist()
+            figures = {"loss": repr(loss), "grad_norm": repr(norm)}  # as text: JSON has no NaN
+            self.journal.write({"step": step + 1, "batch": step, "problem": problem, **figures, "row_ids": rows})
+        if self.in_a_row >= self.config.stop_after:
+            raise UserError(
+                f"{self.in_a_row} updates in a row were skipped, the last at step {step} because {problem}; "
+                f"look at the rows in skipped.jsonl, lower optim.lr, or raise guard.stop_after={self.config.stop_after}"
+            )
