@@ -5,10 +5,10 @@ The digest of the manifest identifies the data set: the epoch order is derived f
 
 import hashlib
 import json
-import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps(own, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property
     def digest(self) -> str:
@@ -116,13 +117,14 @@ class Manifest:
     @classmethod
     def parse(cls, payload: bytes, where: str) -> "Manifest":
         """Manifest from the bytes of manifest.json; `where` names it in errors."""
+        checker = _Checker(where)
         try:
             data = json.loads(payload.decode(), parse_constant=_no_constant)
+            manifest = checker.manifest(data)
+            manifest.digest  # noqa: B018  # metadata that canonical JSON cannot hold (1e999, deep nesting) fails here
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: not valid JSON ({type(error).__name__}); write it again with `alignsae index`"
-            ) from None
-        return _Checker(where).manifest(data)
+            raise checker.fail(f"not valid JSON ({type(error).__name__})") from None
+        return manifest
 
 
 def write_atomically(path: Path, payload: bytes) -> Path:
@@ -183,7 +185,8 @@ class _Checker:
         return value
 
     def number(self, value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # The bound keeps integers of hundreds of digits away from float().
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise self.fail(f"field {name!r} must hold finite numbers")
         return float(value)
 
@@ -199,7 +202,7 @@ class _Checker:
         schema = self.get(data, "schema", int)
         if schema != SCHEMA:
             raise DataError(
-                f"{self.where}: schema {schema}, this program reads schema {SCHEMA}; "
+                f"{self.where}: schema {str(schema)[:20]}, this program reads schema {SCHEMA}; "
                 "index the shards again with `alignsae index` of this version"
             )
         width = self.integer(data, "width", 1, MAX_WIDTH)

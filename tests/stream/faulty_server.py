@@ -1,0 +1,126 @@
+"""Real servers on loopback that fail or cut short a part of the requests."""
+
+import contextlib
+import hashlib
+import random
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Faults:
+    """Which request fails how; seeded, so that a run can be repeated up to thread timing."""
+
+    def __init__(self, share: float, seed: int = 0):
+        self.share, self.random, self.lock = share, random.Random(seed), threading.Lock()
+        self.requests = self.failed = 0
+
+    def draw(self) -> str:
+        """'' (fine), 'error', 'cut' or 'flip'."""
+        with self.lock:
+            self.requests += 1
+            if self.random.random() >= self.share:
+                return ""
+            self.failed += 1
+            return self.random.choice(["error", "cut", "flip"])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    faults: Faults
+    ranges: bool
+    seen: list[str]
+
+    def log_message(self, *args):
+        """Quiet."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        self.seen.append(self.path)
+        path = self.folder / self.path.split("?")[0].lstrip("/")
+        fault = self.faults.draw()
+        if fault == "error" or not path.is_file():
+            self.send_response(503 if fault else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, status = path.read_bytes(), 200
+        tag = hashlib.md5(data).hexdigest()
+        span = self.headers.get("Range")
+        if span and self.ranges:
+            low, high = span.removeprefix("bytes=").split("-")
+            data, status = data[int(low) : int(high) + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{tag}"')
+        if self.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        if not body:
+            return
+        if fault == "flip" and len(data) > 600:
+            data = data[:600] + bytes([data[600] ^ 1]) + data[601:]
+        self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        if fault == "cut":
+            self.close_connection = True
+
+
+@contextlib.contextmanager
+def http_server(folder: Path, share: float = 0.0, ranges: bool = True) -> Iterator[tuple[str, Faults, list[str]]]:
+    """Serves a folder; yields its URL, the fault counters and the list of requested paths."""
+    faults, seen = Faults(share), []
+    handler = type("Handler", (_Handler,), {"folder": folder, "faults": faults, "ranges": ranges, "seen": seen})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", faults, seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class FaultyApplication:
+    """WSGI middleware: fails or cuts short a share of the GET requests of another application."""
+
+    def __init__(self, application, faults: Faults):
+        self.application, self.faults = application, faults
+
+    def __call__(self, environ, start_response):
+        fault = self.faults.draw() if environ["REQUEST_METHOD"] == "GET" else ""
+        if fault == "error":
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return [b""]
+        body = self.application(environ, start_response)
+        if fault == "cut":
+            return self.half(body)
+        return body
+
+    @staticmethod
+    def half(body) -> Iterator[bytes]:
+        data = b"".join(body)
+        yield data[: len(data) // 2]
+
+
+@contextlib.contextmanager
+def s3_server(share: float = 0.0) -> Iterator[tuple[str, Faults]]:
+    """moto's S3 server behind the middleware; yields its URL. Faults begin when `faults.share` is set."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    faults = Faults(share)
+    application = FaultyApplication(DomainDispatcherApplication(create_backend_app), faults)
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", faults
+    finally:
+        server.shutdown()
