@@ -8,11 +8,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from trainer.config import load_config
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.stream import ShardWriter
-from trainer.train import run
+from trainer.train import main as train
 
 WIDTH = 32
 CONCEPTS = ["city", "major", "work"]
@@ -128,7 +127,9 @@ def train_tiny_run(folder: Path) -> Path:
     for name, stages in STAGES.items():
         path = folder / f"{name}.yaml"
         path.write_text(f"{CONFIG}stages: {stages}\n")
-        run(load_config(path, [f"data.shards={folder / 'data' / 'train'}", f"run.dir={folder / name}"]))
+        assert (
+            train(["--config", str(path), f"data.shards={folder / 'data' / 'train'}", f"run.dir={folder / name}"]) == 0
+        )
     return folder
 
 
