@@ -1,0 +1,49 @@
+# `make demo` and `make test` do everything, set-up included.
+PYTHON ?= python3.11
+PIP_FLAGS ?= --disable-pip-version-check
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test test-slow lint format lock clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -q torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -q -r requirements.lock
+	$(BIN)/python -m pip install $(PIP_FLAGS) -q --no-deps -e .
+	touch $(STAMP)
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/demo.sh
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Pins what a fresh environment resolves to; commit the result.
+lock:
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	.lock-venv/bin/python -m pip install $(PIP_FLAGS) -q ".[dev,remote]"
+	echo "# Exact versions, read by pip; written by 'make lock'." > requirements.lock
+	.lock-venv/bin/python -m pip freeze --exclude alignsae | sed 's/+cpu//' >> requirements.lock
+	rm -rf .lock-venv build
+
+clean:
+	rm -rf $(VENV) runs data models .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole result of the paper in small, in about ten minutes on two CPU cores. `make demo` calls this with the environment's bin folder in PATH.
+# Every stage can be run again by hand; a second `make demo` starts anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+began=$(date +%s)
+layer=layer-01
+rm -rf data/demo models/demo runs/demo runs/demo-unsupervised
+
+echo "== 1/7 biographies"
+alignsae biographies --out data/demo --persons 300
+
+echo "== 2/7 language model"
+alignsae finetune-lm --data data/demo --out models/demo
+
+echo "== 3/7 activations"
+alignsae extract --model models/demo --prompts data/demo/questions.jsonl --layers 1 --out data/demo
+
+echo "== 4/7 concept-aligned dictionary: pretrain, then align"
+accelerate launch --config_file launch/accelerate/cpu.yaml -m trainer.train --config configs/demo.yaml "data.shards=data/demo/$layer/train"
+
+echo "== 5/7 unsupervised dictionary, for comparison"
+accelerate launch --config_file launch/accelerate/cpu.yaml -m trainer.train --config configs/demo_unsupervised.yaml "data.shards=data/demo/$layer/train"
+
+echo "== 6/7 evaluation and swaps"
+alignsae evaluate --run runs/demo --train "data/demo/$layer/train" --heldout "data/demo/$layer/heldout" --unsupervised runs/demo-unsupervised
+alignsae swap --run runs/demo --model models/demo --prompts data/demo/questions.jsonl
+
+echo "== 7/7 report"
+alignsae report --run runs/demo
+echo $(($(date +%s) - began)) > runs/demo/seconds
+alignsae summary --run runs/demo --lm models/demo --unsupervised runs/demo-unsupervised --seconds-file runs/demo/seconds

@@ -1,0 +1,75 @@
+"""Configuration: shipped files load, the command line wins, and mistakes are named in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer.config import flatten, load_config, to_yaml
+from trainer.curriculum import Curriculum
+from trainer.errors import UserError
+
+CONFIGS = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "bars" not in p.name)
+
+DATA = "data.shards=somewhere"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_configuration_loads_and_has_a_curriculum(path):
+    config = load_config(path, [])
+    curriculum = Curriculum(config.stages, config.loss, config.optim, steps_per_epoch=7)
+    assert curriculum.total > 0
+    assert config.data.global_batch % config.data.lanes == 0
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    path = write(tmp_path, "dictionary: {free_slots: 10}\nstages: [{name: pretrain, epochs: 2}]\n")
+    config = load_config(
+        path, ["dictionary.free_slots=20", "stages.0.epochs=5", "optim.betas=[0.8,0.9]", "stages.0.loss={sp: 0.2}"]
+    )
+    assert config.dictionary.free_slots == 20
+    assert config.stages[0].epochs == 5 and config.stages[0].loss == {"sp": 0.2}
+    assert tuple(config.optim.betas) == (0.8, 0.9)
+
+
+def test_resolved_configuration_reads_back_the_same(tmp_path):
+    config = load_config(
+        write(tmp_path, "stages: [{name: align, steps: 3, loss: {perp: 0.5}}]\n"), [DATA, "run.seed=7"]
+    )
+    again = load_config(write(tmp_path, to_yaml(config)), [])
+    assert again == config
+    assert flatten(config)["stages.0.steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "text,overrides,expected",
+    [
+        ("dictionary: {free_slot: 3}\n", [], "'dictionary.free_slots'"),
+        ("", ["dictionry.free_slots=3"], "'dictionary"),
+        ("stages: [{name: pretrain, epoch: 3}]\n", [], "'stages.epochs'"),
+        ("", ["stages.0.stps=3"], "'stages.steps'"),
+        ("dictionary: {free_slots: many}\n", [], "free_slots"),
+        ("", ["optim.lr=-1"], "optim.lr"),
+        ("", ["run.precision=fp8"], "fp32 or bf16"),
+        ("", ["loss.bind_on=logits"], "pre or code"),
+        ("", ["loss.sp"], "key=value"),
+        ("a: [\n", [], "not YAML"),
+        ("- 1\n", [], "mapping"),
+        ("", ["stages.3.steps=3"], "stages"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path, text, overrides, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, text), [DATA, *overrides])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="--config"):
+        load_config(tmp_path / "none.yaml", [])

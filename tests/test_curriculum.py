@@ -1,0 +1,76 @@
+"""Stages and schedules as functions of the step, and how concept slots wake up."""
+
+import pytest
+import torch
+
+from trainer.curriculum import ClassMeans, Curriculum, StageConfig, class_means, concept_slots
+from trainer.errors import UserError
+from trainer.losses import LossConfig
+from trainer.optimizer import OptimConfig
+from trainer.topology import Topology
+
+
+def curriculum(warmup=0, decay=0.0, **loss):
+    stages = [StageConfig("pretrain", epochs=2), StageConfig("align", steps=6, loss={"sp": 0.5})]
+    return Curriculum(stages, LossConfig(**loss), OptimConfig(lr=1.0, warmup=warmup, decay=decay), steps_per_epoch=5)
+
+
+def test_stages_are_laid_end_to_end():
+    c = curriculum(sp=0.1)
+    assert c.total == 16
+    assert [c.at(s).stage for s in (0, 9, 10, 15)] == ["pretrain", "pretrain", "align", "align"]
+    assert [s for s in range(c.total) if c.at(s).wakes] == [10]
+    assert c.at(0).weights.sp == 0.1 and c.at(10).weights.sp == 0.5
+
+
+def test_rate_warms_up_at_each_stage_and_decays_at_the_end():
+    c = curriculum(warmup=3, decay=0.25)
+    rates = [c.at(s).lr for s in range(c.total)]
+    assert rates[0] == pytest.approx(0.25) and rates[3] == 1.0
+    assert rates[10] == pytest.approx(0.25) and rates[13] == pytest.approx(0.75)
+    assert rates[15] == pytest.approx(0.25)
+
+
+def test_sparsity_warms_up_once():
+    c = curriculum(sp=1.0, sp_warmup=4)
+    assert [c.at(s).weights.sp for s in (0, 1, 3, 4)] == [0.25, 0.5, 1.0, 1.0]
+    assert c.at(10).weights.sp == 0.5
+
+
+@pytest.mark.parametrize(
+    "stages,message",
+    [
+        ([], "empty"),
+        ([StageConfig("align", steps=1), StageConfig("pretrain", steps=1)], "cannot go back"),
+        ([StageConfig("warm", steps=1)], "unknown"),
+        ([StageConfig("align")], "exactly one"),
+        ([StageConfig("align", steps=1, epochs=1)], "exactly one"),
+        ([StageConfig("align", steps=0)], "at least 1"),
+        ([StageConfig("align", steps=1, loss={"ortho": 1.0})], "'ortho' is unknown"),
+    ],
+)
+def test_impossible_stages_are_refused(stages, message):
+    with pytest.raises(UserError, match=message):
+        Curriculum(stages, LossConfig(), OptimConfig(), 10)
+
+
+def test_class_means_ignore_unlabelled_rows():
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 4.0], [9.0, 9.0]])
+    classes = class_means([(x[:2], torch.tensor([0, 0])), (x[2:], torch.tensor([1, -1]))], 3, 2, Topology())
+    torch.testing.assert_close(classes.means, torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
+    assert classes.counts.tolist() == [2, 1, 0]
+
+
+def test_slots_wake_up_alive_on_their_own_concept():
+    torch.manual_seed(0)
+    means = torch.randn(5, 16)
+    weights = concept_slots(ClassMeans(means, torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0])))
+    pre = means[:4] @ weights["W_enc"].T + weights["b_enc"]
+    torch.testing.assert_close(pre.diagonal(), torch.ones(4), rtol=1e-4, atol=1e-5)
+    assert (pre.argmax(dim=1) == torch.arange(4)).all()
+    centre = means[:4].mean(dim=0)
+    torch.testing.assert_close(
+        centre @ weights["W_enc"].T[:, :4] + weights["b_enc"][:4], -torch.ones(4), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(pre.diagonal()[:, None] * weights["W_dec"][:4], means[:4] - centre)
+    assert (weights["W_enc"][4] == 0).all() and weights["b_enc"][4] == 0
