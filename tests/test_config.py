@@ -30,7 +30,8 @@ def write(tmp_path, text):
 def test_command_line_wins_over_the_file(tmp_path):
     path = write(tmp_path, "dictionary: {free_slots: 10}\nstages: [{name: pretrain, epochs: 2}]\n")
     config = load_config(
-        path, ["dictionary.free_slots=20", "stages.0.epochs=5", "optim.betas=[0.8,0.9]", "stages.0.loss={sp: 0.2}"]
+        path,
+        [DATA, "dictionary.free_slots=20", "stages.0.epochs=5", "optim.betas=[0.8,0.9]", "stages.0.loss={sp: 0.2}"],
     )
     assert config.dictionary.free_slots == 20
     assert config.stages[0].epochs == 5 and config.stages[0].loss == {"sp": 0.2}
