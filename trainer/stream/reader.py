@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -103,7 +103,7 @@ class Stream:
         self._buffers = _Buffers(shape, STORED_DTYPES[manifest.dtype], keep=self._ahead + 2)
         share = plan.rows_per_lane_step
         self._positions = torch.arange(lanes.start * share, lanes.stop * share)
-        self._windows: OrderedDict[tuple[int, int, int], Future[_Window]] = OrderedDict()
+        self._windows: dict[tuple[int, int, int], Future[_Window]] = {}  # oldest first
         self._lock = threading.Lock()
         self._queue: deque[Future[Batch]] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader") if config.threads else None
@@ -167,7 +167,7 @@ class Stream:
         first = epoch_step * share
         for place, lane in enumerate(self.lanes):
             for window in self.plan.windows_of(epoch, lane, first, first + share):
-                opened = self._open(epoch, lane, window)
+                opened = self._open(epoch, lane, window, first)
                 shift = place * share + window.start - first
                 a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
                 columns[:, a + shift : b + shift] = opened.columns[:, a:b]
@@ -177,36 +177,44 @@ class Stream:
         row_ids, concept, answer, valid = torch.from_numpy(columns)
         return Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
 
-    def _open(self, epoch: int, lane: int, window: Window) -> _Window:
-        """The opened window, shared by the threads that need it; the lane's next window starts opening in the background."""
+    def _open(self, epoch: int, lane: int, window: Window, first: int) -> _Window:
+        """The opened window, shared by the threads that need it.
+
+        first: the lane's first row of the step that asks. The step in which a window begins (or the first one after a start in
+        its middle) also has the lane's next window opened in the background.
+        """
+        future = self._windows.get((epoch, lane, window.number))
+        if future is not None and future.done() and window.start < first:
+            return future.result()
         future, mine = self._claim(epoch, lane, window)
+        if self._openers is not None:
+            self._open_next(epoch, lane, window)
         if mine:
             self._fill(future, epoch, lane, window)
-            if self._openers is not None:
-                self._open_next(epoch, lane, window)
         return future.result()
 
     def _claim(self, epoch: int, lane: int, window: Window) -> tuple["Future[_Window]", bool]:
+        """The future of a window, and whether the caller is the one to fill it."""
         name = (epoch, lane, window.number)
         with self._lock:
             future = self._windows.get(name)
             if future is not None:
-                self._windows.move_to_end(name)
                 return future, False
             future = self._windows[name] = Future()
-            while len(self._windows) > 4 * len(self.lanes):
-                self._windows.popitem(last=False)
+            if len(self._windows) > 4 * len(self.lanes):
+                del self._windows[next(iter(self._windows))]
             return future, True
 
     def _fill(self, future: "Future[_Window]", epoch: int, lane: int, window: Window) -> None:
         try:
-            future.set_result(self._build(epoch, lane, window))
+            opened = self._build(epoch, lane, window)
         except BaseException as error:
             future.set_exception(error)
+            return
+        future.set_result(opened)
 
     def _open_next(self, epoch: int, lane: int, window: Window) -> None:
-        share = self.plan.rows_per_lane_step * self.plan.steps_per_epoch
-        if window.stop < share:
+        if window.stop < self.plan.rows_per_lane:
             following = self.plan.windows_of(epoch, lane, window.stop, window.stop + 1)[0]
         else:
             epoch += 1
