@@ -174,10 +174,13 @@ def text_source(args: argparse.Namespace, model: Any, tokenizer: Any, layers: li
 
     def windows(split: str) -> Iterator[tuple[list[int], int]]:
         """Token ids of a window, and 1 with the last window of a text."""
-        for index, text in enumerate(read_texts(args.texts, args.field)):
-            heldout = args.heldout > 0 and index % args.heldout == args.heldout - 1
-            if heldout == (split == "heldout"):
-                ids = tokenizer(text)["input_ids"]
+        chosen = (
+            text
+            for index, text in enumerate(read_texts(args.texts, args.field))
+            if (args.heldout > 0 and index % args.heldout == args.heldout - 1) == (split == "heldout")
+        )
+        for run in chunks(chosen, args.batch_size):  # together, so that the tokenizer can use several threads
+            for ids in tokenizer(run)["input_ids"]:
                 cut = [ids[i : i + args.context] for i in range(0, len(ids), args.context)]
                 yield from ((window, int(window is cut[-1])) for window in cut)
 
