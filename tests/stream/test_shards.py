@@ -105,6 +105,18 @@ def test_interrupted_writing_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "d").iterdir()) == []
 
 
+def test_a_writer_that_failed_stays_failed_and_leftovers_of_a_killed_one_go(tmp_path):
+    left = tmp_path / "d" / ".train-000007.tar.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    w = writer(tmp_path / "d")
+    assert not left.exists()
+    w.abort()
+    for call in (lambda: w.write(*rows(5, 4)), w.close):
+        with pytest.raises(UserError, match="given up"):
+            call()
+
+
 def test_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
     """A file size limit makes the kernel refuse the write in the middle of a shard, as a full disk does."""
     script = f"""

@@ -42,7 +42,7 @@ class Batch:
         return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "step"})
 
     def pin(self) -> "Batch":
-        """The batch in page-locked memory (CUDA only)."""
+        """The batch in page-locked memory (CUDA only); what is there already is not copied."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -81,7 +81,7 @@ class Stream:
     """Iterator of Batch for the global steps start_step, start_step + 1, ...; it never ends.
 
     lanes: the run of lanes that this rank owns (`lanes_of_rank`). The batches depend on manifest, plan and lanes alone, not on
-    threads or timing. With `pin` activations arrive in page-locked memory. Raises DataError for damage beyond the budgets.
+    threads or timing. With `pin` batches arrive in page-locked memory. Raises DataError for damage beyond the budgets.
     """
 
     def __init__(
@@ -175,7 +175,8 @@ class Stream:
                     # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
                     take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
         row_ids, concept, answer, valid = torch.from_numpy(columns)
-        return Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
+        batch = Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
+        return batch.pin() if self.pin else batch
 
     def _open(self, epoch: int, lane: int, window: Window, first: int) -> _Window:
         """The opened window, shared by the threads that need it.

@@ -132,9 +132,11 @@ class ShardWriter:
         self._shards: list[Shard] = []
         self._blocks: list[Block] = []
         self._file: BinaryIO | None = None
-        self._finished = False
+        self._finished = self._aborted = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f".{split}-*.tar.tmp"):  # by a writer that was killed
+                left.unlink()
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be created ({error.strerror}); choose another folder") from None
 
@@ -149,6 +151,7 @@ class ShardWriter:
 
     def write(self, acts: torch.Tensor | np.ndarray, concept, answer) -> None:
         """Append rows. acts [n, D] float, concept [n] and answer [n] integers, -1 for none."""
+        self._check_alive()
         stored = to_stored(acts, self.dtype)
         labels = [np.asarray(torch.as_tensor(v).cpu(), dtype=np.int64) for v in (concept, answer)]
         if stored.ndim != 2 or stored.shape[1] != self.width or any(v.shape != (len(stored),) for v in labels):
@@ -177,6 +180,7 @@ class ShardWriter:
         if self._finished:
             assert self.manifest is not None
             return self.manifest
+        self._check_alive()
         try:
             self._flush(final=True)
             self._end_shard()
@@ -205,8 +209,13 @@ class ShardWriter:
             self._file.close()
             self._file = None
         if not self._finished:
+            self._aborted = True
             for index in range(len(self._shards) + 1):
                 self._temporary(index).unlink(missing_ok=True)
+
+    def _check_alive(self) -> None:
+        if self._aborted:
+            raise UserError(f"{self.folder}: writing was given up after an error, nothing was kept; start again")
 
     def _name(self, index: int) -> str:
         return f"{self.split}-{index:06d}.tar"

@@ -32,9 +32,13 @@ class Extents(Protocol):
 
 
 class LocalExtents:
-    """Blocks of local shards by memory map."""
+    """Blocks of local shards by memory map.
 
-    def __init__(self, manifest: Manifest, folder: str):
+    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`, else as
+    warnings, and then their blocks fail one by one when they are read.
+    """
+
+    def __init__(self, manifest: Manifest, folder: str, strict: bool):
         self.manifest, self.folder = manifest, local_path(folder)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -42,11 +46,13 @@ class LocalExtents:
             path = self.folder / shard.name
             try:
                 size = path.stat().st_size
+                problem = "" if size == shard.bytes else f"has {size} bytes, the manifest says {shard.bytes}"
             except OSError as error:
-                log.warning("%s: %s", path, error.strerror)
-                continue
-            if size != shard.bytes:
-                log.warning("%s: has %d bytes, the manifest says %d", path, size, shard.bytes)
+                problem = f"cannot be read ({error.strerror})"
+            if problem and strict:
+                raise DataError(f"{path}: {problem}; restore it, or allow damage with data.quarantine_budget")
+            if problem:
+                log.warning("%s: %s", path, problem)
 
     def read(self, shard: int, block: Block, fresh: bool) -> np.ndarray:
         with self._lock:
@@ -80,7 +86,7 @@ class BlockSource:
             extents = (
                 RemoteExtents(manifest, config.shards, config.cache_dir, config.cache_bytes, config.retries)
                 if is_remote(config.shards)
-                else LocalExtents(manifest, config.shards)
+                else LocalExtents(manifest, config.shards, strict=not config.quarantine_budget)
             )
         self.extents = extents
         remote = isinstance(extents, RemoteExtents)
