@@ -1,0 +1,51 @@
+"""The bench command at toy sizes: every figure is there, and the density is the one asked for."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tools.cli import main
+from tools.timing.ours import OurStep
+from tools.timing.setting import Setting
+
+
+def test_quick_bench_writes_every_figure(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    code = main(["bench", "--quick", "--repeats", "1", "--no-memory", "--json", str(file), "--sweep-l0", "8", "32"])
+    assert code == 0
+    found = json.loads(file.read_text())
+    for key in ("floor_s", "encoder_product_s", "adam_s", "dense_bf16_step_s", "dense_fp32_step_s", "rows_per_s"):
+        assert found[key] > 0, key
+    assert {"device", "shapes", "state_bytes", "mean_l0", "ratios"} <= set(found)
+    assert {"sparse/pretrain", "sparse/align", "dense/pretrain", "dense/align"} <= set(found["step_s"])
+    assert found["floor_s"] == pytest.approx(found["encoder_product_s"] + found["adam_s"])
+    low, high = found["sweeps"]["l0"]
+    assert low["mean_l0"] < high["mean_l0"]
+    assert "step / floor (pretrain)" in capsys.readouterr().out
+
+
+def test_the_bias_sets_the_density():
+    ours = OurStep(Setting(rows=256, width=32, slots=1000, bank_slots=300, l0=20.0))
+    ours.prepare("dense", sparse=True)
+    ours.step(align=False)
+    assert ours.l0 == pytest.approx(20.0, rel=0.2)
+    ours.prepare("dense", sparse=False)
+    ours.step(align=False)
+    assert ours.l0 == pytest.approx(500.0, rel=0.1)
+
+
+def test_peers_need_an_interpreter(capsys):
+    assert main(["bench", "--quick", "--peers"]) == 2
+    assert "--peers-python" in capsys.readouterr().err
+
+
+def test_an_interpreter_without_the_peers_says_so(tmp_path):
+    """peers.py reports what it could not time instead of failing."""
+    setting = {"width": 8, "slots": 32, "rows": 4, "l0": 4.0, "device": "cpu", "threads": 1, "repeats": 1}
+    script = "tools/timing/peers.py"
+    done = subprocess.run([sys.executable, script, json.dumps(setting)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert set(found) == {"saelens_bf16", "saelens_fp32", "sparsify_topk_bf16"}
+    assert all("ModuleNotFoundError" in reason for reason in found.values())

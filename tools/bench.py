@@ -1,0 +1,297 @@
+"""Time the training step against its floor and against dense autograd, on synthetic rows.
+
+The floor is what no step can avoid: one bf16 encoder product and one pass of fused AdamW, measured in the same process on the same
+shapes. Timed steps are whole ones (forward, backward, clipping, AdamW with learning rate 0) through the objective and strategy that
+training uses. Repetitions of all subjects are interleaved and medians are reported, so that a busy machine disturbs all of them alike.
+The mean L0 is set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are Gaussian, so
+activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.timing.baselines import DenseStep, EncoderProduct
+from tools.timing.memory import peak_growth
+from tools.timing.ours import OurStep
+from tools.timing.setting import Setting
+from trainer.errors import UserError
+
+AXES = ("slots", "rows", "l0", "concepts")
+
+
+@dataclass
+class Subject:
+    """What is timed, and what is done before each repetition, off the clock."""
+
+    run: Callable[[], Any]
+    before: Callable[[], Any] = lambda: None
+
+
+Subjects = dict[str, Subject]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes, sweeps and what to compare with."""
+    d = Setting()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it work at all")
+    parser.add_argument("--width", type=int, default=d.width, help="model width D (default %(default)s)")
+    parser.add_argument("--slots", type=int, default=d.slots, help="free slots K (default %(default)s)")
+    parser.add_argument("--bank-slots", type=int, default=d.bank_slots, help="slots of a bank (default %(default)s)")
+    parser.add_argument("--concepts", type=int, default=d.concepts, help="concept slots R (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=d.rows, help="rows B of a step (default %(default)s)")
+    parser.add_argument("--l0", type=float, default=d.l0, help="mean active free slots per row (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="timed repetitions of each subject (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: what torch chooses)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    for axis in AXES:
+        kind = float if axis == "l0" else int
+        parser.add_argument(
+            f"--sweep-{axis}", type=kind, nargs="+", default=[], metavar="N", help=f"also time our step at these {axis}"
+        )
+    parser.add_argument("--compile", action="store_true", help="also time the dense bf16 step under torch.compile")
+    parser.add_argument("--no-memory", action="store_true", help="skip the measurements of peak memory")
+    parser.add_argument("--peers", action="store_true", help="also time SAELens and sparsify (needs --peers-python)")
+    parser.add_argument(
+        "--peers-python", metavar="PYTHON", help="interpreter of the environment that has them installed"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the JSON."""
+    if args.peers and not args.peers_python:
+        raise UserError(
+            "--peers needs --peers-python, the interpreter of an environment with sae-lens and eai-sparsify"
+        )
+    for name in ("width", "slots", "bank_slots", "rows", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    setting = Setting(args.rows, args.width, args.slots, args.bank_slots, args.concepts, l0=args.l0, device=args.device)
+    if args.quick:
+        setting = replace(setting, rows=64, width=64, slots=2_000, bank_slots=512, l0=16.0)
+        args.repeats = min(args.repeats, 2)
+
+    found = base_figures(setting, args.repeats, args.compile)
+    if not args.no_memory:
+        fast = fast_kernel(setting)
+        kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", "dense_bf16"]
+        found["peak_bytes"] = {kind: peak_growth(kind, setting) for kind in kinds}
+    if args.peers:
+        found["peers_s"] = peer_figures(setting, args.peers_python, args.repeats)
+    found["sweeps"] = {
+        axis: [sweep_point(replace(setting, **{axis: value}), args.repeats) for value in getattr(args, f"sweep_{axis}")]
+        for axis in AXES
+        if getattr(args, f"sweep_{axis}")
+    }
+    found["ratios"] = ratios(found)
+    print_tables(found)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def measure(subjects: Subjects, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each subject; one warm-up round, then rounds in which each runs once."""
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(repeats + 1):
+        for name, subject in subjects.items():
+            subject.before()
+            times[name].append(seconds(subject.run, device))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Of one call."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def fast_kernel(setting: Setting) -> str:
+    """The kernel that `auto` uses on this device for banks with few active slots."""
+    return "triton" if setting.device.startswith("cuda") else "sparse"
+
+
+def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
+    """kernel/stage -> one step. The dense kernel is timed at the density of initialisation, where it is the one in use."""
+
+    def subject(kernel: str, align: bool) -> Subject:
+        return Subject(lambda: ours.step(align), lambda: ours.prepare(kernel, sparse=kernel != "dense"))
+
+    return {
+        f"{kernel}/{stage}": subject(kernel, stage == "align") for kernel in kernels for stage in ("pretrain", "align")
+    }
+
+
+def floor_subjects(setting: Setting, dense: DenseStep) -> Subjects:
+    """The parts of the floor; AdamW works on gradients that a backward pass of `dense` left."""
+    product = EncoderProduct(setting)
+    dense.leave_gradients()
+    ways = {f"product {i}": Subject(way) for i, way in enumerate(product.ways)}
+    return {**ways, "adam": Subject(dense.optimizer.step, dense.restore_gradients)}
+
+
+def base_figures(setting: Setting, repeats: int, compiled: bool) -> dict[str, Any]:
+    """Floor, dense baselines and our step on one setting."""
+    fast = fast_kernel(setting)
+    ours = OurStep(setting)
+    dense = DenseStep(setting)
+    subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast, "dense"])}
+    for precision in ("bf16", "fp32"):
+        subjects[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
+    if compiled:
+        compiled_step = DenseStep(setting, compiled=True)
+        subjects["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
+    times = measure(subjects, repeats, setting.device)
+    ours.prepare(fast, sparse=True)
+    ours.step(align=False)
+    product = min(t for name, t in times.items() if name.startswith("product"))
+    step_s = {name: t for name, t in times.items() if "/" in name}
+    best = step_s[f"{fast}/pretrain"]
+    figures: dict[str, Any] = {
+        "device": device_name(setting.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "shapes": asdict(setting),
+        "repeats": repeats,
+        "encoder_product_s": product,
+        "adam_s": times["adam"],
+        "floor_s": product + times["adam"],
+        "step_s": step_s,
+        "dense_bf16_step_s": times["dense_bf16"],
+        "dense_fp32_step_s": times["dense_fp32"],
+        "rows_per_s": setting.rows / best,
+        "mean_l0": ours.l0,
+        "state_bytes": setting.state_bytes,
+    }
+    if compiled:
+        figures["dense_bf16_compiled_step_s"] = times["dense_bf16_compiled"]
+    return figures
+
+
+def sweep_point(setting: Setting, repeats: int) -> dict[str, Any]:
+    """Our step and its floor at one setting."""
+    fast = fast_kernel(setting)
+    ours, dense = OurStep(setting), DenseStep(setting)
+    subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
+    times = measure(subjects, repeats, setting.device)
+    floor = min(t for name, t in times.items() if name.startswith("product")) + times["adam"]
+    return {
+        "shapes": asdict(setting),
+        "floor_s": floor,
+        "step_s": {name: t for name, t in times.items() if "/" in name},
+        "mean_l0": ours.l0,
+    }
+
+
+def peer_figures(setting: Setting, python: str, repeats: int) -> dict[str, Any]:
+    """Median seconds per step of other trainers, or why one could not be timed."""
+    wanted = {**asdict(setting), "threads": torch.get_num_threads(), "repeats": repeats}
+    command = [python, str(Path(__file__).with_name("timing") / "peers.py"), json.dumps(wanted)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"--peers-python {python} cannot be run ({error.strerror})") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise UserError(f"--peers-python {python} failed: {lines[-1]}")
+    times = json.loads(done.stdout.strip().splitlines()[-1])
+    return {name: t if isinstance(t, str) else statistics.median(t) for name, t in times.items()}
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """The figures that are compared with bars; only ratios, since times depend on the machine."""
+    fast = "triton" if "triton/pretrain" in found["step_s"] else "sparse"
+    step, state = found["step_s"], found["state_bytes"]
+    pretrain = step[f"{fast}/pretrain"]
+    out = {
+        "step / floor (pretrain)": pretrain / found["floor_s"],
+        "rows/s over dense bf16 autograd": found["dense_bf16_step_s"] / pretrain,
+        "rows/s over dense fp32 autograd": found["dense_fp32_step_s"] / pretrain,
+        "align / pretrain": step[f"{fast}/align"] / pretrain,
+        "dense kernel / dense bf16 autograd, time (half of all slots active)": step["dense/pretrain"]
+        / found["dense_bf16_step_s"],
+    }
+    if "dense_bf16_compiled_step_s" in found:
+        out["rows/s over dense bf16 compiled"] = found["dense_bf16_compiled_step_s"] / pretrain
+    if "peak_bytes" in found:
+        peak = found["peak_bytes"]
+        out["peak / state (pretrain)"] = peak[f"{fast}/pretrain"] / state
+        out["peak / state (align)"] = peak[f"{fast}/align"] / state
+        beyond = max(peak["dense_bf16"] - state, 1)
+        out["dense kernel / dense bf16 autograd, memory beyond state"] = (peak["dense/pretrain"] - state) / beyond
+    for name, seconds_or_reason in found.get("peers_s", {}).items():
+        if not isinstance(seconds_or_reason, str):
+            out[f"rows/s over {name}"] = seconds_or_reason / pretrain
+    for axis, points in found.get("sweeps", {}).items():
+        stage = "align" if axis == "concepts" else "pretrain"
+        for before, after in itertools.pairwise(points):
+            # Against each point's own floor where the floor does not change, which takes out the drift of the machine.
+            values = [
+                p["step_s"][f"{fast}/{stage}"] / (1 if axis in ("slots", "rows") else p["floor_s"])
+                for p in (before, after)
+            ]
+            name = f"{stage} step, {axis} {before['shapes'][axis]:g} -> {after['shapes'][axis]:g}"
+            out[name] = values[1] / values[0]
+    return out
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    """Times and ratios for reading."""
+    shapes = found["shapes"]
+    print(
+        f"{found['device']}; B={shapes['rows']} D={shapes['width']} S={shapes['slots'] + shapes['concepts']} "
+        f"R={shapes['concepts']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
+    )
+    rows = [
+        ("encoder product (bf16)", found["encoder_product_s"]),
+        ("fused AdamW", found["adam_s"]),
+        ("floor", found["floor_s"]),
+    ]
+    rows += [(f"step {name}", value) for name, value in found["step_s"].items()]
+    rows += [
+        (key.removesuffix("_s").replace("_", " "), found[key])
+        for key in found
+        if key.startswith("dense_") and key.endswith("_s")
+    ]
+    for name, value in found.get("peers_s", {}).items():
+        rows.append((name, value))
+    for name, value in rows:
+        shown = value if isinstance(value, str) else f"{value:8.4f} s {shapes['rows'] / value:10.0f} rows/s"
+        print(f"  {name:32s} {shown}")
+    for name, value in found.get("peak_bytes", {}).items():
+        print(f"  peak {name:27s} {value / 1e9:8.3f} GB, {value / found['state_bytes']:.3f} of the state")
+    for name, value in found["ratios"].items():
+        print(f"  {value:7.3f}  {name}")

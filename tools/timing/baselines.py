@@ -1,0 +1,71 @@
+"""The floor of a step, and the step as dense autograd writes it."""
+
+import torch
+from torch import Tensor, nn
+
+from tools.timing.setting import Setting, bias_for, make_rows
+
+
+class EncoderProduct:
+    """x W_enc^T in bf16 into memory that is already there; the fastest of three ways to ask for it."""
+
+    def __init__(self, setting: Setting):
+        x = make_rows(setting)[0].bfloat16()
+        size = setting.slots + setting.concepts
+        W = torch.randn(size, setting.width, device=x.device).bfloat16()
+        out = torch.empty(setting.rows * size, dtype=torch.bfloat16, device=x.device)
+        tall, wide, columns = out.view(size, setting.rows), out.view(setting.rows, size), x.T.contiguous()
+        self.ways = [
+            lambda: torch.mm(x, W.T, out=wide),
+            lambda: torch.mm(W, columns, out=tall),
+            lambda: [torch.mm(w, columns, out=o) for w, o in zip(W.split(4096), tall.split(4096), strict=True)],
+        ]
+
+
+class DenseStep(nn.Module):
+    """A ReLU dictionary with norm-weighted L1, autograd and fused AdamW: the pretrain stage as everybody writes it.
+
+    Precision bf16 (autocast) or fp32. Learning rate 0.
+    """
+
+    def __init__(self, setting: Setting, compiled: bool = False):
+        super().__init__()
+        self.x = make_rows(setting)[0]
+        size = setting.slots + setting.concepts
+        device = self.x.device
+        W = torch.randn(size, setting.width, device=device)
+        W /= W.norm(dim=1, keepdim=True)
+        bias = bias_for(self.x, W[:2048], setting.l0, size)
+        self.W_enc = nn.Parameter(W)
+        self.W_dec = nn.Parameter(W.clone())
+        self.b_enc = nn.Parameter(torch.full((size,), bias, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(setting.width, device=device))
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=0.0, fused=True)
+        self.loss = torch.compile(self._loss) if compiled else self._loss
+
+    def _loss(self, x: Tensor, precision: str) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            z = torch.relu(x @ self.W_enc.T + self.b_enc)
+            x_hat = z @ self.W_dec + self.b_dec
+            sparsity = (z @ self.W_dec.norm(dim=1).to(z.dtype)).sum()
+        return ((x - x_hat).float().square().sum() + 0.05 * sparsity.float()) / len(x)
+
+    def step(self, precision: str) -> None:
+        """One optimizer step, without clipping."""
+        self.loss(self.x, precision).backward()
+        self.optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """As before the first backward pass."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def leave_gradients(self) -> None:
+        """Run backward and keep what it leaves, for the optimizer to be timed alone."""
+        self.loss(self.x, "bf16").backward()
+        self.left = [p.grad for p in self.parameters()]
+
+    def restore_gradients(self) -> None:
+        """The gradients of `leave_gradients` again."""
+        for parameter, gradient in zip(self.parameters(), self.left, strict=True):
+            parameter.grad = gradient

@@ -1,0 +1,56 @@
+"""Our training step: the objective and the strategy that a run uses, on synthetic rows."""
+
+from dataclasses import replace
+
+import torch
+
+from tools.timing.setting import Setting, bias_for, make_rows
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.kernels import KernelChoice
+from trainer.losses import LossConfig
+from trainer.objective import AlignObjective, Rows
+from trainer.optimizer import OptimConfig
+from trainer.strategies import ParallelConfig, build_strategy
+from trainer.topology import Topology
+
+
+class OurStep:
+    """Forward, backward, clipping and AdamW of a dictionary, with learning rate 0 so that the density stays where it was set."""
+
+    def __init__(self, setting: Setting, precision: str = "bf16", kernel: str = "dense"):
+        self.setting = setting
+        x, concept, answer = make_rows(setting)
+        counts = torch.tensor([len(x), (concept >= 0).sum(), (answer >= 0).sum()], dtype=torch.float32, device=x.device)
+        self.rows = Rows(x, concept, answer, counts)
+        self.topology = Topology(device=torch.device(setting.device))
+        names = [f"concept {i}" for i in range(setting.concepts)]
+        config = DictionaryConfig(setting.slots, setting.bank_slots)
+        dictionary = ConceptDictionary(setting.width, names, config, answers=setting.answers, seed=setting.seed)
+        with torch.no_grad():
+            dictionary.concepts.W_enc.normal_().mul_(setting.width**-0.5)
+            dictionary.concepts.W_dec.normal_().mul_(setting.width**-0.5)
+        dictionary.to(setting.device)
+        self.weights = LossConfig()
+        self.objective = AlignObjective(dictionary, self.weights, self.topology, kernel=kernel, precision=precision)
+        self.strategy = build_strategy(replace(ParallelConfig(), strategy="single"), self.topology)
+        self.strategy.prepare(self.objective, OptimConfig(), 0)
+        self.l0 = 0.0
+        bank = next(iter(dictionary.free_banks()))
+        self.sparse_bias = bias_for(x, bank.W_enc[:2048], setting.l0, setting.slots)
+
+    @torch.no_grad()
+    def prepare(self, kernel: str, sparse: bool) -> None:
+        """Pin all banks to one kernel, at the density of the setting or at that of initialisation (bias 0, half of the slots active).
+
+        Raises UserError where the kernel cannot run.
+        """
+        self.objective.choice = KernelChoice(kernel, len(self.objective.dictionary.owned), self.topology.device)
+        for bank in self.objective.dictionary.free_banks():
+            bank.b_enc.fill_(self.sparse_bias if sparse else 0.0)
+
+    def step(self, align: bool) -> None:
+        """One optimizer step."""
+        loss, sums = self.strategy.forward(self.rows, self.weights, align, 1)
+        self.strategy.backward(loss, last=True)
+        self.strategy.update(0.0, OptimConfig.clip)
+        self.l0 = float(sums[9]) / len(self.rows.acts)

@@ -1,0 +1,48 @@
+"""The sizes of one measurement, the rows it runs on, and how the density is set."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """B rows, D width, K free slots in banks of `bank_slots`, R concepts, and the mean number of active free slots per row."""
+
+    rows: int = 1024
+    width: int = 768
+    slots: int = 100_000
+    bank_slots: int = 8_192
+    concepts: int = 6
+    answers: int = 64
+    l0: float = 64.0
+    device: str = "cpu"
+    seed: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """fp32 weights, gradients and two Adam moments of encoder and decoder, and a bf16 copy of the encoder."""
+        matrix = (self.slots + self.concepts) * self.width
+        vectors = self.slots + self.concepts + self.width
+        return 4 * 4 * (2 * matrix + vectors) + 2 * matrix
+
+
+def make_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, D] of mean squared norm 1, concept [B] and answer [B] int64; one row in ten has no label."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    x = torch.randn(setting.rows, setting.width, generator=generator) / setting.width**0.5
+    concept = torch.randint(0, max(setting.concepts, 1), (setting.rows,), generator=generator)
+    concept[::10] = -1
+    if setting.concepts == 0:
+        concept.fill_(-1)
+    answer = torch.where(concept >= 0, torch.randint(0, setting.answers, (setting.rows,), generator=generator), -1)
+    return tuple(t.to(setting.device) for t in (x, concept, answer))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def bias_for(x: Tensor, encoder: Tensor, l0: float, slots: int) -> float:
+    """The encoder bias, the same for all slots, at which a row has `l0` of `slots` slots active; `encoder` [n, D] is a sample of them."""
+    pre = (x.float() @ encoder.float().T).flatten()
+    active = max(1, round(pre.numel() * min(l0 / slots, 1.0)))
+    return -float(pre.topk(active).values[-1])
