@@ -117,6 +117,25 @@ def test_zeroed_block_swapped_members_and_swapped_blocks_are_found(tmp_path):
             read_epoch(tmp_path / "d", manifest)
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_caller_that_ignores_an_error_skips_no_step(tmp_path, threads):
+    manifest = write(tmp_path / "d", 64, rows_per_block=8, shard_bytes=1 << 20)
+    path = tmp_path / "d" / manifest.shards[0].name
+    data = bytearray(path.read_bytes())
+    data[manifest.shards[0].blocks[5].acts[0] + 200] ^= 1
+    path.write_bytes(data)
+    plan = Plan(manifest, 0, 8, 1, 1)
+    config = DataConfig(shards=str(tmp_path / "d"), global_batch=8, lanes=1, window=1, threads=threads, retries=0)
+    with Stream(config, manifest, plan, range(1)) as stream:
+        steps = []
+        for _ in range(12):
+            try:
+                steps.append(next(stream).step)
+            except DataError:
+                failed = stream.state()["step"]
+        assert steps == list(range(failed)) and failed < 8
+
+
 def test_missing_shard_and_stray_shard_are_named(tmp_path, capsys):
     manifest = write(tmp_path / "d", 200, shard_bytes=2048)
     gone = tmp_path / "d" / manifest.shards[1].name

@@ -1,5 +1,6 @@
 """Remote shards: the same batches as local ones through failing servers, a bounded shared cache, and silent logs."""
 
+import errno
 import itertools
 import logging
 import multiprocessing
@@ -139,6 +140,28 @@ def test_cache_stays_within_its_bound_and_evicts_by_last_use(tmp_path):
     assert cache.get("aaa", 300) is not None  # now the youngest
     cache.put("ddd", bytes(300))
     assert cache.get("bbb", 300) is None and cache.get("aaa", 300) is not None and cache.get("ddd", 300) is not None
+
+
+def test_cache_folder_that_cannot_be_made_is_one_line(tmp_path):
+    write(tmp_path / "d", 300)
+    (tmp_path / "file").write_text("")
+    with http_server(tmp_path) as (url, _, _), pytest.raises(UserError, match=r"data.cache_dir=.*choose another"):
+        epochs(setting(f"{url}/d", tmp_path / "file" / "cache"))
+
+
+def test_full_disk_under_the_cache_is_one_line_and_leaves_no_half_block(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(tmp_path / "d", 300)
+    with http_server(tmp_path) as (url, _, _):
+        config = setting(f"{url}/d", tmp_path / "cache")
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"No space left on device.*lower data.cache_bytes"):
+            epochs(config)
+        assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.parent.name != "locks"]
+        monkeypatch.undo()
+        assert epochs(config)[2].counters()["quarantined_blocks"] == 0
 
 
 def test_damaged_cache_file_is_downloaded_again(tmp_path):

@@ -123,7 +123,9 @@ class Stream:
         else:
             while len(self._queue) <= self._ahead:
                 self._queue.append(self._readers.submit(self._assemble, self.step + len(self._queue)))
-            batch = self._queue.popleft().result()
+            # Taken off the queue only when it is whole: after an error the next call raises it again, no step is skipped.
+            batch = self._queue[0].result()
+            self._queue.popleft()
         self.step += 1
         self.stall_seconds += time.perf_counter() - began
         return batch
