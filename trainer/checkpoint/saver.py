@@ -10,18 +10,19 @@ is not running (a synchronous save, the last one) `wait` reduces the votes itsel
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import read_json, run_in_background, seal, sync_folder, write_json
+from trainer.checkpoint.files import read_json, seal, sync_folder, write_json
 from trainer.checkpoint.restore import saved, verify
 from trainer.checkpoint.state import RunState
 from trainer.errors import DataError, UserError
@@ -30,7 +31,6 @@ from trainer.stream import Manifest
 
 log = logging.getLogger(__name__)
 
-Unit = tuple[str, dict[str, str], UnitState]  # name, metadata, state
 _FAILURES = (OSError, SafetensorError, DataError, MemoryError)
 
 
@@ -54,8 +54,9 @@ class Saver:
         self.last_step = -1  # of the last save that was begun
         self._seconds = 0.0
         self._last = False
+        self._snapshot: dict[str, UnitState | None] = {}
         self._verified = {trusted.name} if trusted is not None and trusted.parent == root else set()
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=run_in_background)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._phase = ""
         self._task: Future[None] = Future()
         self._state: RunState
@@ -89,25 +90,27 @@ class Saver:
         self._phase = "write"
         self.strategy.sync_last_fired()
         self.strategy.objective.settle()
-        units = self._units()
-        if self.config.asynchronous:
-            snapshot = list(units)
-            self._task = self._pool.submit(self._write, snapshot)
+        if self.config.asynchronous and not self._last:
+            self._snapshot = {name: self._read(name, self._snapshot.get(name)) for name in self.strategy.unit_names()}
+            units = [(name, unit) for name, unit in self._snapshot.items() if unit is not None]
+            self._task = self._pool.submit(self._write, units, self._kernels())
         else:
-            self._task = self._attempt(self._write, units)
-            for _ in units:  # reading a unit may be a collective: a rank that cannot write must still take part
+            self._snapshot.clear()
+            stream = ((name, unit) for name in self.strategy.unit_names() if (unit := self.strategy.read(name)))
+            self._task = self._attempt(self._write, stream, self._kernels())
+            for _ in stream:  # reading a unit may be a collective: a rank that cannot write must still take part
                 pass
             self.wait()
 
     def votes(self) -> list[float]:
         """This rank's (done, failed) of the phase under way."""
-        if not self._phase or not self._task.done():
+        if not self.pending or not self._task.done():
             return [0.0, 0.0]
         return [1.0, float(self._task.exception() is not None)]
 
     def advance(self, done: float, failed: float) -> None:
         """Go on as the votes, summed over all ranks, say. Raises UserError when a save failed and checkpoint.on_error=stop."""
-        if not self._phase or done < self.topology.world:
+        if not self.pending or done < self.topology.world:
             return
         if failed:
             self._fail()
@@ -120,7 +123,7 @@ class Saver:
 
     def wait(self) -> None:
         """Finish the save under way, if there is one."""
-        while self._phase:
+        while self.pending:
             wait([self._task])
             votes = torch.tensor(self.votes(), dtype=torch.float64, device=self.topology.device)
             self.advance(*self.topology.sum_over_world(votes).tolist())
@@ -135,6 +138,11 @@ class Saver:
         self._pool.shutdown(wait=True)
 
     @property
+    def pending(self) -> bool:
+        """Whether a save is under way."""
+        return bool(self._phase)
+
+    @property
     def _final(self) -> Path:
         return self.root / f"step-{self._state.step:08d}"
 
@@ -146,7 +154,7 @@ class Saver:
         return self._pool.submit(action) if self.config.asynchronous else self._attempt(action)
 
     @staticmethod
-    def _attempt(action: Callable[..., None], *args: Iterable[Unit]) -> "Future[None]":
+    def _attempt(action: Callable[..., None], *args: Any) -> "Future[None]":
         """Do it now; the failures of a save are kept, not raised."""
         future: Future[None] = Future()
         try:
@@ -161,20 +169,25 @@ class Saver:
         (self._work / "dictionary").mkdir(parents=True, exist_ok=True)
         (self._work / "optimizer").mkdir(exist_ok=True)
 
-    def _units(self) -> Iterator[Unit]:
-        """The units that this rank saves, as copies in host memory."""
-        kernels = dict(zip(self.strategy.objective.dictionary.owned, self.strategy.objective.choice.names, strict=True))
-        for unit in self.strategy.unit_names():
-            state = self.strategy.read(unit)
-            if state is not None:
-                is_bank = unit.startswith("bank-")
-                yield unit, {"kernel": kernels[int(unit.removeprefix("bank-"))]} if is_bank else {}, state
+    def _read(self, unit: str, into: UnitState | None) -> UnitState | None:
+        """Copy of a unit's state on the rank that saves it, in the memory of the last snapshot: new pages cost more than the copy."""
+        state = self.strategy.read(unit, into=into)
+        if (
+            state is not None and into is None and self.topology.device.type == "cuda"
+        ):  # page-locked: copied at full speed
+            parts = ({name: t.pin_memory() for name, t in part.items()} for part in vars(state).values())
+            state = UnitState(*parts)
+        return state
 
-    def _write(self, units: Iterable[Unit]) -> None:
+    def _kernels(self) -> dict[str, str]:
+        """Kernel of each bank held here at this step."""
+        objective = self.strategy.objective
+        return {f"bank-{i:05d}": k for i, k in zip(objective.dictionary.owned, objective.choice.names, strict=True)}
+
+    def _write(self, units: Iterable[tuple[str, UnitState]], kernels: dict[str, str]) -> None:
         hashes = {}
-        if isinstance(units, list):
-            units = _consume(units)
-        for unit, metadata, state in units:
+        for unit, state in units:
+            metadata = {"kernel": kernels[unit]} if unit in kernels else None
             moments = {f"exp_avg.{k}": v for k, v in state.exp_avg.items()}
             moments |= {f"exp_avg_sq.{k}": v for k, v in state.exp_avg_sq.items()}
             for folder, tensors in (("dictionary", state.weights), ("optimizer", moments)):
@@ -261,13 +274,6 @@ def clean(root: Path) -> None:
         for stale in root.glob("step-*.tmp"):
             shutil.rmtree(stale)
         (root / "latest.tmp").unlink(missing_ok=True)
-
-
-def _consume(snapshot: list[Unit]) -> Iterator[Unit]:
-    """Each unit once, letting go of its memory after use."""
-    snapshot.reverse()
-    while snapshot:
-        yield snapshot.pop()
 
 
 def _done() -> "Future[None]":

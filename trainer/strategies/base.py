@@ -112,8 +112,11 @@ class Strategy(ABC):
         """Clear the gradients of a whole step without an update: after the `last` backward, or with no gradients at all."""
 
     @abstractmethod
-    def read(self, unit: str, *, everywhere: bool = False) -> UnitState | None:
-        """State of a unit on the one rank that is to save it, or on all ranks that hold it (`everywhere`); None on the others."""
+    def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
+        """State of a unit on the one rank that is to save it, or on all ranks that hold it (`everywhere`); None on the others.
+
+        into: what an earlier call returned for this unit; its memory is filled again and returned.
+        """
 
     @abstractmethod
     def write(self, unit: str, state: UnitState) -> None:
@@ -135,9 +138,9 @@ class Strategy(ABC):
             self.topology.max_over_data(bank.last_fired)
 
 
-def on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory that no later step changes."""
-    return tensor.detach().to("cpu", copy=True)
+def on_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
+    """A copy in host memory that no later step changes; in the memory of `into` where that is given."""
+    return tensor.detach().to("cpu", copy=True) if into is None else into.copy_(tensor.detach())
 
 
 def owned_banks(banks: int, topology: Topology) -> list[int]:

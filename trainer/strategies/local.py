@@ -81,16 +81,17 @@ class LocalStrategy(Strategy):
         square = self.topology.sum_over_dictionary(square)
         return (square + torch.nn.utils.get_total_norm(shared).double().square()).sqrt().float()
 
-    def read(self, unit: str, *, everywhere: bool = False) -> UnitState | None:
+    def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
         if not self.holds(unit) or not (everywhere or self._saves(unit)):
             return None
         module = self._units[unit]
         parameters = dict(module.named_parameters())
+        old = into or UnitState({}, {}, {})
         moments = {
-            key: {name: on_host(self.optimizer.state[p][key]) for name, p in parameters.items()}
+            key: {n: on_host(self.optimizer.state[p][key], getattr(old, key).get(n)) for n, p in parameters.items()}
             for key in ("exp_avg", "exp_avg_sq")
         }
-        weights = {name: on_host(t) for name, t in module.state_dict().items()}
+        weights = {name: on_host(t, old.weights.get(name)) for name, t in module.state_dict().items()}
         return UnitState(weights, moments["exp_avg"], moments["exp_avg_sq"])
 
     def write(self, unit: str, state: UnitState) -> None:

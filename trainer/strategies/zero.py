@@ -126,20 +126,21 @@ class ZeroStrategy(Strategy):
                 for shard in group["params"]:
                     shard.grad = None
 
-    def read(self, unit: str, *, everywhere: bool = False) -> UnitState | None:
+    def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         module = self._units[unit]
         mine = everywhere or self._saves(unit)
-        weights = {name: on_host(buffer) for name, buffer in module.named_buffers()} if mine else {}
+        old = into or UnitState({}, {}, {})
+        weights = {n: on_host(buffer, old.weights.get(n)) for n, buffer in module.named_buffers()} if mine else {}
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in module.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
             parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             if mine:
-                weights[name] = on_host(whole)
+                weights[name] = on_host(whole, old.weights.get(name))
                 for key in MOMENTS:
-                    moments[key][name] = on_host(parts[key])
+                    moments[key][name] = on_host(parts[key], getattr(old, key).get(name))
         return UnitState(weights, moments["exp_avg"], moments["exp_avg_sq"]) if mine else None
 
     def write(self, unit: str, state: UnitState) -> None:
