@@ -15,6 +15,7 @@ from trainer.stream.cache import RemoteExtents
 from trainer.stream.config import DataConfig
 from trainer.stream.location import is_remote, join, local_path, redact
 from trainer.stream.manifest import Block, Manifest
+from trainer.stream.remote import check_allowed
 from trainer.stream.shards import to_stored
 
 log = logging.getLogger(__name__)
@@ -80,17 +81,16 @@ class BlockSource:
     activations = mean), rows with NaN or infinity likewise within theirs; otherwise DataError names shard, block and byte.
     """
 
-    def __init__(self, config: DataConfig, manifest: Manifest, extents: Extents | None = None):
+    def __init__(self, config: DataConfig, manifest: Manifest):
         self.config, self.manifest = config, manifest
-        if extents is None:
-            extents = (
-                RemoteExtents(manifest, config.shards, config.cache_dir, config.cache_bytes, config.retries)
-                if is_remote(config.shards)
-                else LocalExtents(manifest, config.shards, strict=not config.quarantine_budget)
-            )
-        self.extents = extents
-        remote = isinstance(extents, RemoteExtents)
-        self._downloaders = ThreadPoolExecutor(config.download_threads, "download") if remote else None
+        self.extents: Extents
+        self._downloaders: ThreadPoolExecutor | None = None
+        if is_remote(config.shards):
+            check_allowed(config.shards, config.allow_pipe)
+            self.extents = RemoteExtents(manifest, config.shards, config.cache_dir, config.cache_bytes, config.retries)
+            self._downloaders = ThreadPoolExecutor(config.download_threads, "download")
+        else:
+            self.extents = LocalExtents(manifest, config.shards, strict=not config.quarantine_budget)
         self.quarantined: set[int] = set()
         self.nonfinite_rows = 0
         self.reread = 0
