@@ -155,6 +155,17 @@ def test_a_checkpoint_of_other_settings_is_refused(data: Path, stopped: Path, ca
     assert "made with another lr" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_other_data_is_refused(data: Path, stopped: Path, capsys: Any) -> None:
+    path = data / "biographies.jsonl"
+    original = path.read_text()
+    try:
+        path.write_text(original.replace("was born", "came to be"))
+        assert finetune(data, stopped, "--steps", "2", "--checkpoint-every", "1") == 2
+    finally:
+        path.write_text(original)
+    assert "made with another content of the data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_refused(data: Path, stopped: Path, capsys: Any, name: str) -> None:
     path = stopped.with_name("lm.partial") / checkpoint.NAME / name

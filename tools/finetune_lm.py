@@ -101,6 +101,7 @@ def train(
 ) -> None:
     """The visible loop, from the last checkpoint in `folder` to --steps. Every batch is a function of the step alone."""
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
+    settings["content of the data"] = " ".join(batches.digest for batches, _ in sources)
     first = checkpoint.load(folder, model, optimizer, settings)
     model.train()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="language model", unit="step")

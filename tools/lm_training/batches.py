@@ -1,5 +1,6 @@
 """Token batches of questions and texts; the batch of a step is a pure function of (examples, sizes, seed, step)."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,14 @@ class Shuffled:
         self._lengths = np.array([len(e.ids) for e in examples])
         self._epoch = -1
         self._order: list[np.ndarray] = []
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all token ids: a checkpoint of other data must not be continued."""
+        sha = hashlib.sha256()
+        for example in self.examples:
+            sha.update(np.array([*example.ids, -example.predicted], dtype=np.int64).tobytes())
+        return sha.hexdigest()
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng([self.seed, epoch])
