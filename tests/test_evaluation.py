@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 
 from trainer import evaluation
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
 from trainer.evaluation import (
     activation_blocks,
@@ -156,6 +157,16 @@ def test_exact_dictionary_has_no_unexplained_variance_and_sleeping_concept_slots
     assert found["binding"]["slot_accuracy"] == 0
     assert found["fragmentation"]["concept_slots"]["efffeat"] is None
     assert found["fragmentation"]["all"]["efffeat"] > 10
+
+
+def test_rows_without_labels_have_a_reconstruction_and_nothing_else(sample):
+    acts, _ = sample
+    unlabelled = torch.full((len(acts),), -1, dtype=torch.int32)
+    dictionary = ConceptDictionary(WIDTH, [], DictionaryConfig(free_slots=8, bank_slots=8))
+    found = evaluate_split(dictionary, rows_of(acts, unlabelled), [])
+    assert set(found) == {"rows", "reconstruction"}
+    constant = torch.ones(5, WIDTH)
+    assert evaluate_split(dictionary, rows_of(constant, unlabelled[:5]), [])["reconstruction"]["fvu"] is None
 
 
 def test_no_rows_and_rows_that_are_not_finite_are_refused(sample):

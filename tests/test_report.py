@@ -126,6 +126,21 @@ def test_report_of_a_run_that_was_not_evaluated(tiny_run, tmp_path):  # noqa: F8
     assert {p.name for p in (run / "plots").iterdir()} == {"losses.png", "training.png"}
 
 
+def test_report_of_a_dictionary_without_concepts(finished, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("metrics.jsonl", "config.yaml", "evaluation.json"):
+        shutil.copy(finished / "aligned" / name, run)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    kept = {
+        split: {key: evaluation[split][key] for key in ("rows", "reconstruction")} for split in ("train", "heldout")
+    }
+    write_result(run / "evaluation.json", {**evaluation, **kept, "concepts": [], "unsupervised": None})
+    assert main(["report", "--run", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "Reconstruction" in page and "Fragmentation" not in page
+
+
 def test_steer_prints_both_texts(finished, capsys):
     model = ["--run", str(finished / "aligned"), "--model", str(finished / "lm"), "--prompt", "Q where ann city"]
     assert main(["steer", *model, "--max-new-tokens", "2", "city=0", "work=50"]) == 0

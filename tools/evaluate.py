@@ -99,13 +99,23 @@ def _show(result: dict[str, Any]) -> None:
         if split not in result:
             continue
         part = result[split]
-        bound, reconstruction, spread = part["binding"], part["reconstruction"], part["fragmentation"]
+        fit = part["reconstruction"]
         print(
-            f"{split}: diagonal binding {bound['diagonal_accuracy']:.4f} (assigned {bound['diagonal_accuracy_assigned']:.4f}), "
-            f"slot accuracy {bound['slot_accuracy']:.4f}, slots alive {bound['slots_alive']}/{len(result['concepts'])}\n"
-            f"{split}: FVU {reconstruction['fvu']:.4f}, L0 {reconstruction['l0']:.1f} "
-            f"({reconstruction['l0_share']:.2%} of {result['slots']} slots), dead {reconstruction['dead']:.2%}\n"
-            f"{split}: EffFeat {spread['concept_slots']['efffeat']} over concept slots, {spread['all']['efffeat']} over all slots"
+            f"{split}: FVU {_text(fit['fvu'])}, L0 {fit['l0']:.1f} ({fit['l0_share']:.2%} of {result['slots']} slots), "
+            f"dead {fit['dead']:.2%}"
         )
+        if "binding" in part:
+            bound, spread = part["binding"], part["fragmentation"]
+            print(
+                f"{split}: diagonal binding {_text(bound['diagonal_accuracy'])}, best assignment "
+                f"{_text(bound['diagonal_accuracy_assigned'])}, slot accuracy {_text(bound['slot_accuracy'])}, "
+                f"slots alive {bound['slots_alive']} of {len(result['concepts'])}\n"
+                f"{split}: EffFeat over concept slots {_text(spread['concept_slots']['efffeat'])}, "
+                f"over all slots {_text(spread['all']['efffeat'])}"
+            )
     if "loss_recovered" in result:
-        print("loss recovered over the mean ablation: {recovered_over_mean:.4f}".format(**result["loss_recovered"]))
+        print(f"loss recovered over the mean ablation: {_text(result['loss_recovered']['recovered_over_mean'])}")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     config = run_config(args.run_dir)
     evaluation, swap = _optional(args.run_dir / "evaluation.json"), _optional(args.run_dir / "swap.json")
     figures = {"losses": plots.loss_plot(metrics), "training": plots.training_plot(metrics)} if metrics else {}
-    if evaluation:
+    if evaluation and evaluation["concepts"]:
         figures |= {"binding": plots.binding_plot(evaluation), "fragmentation": plots.fragmentation_plot(evaluation)}
     if swap:
         figures |= {"swap": plots.swap_plot(swap), "swap_matrix": plots.swap_matrix_plot(swap)}
@@ -70,9 +70,10 @@ def render(
         )
         facts.append(f"trained on {evaluation['trained_on'][:12]}")
         splits = [split for split in ("train", "heldout") if split in evaluation]
+        evaluation = {"unsupervised": None, "loss_recovered": None, **evaluation}
+    if evaluation and evaluation["concepts"]:
         spread = evaluation["train"]["fragmentation"]
         spreads = [("aligned, concept slots", spread["concept_slots"]), ("aligned, all slots", spread["all"])]
-        evaluation = {"unsupervised": None, "loss_recovered": None, **evaluation}
         if evaluation["unsupervised"]:
             spreads.append(("unsupervised, all slots", evaluation["unsupervised"]["train"]["fragmentation"]["all"]))
     if swap:

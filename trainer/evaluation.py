@@ -248,20 +248,23 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """Everything about one split as JSON values (NaN becomes None).
 
-    `concepts` names the labels of the rows. The concept slots of an unsupervised dictionary sleep: it binds nothing.
+    `concepts` names the labels of the rows; without labels there is only the reconstruction. An unsupervised dictionary
+    has concept slots that sleep: it binds nothing.
     """
     measured = reconstruct(dictionary, rows, progress)
     result: dict[str, Any] = {
         "rows": measured.rows,
         "reconstruction": {
-            "fvu": measured.fvu,
+            "fvu": _number(measured.fvu),
             "l0": measured.l0,
             "l0_share": measured.l0 / dictionary.slots,
             "dead": measured.dead,
         },
-        "fragmentation": {"all": _named(fragmentation(activation_blocks(dictionary, rows, len(concepts))), concepts)},
     }
-    if dictionary.concept_names:
+    if concepts:
+        spread = fragmentation(activation_blocks(dictionary, rows, len(concepts)))
+        result["fragmentation"] = {"all": _named(spread, concepts)}
+    if concepts and dictionary.concept_names:
         bound = binding(measured.confusion)
         own = activation_blocks(dictionary, rows, len(concepts), [dictionary.concepts])
         result["fragmentation"]["concept_slots"] = _named(fragmentation(own), concepts)
@@ -276,15 +279,15 @@ def evaluate_split(
 
 def _named(found: Fragmentation, concepts: Sequence[str]) -> dict[str, Any]:
     efffeat, top1conc = found.mean()
-
-    def number(value: float) -> float | None:
-        return None if np.isnan(value) else float(value)
-
     return {
-        "efffeat": number(efffeat),
-        "top1conc": number(top1conc),
+        "efffeat": _number(efffeat),
+        "top1conc": _number(top1conc),
         "per_concept": {
-            name: {"efffeat": number(e), "top1conc": number(t)}
+            name: {"efffeat": _number(e), "top1conc": _number(t)}
             for name, e, t in zip(concepts, found.efffeat, found.top1conc, strict=True)
         },
     }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

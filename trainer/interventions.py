@@ -255,9 +255,9 @@ def loss_recovered(
     layer: int,
     dictionary: ConceptDictionary,
     progress: Callable[[int], Any] = lambda n: None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Cross-entropy of the answers (nats per token) with h, h_hat, the mean activation and 0 at the last prompt token,
-    and the shares recovered: (CE of the ablation - CE of h_hat) / (CE of the ablation - CE of h).
+    and the shares recovered: (CE of the ablation - CE of h_hat) / (CE of the ablation - CE of h), None for x / 0.
     """
     edits: dict[str, Edit | None] = {
         "original": None,
@@ -269,8 +269,9 @@ def loss_recovered(
         name: answer_loss(model, tokenizer, records, layer, edit, progress=progress) for name, edit in edits.items()
     }
 
-    def recovered(ablation: str) -> float:
-        return (loss[ablation] - loss["reconstruction"]) / (loss[ablation] - loss["original"])
+    def recovered(ablation: str) -> float | None:
+        harm = loss[ablation] - loss["original"]
+        return (loss[ablation] - loss["reconstruction"]) / harm if harm else None
 
     return {
         **{f"cross_entropy_{name}": value for name, value in loss.items()},

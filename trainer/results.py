@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
     device = dictionary.mean.device
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        source = BlockSource(DataConfig(shards=folder), manifest)
-        for index in range(len(manifest.blocks)):
-            block = source.rows(index)
-            acts = from_stored(block.acts[block.valid], manifest.dtype)
-            yield acts.to(device), torch.from_numpy(block.concept[block.valid]).to(device)
+        with closing(BlockSource(DataConfig(shards=folder), manifest)) as source:
+            for index in range(len(manifest.blocks)):
+                block = source.rows(index)
+                acts = from_stored(block.acts[block.valid], manifest.dtype)
+                yield acts.to(device), torch.from_numpy(block.concept[block.valid]).to(device)
 
     return rows, manifest
