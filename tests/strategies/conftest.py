@@ -1,77 +1,138 @@
-"""Three launches (1, 4 and 2 ranks) whose runs the tests of this folder compare."""
+"""Launches on 1, 4 and 2 ranks whose runs the tests of this folder compare."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from strategy_runs import run_jobs, write_config, write_shards
 
-# What each world runs: name -> overrides.
-LAYOUTS = {
-    1: {"single": [], "zero3": ["parallel.strategy=zero3"]},
-    2: {n: [f"parallel.strategy={n}"] for n in ("ddp", "dictionary", "zero1", "zero2", "zero3")},
-    4: {n: [f"parallel.strategy={n}"] for n in ("ddp", "dictionary", "zero1", "zero2", "zero3")}
-    | {"mesh": ["parallel.dictionary_ranks=2"]},
+# (world, layout) -> overrides.
+_ENGINES = {n: [f"parallel.strategy={n}"] for n in ("ddp", "dictionary", "zero1", "zero2", "zero3")}
+LAYOUTS: dict[tuple[int, str], list[str]] = {
+    (1, "single"): [],
+    **{(1, n): _ENGINES[n] for n in ("zero1", "zero2", "zero3")},
+    **{(2, n): overrides for n, overrides in _ENGINES.items()},
+    **{(4, n): overrides for n, overrides in _ENGINES.items()},
+    (4, "mesh"): ["parallel.dictionary_ranks=2"],
 }
-# Saved under (world, layout), resumed on two ranks under a layout.
-RESUMED = [
-    *(((2, name), name) for name in LAYOUTS[2]),
-    ((1, "single"), "dictionary"),
-    ((1, "zero3"), "ddp"),
-    ((4, "zero3"), "ddp"),
-    ((4, "dictionary"), "zero3"),
-    ((4, "mesh"), "zero1"),
-    ((4, "zero1"), "zero2"),
-]
-# Kinds of run beside the plain one: name -> overrides; each is run by `single` and, on two ranks, by every layout.
+SINGLE = (1, "single")
+# Kinds of run beside the plain one; `bare` has no concepts and no answers.
 VARIANTS = {
     "accumulate": ["optim.accumulate=4", "loss.perp=0"],
-    "nonfinite": ["stages.0.loss={rec: 3.0e+38}"],
-    "revival": ["revival.method=resample", "revival.every=6", "revival.dead_after=2", "revival.until=1", "loss.sp=0.6"],
+    # Gradients whose norm is infinite in the whole first stage; losses that jump by 2% over the median of the last three.
+    "overflow": ["stages.0.loss={rec: 1.0e+37}", "guard.stop_after=20"],
+    "spike": ["guard.spike=1.02", "guard.window=3", "guard.stop_after=20"],
+    "revival": [
+        "revival.method=resample",
+        "revival.every=6",
+        "revival.dead_after=2",
+        "revival.until=1",
+        "optim.lr=0.05",
+        "loss.sp=0.6",
+    ],
+    "bare": [],
+    "offload": ["parallel.offload=true"],
 }
+FAST_PLAIN = [SINGLE, (1, "zero3"), *((2, n) for n in _ENGINES), (4, "zero3"), (4, "mesh")]
+FAST_VARIANTS = [
+    ((2, "ddp"), "accumulate"),
+    ((2, "zero2"), "accumulate"),
+    ((2, "zero3"), "accumulate"),
+    ((2, "dictionary"), "spike"),
+    ((2, "zero1"), "spike"),
+    ((2, "zero3"), "spike"),
+    ((2, "ddp"), "overflow"),
+    ((2, "zero2"), "overflow"),
+    ((2, "zero3"), "overflow"),
+    ((2, "dictionary"), "revival"),
+    ((2, "zero1"), "revival"),
+    ((2, "zero3"), "revival"),
+    ((2, "dictionary"), "bare"),
+    ((2, "zero3"), "bare"),
+    ((2, "zero3"), "offload"),
+]
+FAST_RESUMED = [
+    *(((2, n), (2, n)) for n in _ENGINES),
+    (SINGLE, (2, "dictionary")),
+    ((4, "zero3"), (2, "ddp")),
+    ((4, "mesh"), (2, "zero1")),
+    ((1, "zero3"), (2, "zero2")),
+]
+ALL_VARIANTS = [
+    (layout, variant)
+    for layout in LAYOUTS
+    for variant in VARIANTS
+    if layout[0] == 2 and (variant != "offload" or layout[1].startswith("zero"))
+]
+ALL_RESUMED = [(saved, resumed) for saved in LAYOUTS for resumed in LAYOUTS]
+
+Layout = tuple[int, str]
 
 
 @dataclass
 class Runs:
-    """Folders of the runs: (world, layout), (world, layout, variant), and resumed ones (saved under, resumed under)."""
+    """Folders of the runs: by layout, by (layout, variant), and by (saved under, resumed under)."""
 
-    plain: dict[tuple[int, str], Path]
-    variants: dict[tuple[int, str, str], Path]
-    resumed: dict[tuple[tuple[int, str], str], Path]
-
-
-def resume_overrides(source: Path, step: int, layout: list[str]) -> list[str]:
-    """Go on from a checkpoint of another run, in a folder of its own."""
-    return [f"checkpoint.resume={source}/checkpoints/step-{step:08d}", *layout]
+    plain: dict[Layout, Path]
+    variants: dict[tuple[Layout, str], Path]
+    resumed: dict[tuple[Layout, Layout], Path]
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Runs:
-    folder = tmp_path_factory.mktemp("strategies")
+def perform(
+    folder: Path,
+    plain: Iterable[Layout],
+    variants: Iterable[tuple[Layout, str]],
+    resumed: Iterable[tuple[Layout, Layout]],
+) -> Runs:
+    """Do all runs, with one launch per world (and a second one where runs are resumed that a later launch saved)."""
     config = write_config(folder / "config.yaml", write_shards(folder / "shards"))
     bare = write_config(folder / "bare.yaml", write_shards(folder / "bare-shards", concepts=0), align=False)
     done = Runs({}, {}, {})
-    for world in (1, 4, 2):
-        every = ["checkpoint.every=10", "checkpoint.keep=9"]
-        jobs = {name: [*overrides, *every] for name, overrides in LAYOUTS[world].items()}
-        layouts = {"single": []} if world == 1 else LAYOUTS[2] if world == 2 else {}
-        for name, overrides in layouts.items():
-            for variant, more in VARIANTS.items():
-                jobs[f"{name}-{variant}"] = [*overrides, *more]
-        if world == 2:
-            for number, ((saved_world, saved), name) in enumerate(RESUMED):
-                source = folder / f"world-{saved_world}" / saved
-                jobs[f"resumed-{number}"] = resume_overrides(source, 10, LAYOUTS[2][name])
-            jobs["zero2-offload"] = ["parallel.strategy=zero2", "parallel.offload=true"]
-            jobs["zero3-offload"] = ["parallel.strategy=zero3", "parallel.offload=true"]
-        bare_jobs = {f"{name}-bare": overrides for name, overrides in layouts.items()}
-        folders = run_jobs(folder, world, {config: jobs, bare: bare_jobs})
-        for name, path in folders.items():
-            if name.startswith("resumed-"):
-                done.resumed[RESUMED[int(name.removeprefix("resumed-"))]] = path
-            elif "-" in name:
-                layout, variant = name.split("-")
-                done.variants[world, layout, variant] = path
-            else:
-                done.plain[world, name] = path
+    plain, variants, waiting = list(plain), list(variants), list(resumed)
+    variants += [(SINGLE, v) for v in dict.fromkeys(v for _, v in variants) if v != "offload"]
+    for round_ in ("first", "second"):
+        for world in (1, 4, 2):
+            home = folder / f"world-{world}-{round_}"
+            jobs: dict[Path, dict[str, list[str]]] = {config: {}, bare: {}}
+            kept: dict[str, tuple[dict, object]] = {}
+            if round_ == "first":
+                for layout in plain:
+                    if layout[0] == world:
+                        jobs[config][layout[1]] = [*LAYOUTS[layout], "checkpoint.every=10", "checkpoint.keep=9"]
+                        kept[layout[1]] = (done.plain, layout)
+                for layout, variant in variants:
+                    if layout[0] == world:
+                        name = f"{layout[1]}-{variant}"
+                        jobs[bare if variant == "bare" else config][name] = [*LAYOUTS[layout], *VARIANTS[variant]]
+                        kept[name] = (done.variants, (layout, variant))
+            coming = {home / layout[1] for layout in plain if layout[0] == world}
+            for saved, target in list(waiting):
+                source = done.plain.get(saved, home / saved[1])
+                if target[0] == world and (saved in done.plain or source in coming):
+                    name = f"{saved[0]}-{saved[1]}-to-{target[1]}"
+                    checkpoint = source / "checkpoints" / "step-00000010"
+                    jobs[config][name] = [*LAYOUTS[target], f"checkpoint.resume={checkpoint}"]
+                    kept[name] = (done.resumed, (saved, target))
+                    waiting.remove((saved, target))
+            folders = run_jobs(home, world, jobs) if kept else {}
+            for name, path in folders.items():
+                store, key = kept[name]
+                store[key] = path
     return done
+
+
+@pytest.fixture(scope="session")
+def fast_runs(tmp_path_factory) -> Runs:
+    return perform(tmp_path_factory.mktemp("strategies"), FAST_PLAIN, FAST_VARIANTS, FAST_RESUMED)
+
+
+@pytest.fixture(scope="session")
+def all_runs(tmp_path_factory) -> Runs:
+    return perform(tmp_path_factory.mktemp("strategies"), LAYOUTS, ALL_VARIANTS, ALL_RESUMED)
+
+
+@pytest.fixture
+def runs(request) -> Mapping:
+    """The runs of the fast suite, or all of them for a test marked slow."""
+    return request.getfixturevalue("all_runs" if request.node.get_closest_marker("slow") else "fast_runs")

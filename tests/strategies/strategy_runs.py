@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -88,19 +89,20 @@ def torchrun(world: int, *arguments: str, **options) -> Result:
     return launch(["torchrun", "--standalone", f"--nproc-per-node={world}", *arguments], **options)
 
 
-def run_jobs(folder: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> dict[str, Path]:
+def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> dict[str, Path]:
     """Run several jobs (configuration -> name -> overrides) in one process group of `world` ranks; returns name -> run folder."""
-    home = folder / f"world-{world}"
+    home.mkdir(parents=True)
     listing = [
         {"config": str(config), "overrides": [f"run.dir={home / name}", *overrides]}
         for config, named in jobs.items()
         for name, overrides in named.items()
     ]
-    path = folder / f"jobs-{world}.json"
+    path = home / "jobs.json"
     path.write_text(json.dumps(listing))
     worker = str(ROOT / "tests" / "strategies" / "strategy_worker.py")
-    result = launch(["python", worker, str(path)]) if world == 1 else torchrun(world, worker, str(path))
-    (folder / f"output-{world}.txt").write_text(result.output)
+    options: dict[str, Any] = {"timeout": 120 + 30 * len(listing)}
+    result = launch(["python", worker, str(path)], **options) if world == 1 else torchrun(world, worker, str(path), **options)
+    (home / "output.txt").write_text(result.output)
     assert result.code == 0, result.output[-6000:]
     return {name: home / name for named in jobs.values() for name in named}
 

@@ -1,4 +1,4 @@
-"""One rank of a launched job: does each job of the list in one process group. Used by strategy_runs.launch.
+"""One rank of a launched job: does each job of a list in one process group. Used by strategy_runs.run_jobs.
 
 A job is {"config": path, "overrides": [...]}.
 """
@@ -10,16 +10,17 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from trainer import train
-from trainer.config import load_config
 
 
-def main() -> None:
-    """Run the jobs of the JSON file named on the command line, one after the other."""
+def main() -> int:
+    """Run the jobs of the JSON file named on the command line, one after the other, until one fails."""
     for job in json.loads(Path(sys.argv[1]).read_text()):
         print("job", *job["overrides"], flush=True)
         AcceleratorState._reset_state()  # a user's process prepares one engine only
-        train.run(load_config(job["config"], job["overrides"]))
+        if code := train.main(["--config", job["config"], *job["overrides"]]):
+            return code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
-from trainer.optimizer import OptimConfig, build_optimizer
+from trainer.optimizer import OptimConfig, build_optimizer, square_norm
 from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.topology import Topology
 
@@ -55,11 +55,9 @@ class LocalStrategy(Strategy):
         if not torch.isfinite(norm):
             self.discard()
             return float(norm)
-        if clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(grad_scale=min(1.0, clip / (float(norm) + 1e-6)) if clip > 0 else 1.0)
         self.discard()
         return float(norm)
 
@@ -77,9 +75,8 @@ class LocalStrategy(Strategy):
             for p in unit.parameters()
             if p.grad is not None
         ]
-        square = torch.nn.utils.get_total_norm(own).double().square()
-        square = self.topology.sum_over_dictionary(square)
-        return (square + torch.nn.utils.get_total_norm(shared).double().square()).sqrt().float()
+        square = self.topology.sum_over_dictionary(square_norm(own))
+        return (square + square_norm(shared)).sqrt().float()
 
     def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
         if not self.holds(unit) or not (everywhere or self._saves(unit)):

@@ -4,7 +4,9 @@ The engine trains in fp32: the kernels cast from fp32 masters themselves, so a b
 own their parameters, so stage 3 gathers them one by one; its buffers are set to one bank, so that a rank holds its shard and at most two banks.
 """
 
+import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -69,6 +71,9 @@ class ZeroStrategy(Strategy):
     def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
         from accelerate import Accelerator, DeepSpeedPlugin
 
+        # DeepSpeed's own use of torch and its progress notes are nothing that a user can act on.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed", category=FutureWarning)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.objective = objective
         self._units = objective.dictionary.units()
         _empty_to_buffers(objective)
