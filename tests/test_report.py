@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import CONCEPTS, tiny_run  # noqa: F401  (a fixture)
 
+from tools import plots
 from tools.cli import main
 from tools.summary import collect, compare, read_bars
 from trainer.errors import UserError
@@ -249,3 +250,28 @@ def test_results_are_never_half_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_result(tmp_path / "file" / "x.json", {"a": 1})
+
+
+def test_plots_of_many_concepts_and_of_a_silent_one(finished):
+    evaluation = json.loads((finished / "aligned" / "evaluation.json").read_text())
+    names = [f"concept {i}" for i in range(40)]
+    evaluation["concepts"] = names
+    for part in (evaluation["train"], evaluation["heldout"], evaluation["unsupervised"]["train"]):
+        part["binding"]["confusion"] = [[int(r == c) for c in range(41)] for r in range(40)]
+        for spread in part["fragmentation"].values():
+            spread["per_concept"] = {name: {"efffeat": 2.0, "top1conc": 0.5} for name in names}
+            spread["per_concept"]["concept 7"] = {"efffeat": None, "top1conc": None}
+    for draw in (plots.binding_plot, plots.fragmentation_plot):
+        figure = draw(evaluation)
+        figure.draw_without_rendering()
+        width, height = figure.get_size_inches()
+        assert width < 20 and height < 20
+        assert all(ax.get_xlabel() or ax.get_ylabel() for ax in figure.axes)
+
+
+def test_swap_plot_takes_alpha_zero(finished):
+    swap = json.loads((finished / "aligned" / "swap.json").read_text())
+    for method in ("slots", "mean_difference"):
+        swap[method]["alphas"].insert(0, {"alpha": 0.0, "success": 0.0, "category_kept": 0.0})
+    lines = plots.swap_plot(swap).axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [[0, 1, 2]] * 4

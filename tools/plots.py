@@ -26,6 +26,11 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwar
     return figure, axes
 
 
+def _side(names: Sequence[str]) -> float:
+    """Inches of a matrix with these rows: room for every cell's number while there are numbers."""
+    return 1.9 + 0.52 * len(names) if len(names) <= LABELLED else 6.5
+
+
 def _matrix(ax: Axes, share: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
     """Shares in [0, 1] as colours, NaN left white; names and numbers while they are legible."""
     ax.spines[:].set_visible(False)
@@ -45,7 +50,7 @@ def binding_plot(evaluation: Mapping[str, Any]) -> Figure:
     """Confusion of the chosen concept slot against the true concept, per split."""
     splits = [s for s in ("train", "heldout") if s in evaluation]
     names = evaluation["concepts"]
-    side = 1.9 + 0.52 * min(len(names), LABELLED)
+    side = _side(names)
     figure, axes = _figure(side * len(splits) + 1, side, len(splits), sharey=True)
     for ax, split in zip(axes, splits, strict=True):
         bound = evaluation[split]["binding"]
@@ -87,7 +92,7 @@ def swap_plot(swap: Mapping[str, Any]) -> Figure:
 def swap_matrix_plot(swap: Mapping[str, Any]) -> Figure:
     """Success per ordered relation pair, each method at its best alpha."""
     names = swap["concepts"]
-    side = 1.9 + 0.52 * min(len(names), LABELLED)
+    side = _side(names)
     figure, axes = _figure(side * 2 + 1, side, 2, sharey=True)
     for ax, (method, name) in zip(axes, (("slots", "slots"), ("mean_difference", "mean difference")), strict=True):
         tried = np.array(swap[method]["matrix"]["swaps"], dtype=float)
@@ -114,7 +119,7 @@ def fragmentation_plot(evaluation: Mapping[str, Any]) -> Figure:
             ("unsupervised, all slots", evaluation["unsupervised"]["train"]["fragmentation"]["all"], GREY, "..")
         )
     names = evaluation["concepts"]
-    figure, (ax,) = _figure(3.2 + 0.85 * min(len(names), LABELLED), 4.2)
+    figure, (ax,) = _figure(max(8.5, 3.2 + 0.85 * len(names)) if len(names) <= LABELLED else 8.5, 4.2)
     values = [[_nan(part["per_concept"][n]["efffeat"]) for n in names] for _, part, _, _ in series]
     labels = [f"{name} (mean {_nan(part['efffeat']):.3g})" for name, part, _, _ in series]
     if len(names) <= LABELLED:
