@@ -162,6 +162,7 @@ class Evil:
         return (print, ("executed",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_repack_runs_no_pickle(tmp_path, capsys):
     for number, payload in enumerate([pickle.dumps(Evil()), pickle.dumps(np.ones(3)), b"", b"junk"]):
         raw = tmp_path / f"{number}.tar"

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +73,9 @@ class _Window(NamedTuple):
 
     columns: np.ndarray  # int64 [4, n]: row id, concept, answer, valid, in reading order
     within: np.ndarray  # int64 [n] row within its block
-    runs: list[list[tuple[int, int, Callable]]]  # per step: [a, b) of the rows, and `take` of the block that fills them
+    edges: list[int]  # run r is rows [edges[r], edges[r + 1]): one step, one block
+    takes: list[Callable]  # per run, `take` of the block's activations
+    first_run: list[int]  # step s, counted from the window's first, has the runs [first_run[s], first_run[s + 1])
 
 
 class Stream:
@@ -173,7 +174,10 @@ class Stream:
                 shift = place * share + window.start - first
                 a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
                 columns[:, a + shift : b + shift] = opened.columns[:, a:b]
-                for low, high, take in opened.runs[epoch_step - window.start // share]:
+                step_here = epoch_step - window.start // share
+                r, end = opened.first_run[step_here], opened.first_run[step_here + 1]
+                edges = opened.edges[r : end + 1]
+                for low, high, take in zip(edges, edges[1:], opened.takes[r:end], strict=False):
                     # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
                     take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
         row_ids, concept, answer, valid = torch.from_numpy(columns)
@@ -232,17 +236,21 @@ class Stream:
         numbers = np.searchsorted(starts, rows, side="right") - 1
         within = rows - starts[numbers]
         blocks = self.source.many(np.unique(numbers).tolist())
+        ordered = [blocks[number] for number in sorted(blocks)]
+        first_rows = np.cumsum([0, *(len(block.valid) for block in ordered)])
+        place = first_rows[np.searchsorted(sorted(blocks), numbers)] + within
         columns = np.empty((4, len(rows)), dtype=np.int64)
         columns[0] = rows
-        for number, block in blocks.items():
-            here = np.flatnonzero(numbers == number)
-            for column, values in zip(columns[1:], (block.concept, block.answer, block.valid), strict=True):
-                column[here] = values[within[here]]
+        for column, name in zip(columns[1:], ("concept", "answer", "valid"), strict=True):
+            column[:] = np.concatenate([getattr(block, name) for block in ordered])[place]
         share = self.plan.rows_per_lane_step
         step = np.arange(window.start, window.stop) // share - window.start // share
         new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))
-        runs: list[list[tuple[int, int, Callable]]] = [[] for _ in range(int(step[-1]) + 1)]
-        edges = [*new_run.tolist(), len(rows)]
-        for (a, b), s, number in zip(pairwise(edges), step[new_run].tolist(), numbers[new_run].tolist(), strict=True):
-            runs[s].append((a, b, blocks[number].acts.take))
-        return _Window(columns, within, runs)
+        takes = {number: block.acts.take for number, block in blocks.items()}
+        return _Window(
+            columns,
+            within,
+            edges=[*new_run.tolist(), len(rows)],
+            takes=[takes[number] for number in numbers[new_run].tolist()],
+            first_run=np.searchsorted(step[new_run], np.arange(step[-1] + 2)).tolist(),
+        )
