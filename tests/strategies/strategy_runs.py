@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -68,14 +67,18 @@ class Result:
     output: str
 
 
-def launch(command: list[str], *, cwd: Path = ROOT, timeout: float = 300, env: dict[str, str] | None = None) -> Result:
-    """Run a command of this environment's launchers (accelerate, torchrun, python) and wait for it."""
-    command = [sys.executable if command[0] == "python" else str(Path(sys.executable).parent / command[0]), *command[1:]]
+def launcher(name: str, *arguments: str) -> list[str]:
+    """Command of this environment's accelerate, torchrun or python."""
+    return [sys.executable if name == "python" else str(Path(sys.executable).parent / name), *arguments]
+
+
+def launch(command: list[str], *, timeout: float = 300) -> Result:
+    """Run a command and wait for it."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(
         command,
-        cwd=cwd,
-        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
+        cwd=ROOT,
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,9 +87,9 @@ def launch(command: list[str], *, cwd: Path = ROOT, timeout: float = 300, env: d
     return Result(done.returncode, done.stdout)
 
 
-def torchrun(world: int, *arguments: str, **options) -> Result:
+def torchrun(world: int, *arguments: str, timeout: float = 300) -> Result:
     """`torchrun` with `world` processes on a free port."""
-    return launch(["torchrun", "--standalone", f"--nproc-per-node={world}", *arguments], **options)
+    return launch(launcher("torchrun", "--standalone", f"--nproc-per-node={world}", *arguments), timeout=timeout)
 
 
 def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> dict[str, Path]:
@@ -100,8 +103,11 @@ def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> 
     path = home / "jobs.json"
     path.write_text(json.dumps(listing))
     worker = str(ROOT / "tests" / "strategies" / "strategy_worker.py")
-    options: dict[str, Any] = {"timeout": 120 + 30 * len(listing)}
-    result = launch(["python", worker, str(path)], **options) if world == 1 else torchrun(world, worker, str(path), **options)
+    limit = 120 + 30 * len(listing)
+    if world == 1:
+        result = launch(launcher("python", worker, str(path)), timeout=limit)
+    else:
+        result = torchrun(world, worker, str(path), timeout=limit)
     (home / "output.txt").write_text(result.output)
     assert result.code == 0, result.output[-6000:]
     return {name: home / name for named in jobs.values() for name in named}

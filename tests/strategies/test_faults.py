@@ -1,0 +1,144 @@
+"""What cannot be is refused before ranks meet; a rank that dies takes the job down at once, by name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from strategy_runs import ROOT, launcher, metrics, torchrun, write_config, write_shards
+
+from trainer import train
+from trainer.errors import UserError
+from trainer.strategies import ParallelConfig
+
+FAILING = """
+import sys
+from trainer import loop, train
+from trainer.topology import launched_world
+update = loop.update
+def failing(run, rows, point):
+    if run.state.step == 5 and launched_world()[0] == 1:
+        raise RuntimeError("thrown on purpose")
+    return update(run, rows, point)
+loop.update = failing
+train.exit_with(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    return write_config(folder / "config.yaml", write_shards(folder / "shards"))
+
+
+@pytest.mark.parametrize(
+    "settings,world,message",
+    [
+        ({"strategy": "zero4"}, 1, "use one of auto, single, ddp"),
+        ({"strategy": "single"}, 2, "set parallel.strategy=ddp"),
+        ({"dictionary_ranks": 3}, 4, "nearest possible setting is 2"),
+        ({"dictionary_ranks": 8}, 8, "nearest possible setting is parallel.dictionary_ranks=4"),
+        ({"strategy": "zero3", "dictionary_ranks": 2}, 4, "set parallel.dictionary_ranks=1"),
+        ({"strategy": "ddp", "offload": True}, 2, "set parallel.offload=false"),
+        ({"timeout": 0.0}, 2, "parallel.timeout"),
+    ],
+)
+def test_impossible_settings_name_the_nearest_possible_one(settings, world, message):
+    with pytest.raises(UserError, match=message):
+        ParallelConfig(**settings).resolve(world, banks=5)
+
+
+def test_the_launch_file_chooses_the_strategy(monkeypatch):
+    assert ParallelConfig().resolve(1, 5).strategy == "single"
+    assert ParallelConfig().resolve(2, 5).strategy == "ddp"
+    assert ParallelConfig("dictionary").resolve(4, 5).dictionary_ranks == 4
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    mesh = ParallelConfig().resolve(4, 5)
+    assert (mesh.strategy, mesh.dictionary_ranks) == ("dictionary", 2)
+    monkeypatch.delenv("ACCELERATE_USE_PARALLELISM_CONFIG")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    zero = ParallelConfig().resolve(2, 5)
+    assert (zero.strategy, zero.zero_stage, zero.offload) == ("zero3", 3, True)
+    with pytest.raises(UserError, match="the launch file starts zero3"):
+        ParallelConfig("ddp").resolve(2, 5)
+
+
+@pytest.mark.parametrize(
+    "world,override,message",
+    [
+        (4, "parallel.dictionary_ranks=3", "nearest possible setting is 2"),
+        (3, "parallel.strategy=ddp", "data.lanes"),
+        (2, "data.lanes=5", "data.lanes"),
+    ],
+)
+def test_refusals_come_before_any_process_group(config, monkeypatch, capsys, world, override, message):
+    """The other ranks do not exist here: a process group would never form."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world}.items():
+        monkeypatch.setenv(name, str(value))
+    assert train.main(["--config", str(config), override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def start(config: Path, folder: Path, *overrides: str) -> subprocess.Popen:
+    """Two ranks that would train for hours."""
+    command = launcher("torchrun", "--standalone", "--nproc-per-node=2", "-m", "trainer.train", "--config", str(config))
+    return subprocess.Popen(
+        [*command, f"run.dir={folder}", "stages.0.steps=10000000", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def process_of_rank(launcher_pid: int, rank: int) -> int:
+    """Pid of the child of a launcher that has RANK in its environment."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rsplit(")", 1)[1].split()[1]) != launcher_pid:
+                continue
+            if f"RANK={rank}".encode() in (status.parent / "environ").read_bytes().split(b"\0"):
+                return int(status.parent.name)
+        except (OSError, IndexError):
+            continue
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks in /proc")
+@pytest.mark.parametrize(
+    "strategy",
+    ["dictionary", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
+)
+def test_a_killed_rank_ends_the_job_by_name(config, tmp_path, strategy):
+    job = start(config, tmp_path / "run", f"parallel.strategy={strategy}")
+    try:
+        deadline = time.monotonic() + 120
+        while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3):
+            assert time.monotonic() < deadline and job.poll() is None, job.communicate(timeout=10)[0]
+            time.sleep(0.2)
+        os.kill(process_of_rank(job.pid, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = job.communicate(timeout=90)
+    finally:
+        job.kill()
+    assert time.monotonic() - killed < 60
+    assert job.returncode != 0
+    assert "rank      : 1 (local_rank: 1)" in output and "Signal 9 (SIGKILL)" in output
+
+
+def test_an_exception_on_one_rank_ends_the_job_by_name(config, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    began = time.monotonic()
+    result = torchrun(2, str(script), "--config", str(config), f"run.dir={tmp_path / 'run'}", timeout=150)
+    assert result.code != 0
+    assert time.monotonic() - began < 60 + 60  # starting takes its time on a busy machine
+    assert "[rank1]: RuntimeError: thrown on purpose" in result.output
+    assert "rank      : 1 (local_rank: 1)" in result.output
