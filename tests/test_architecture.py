@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["topology", "stream", "dictionary", "losses", "optimizer", "language_model", "journal"],
+    ["topology", "stream", "dictionary", "losses", "language_model", "journal"],
     ["kernels", "evaluation", "guard", "interrupt"],
-    ["objective", "interventions", "results"],
+    ["objective", "optimizer", "interventions", "results"],
     ["curriculum", "metrics"],
     ["strategies", "tracking"],
     ["checkpoint", "revival"],

@@ -1,15 +1,23 @@
 // Memory for gradients that is used again at every step: touching fresh pages costs more than writing the gradient.
+// With each buffer goes the sum of squares of what a kernel wrote there, so that clipping needs no pass over the gradients.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace {
+struct Buffer {
+  c10::Storage storage;
+  double square;
+  int64_t version;  // of the tensor when `square` was noted; any later change in place raises it. -1: nothing noted
+};
+
 std::mutex guard;
-std::vector<c10::Storage>& pool() {
-  static auto* buffers = new std::vector<c10::Storage>;  // never destroyed: torch may be gone before us at exit
+std::vector<Buffer>& pool() {
+  static auto* buffers = new std::vector<Buffer>;  // never destroyed: torch may be gone before us at exit
   return *buffers;
 }
 
@@ -17,22 +25,45 @@ std::vector<c10::Storage>& pool() {
 at::Tensor buffer_like(const at::Tensor& like) {
   std::lock_guard<std::mutex> lock(guard);
   const size_t bytes = like.numel() * sizeof(float);
-  for (auto& storage : pool())
-    if (storage.use_count() == 1 && storage.nbytes() == bytes)
-      return at::empty({0}, at::kFloat).set_(storage, 0, like.sizes(), like.strides());
-  at::Tensor fresh = at::empty_like(like);
-  pool().push_back(fresh.storage());
+  for (auto& buffer : pool())
+    if (buffer.storage.use_count() == 1 && buffer.storage.nbytes() == bytes) {
+      buffer.version = -1;
+      return at::empty({0}, at::kFloat).set_(buffer.storage, 0, like.sizes(), like.strides());
+    }
+  at::Tensor fresh = at::empty_like(like, at::MemoryFormat::Contiguous);
+  pool().push_back({fresh.storage(), 0.0, -1});
   return fresh;
+}
+
+void note_square(const at::Tensor& tensor, double square) {
+  std::lock_guard<std::mutex> lock(guard);
+  for (auto& buffer : pool())
+    if (buffer.storage.unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl()) {
+      buffer.square = square;
+      buffer.version = tensor._version();
+    }
+}
+
+// The sum of squares noted for this tensor, if nothing has changed it since.
+std::optional<double> noted_square(const at::Tensor& tensor) {
+  std::lock_guard<std::mutex> lock(guard);
+  for (auto& buffer : pool())
+    if (buffer.storage.unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl() &&
+        tensor.numel() * sizeof(float) == buffer.storage.nbytes() && buffer.version == tensor._version())
+      return buffer.square;
+  return std::nullopt;
 }
 
 // Gives back the buffers that nothing holds.
 void release_buffers() {
   std::lock_guard<std::mutex> lock(guard);
-  std::erase_if(pool(), [](const c10::Storage& s) { return s.use_count() == 1; });
+  std::erase_if(pool(), [](const Buffer& b) { return b.storage.use_count() == 1; });
 }
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("buffer_like", &buffer_like);
+  m.def("note_square", &note_square);
+  m.def("noted_square", &noted_square);
   m.def("release_buffers", &release_buffers);
 }

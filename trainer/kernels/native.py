@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-SOURCES = ("encode.cpp", "sparse.cpp", "buffers.cpp")
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-Wno-psabi"]
+SOURCES = ("encode.cpp", "sparse.cpp", "buffers.cpp", "adamw.cpp")
+FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-std=c++20", "-Wno-psabi"]
 
 
 @functools.cache

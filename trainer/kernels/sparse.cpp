@@ -124,8 +124,9 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
 }
 
 // Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three tensors given; rows of idle slots are zero.
+// Returns the sums of squares of the first and the last.
 // With a correlation term: code [B, R], corr [m, R], mean [m], inv_norm [m], place [n]; scale = dL/dperp. Without: R = 0.
-void backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
+std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
               const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& corr, const Tensor& mean,
               const Tensor& inv_norm, const Tensor& place, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
   const int64_t n = W_dec.size(0), D = W_dec.size(1), R = code.size(1);
@@ -135,8 +136,10 @@ void backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const
   const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
   float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
+  std::vector<double> squares(2 * at::get_num_threads() * 8);  // one cache line apart
   over(s, n, [&](int64_t begin, int64_t end) {
     std::vector<float> enc(D), dec(D);
+    double *square = &squares[2 * 8 * at::get_thread_num()];
     for (int64_t j = begin; j < end; ++j) {
       if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
       if (s[j] == s[j + 1]) {
@@ -168,6 +171,8 @@ void backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const
         add_scaled(dec.data(), wj, g_sp * total * inverse, D);
       }
       gb[j] = bias;
+      square[0] += dot(enc.data(), enc.data(), D);
+      square[1] += dot(dec.data(), dec.data(), D);
       stream_out(ge + j * D, enc.data(), D);
       stream_out(gd + j * D, dec.data(), D);
     }
@@ -175,6 +180,9 @@ void backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const
     _mm_sfence();
 #endif
   });
+  double enc_square = 0, dec_square = 0;
+  for (size_t t = 0; t < squares.size(); t += 16) enc_square += squares[t], dec_square += squares[t + 1];
+  return {enc_square, dec_square};
 }
 }  // namespace
 

@@ -60,7 +60,9 @@ class _Sparse(torch.autograd.Function):
         grads = [ops.buffer_like(W_enc), torch.empty_like(b_enc), ops.buffer_like(W_dec)]
         unit = step.decoder_norm == "unit"
         entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
-        ops.backward(*entries, float(g_sp), unit, float(g_perp), concept, corr, mean, inv_norm, place, *grads)
+        squares = ops.backward(*entries, float(g_sp), unit, float(g_perp), concept, corr, mean, inv_norm, place, *grads)
+        ops.note_square(grads[0], squares[0])
+        ops.note_square(grads[2], squares[1])
         return *grads, g_recon, None
 
 
