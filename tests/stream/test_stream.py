@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stream_data import rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stream_data import rows, write
 
 from trainer.errors import UserError
 from trainer.stream import DataConfig, Plan, RowDigest, Stream, lanes_of_rank, step_digest
@@ -61,6 +65,32 @@ def test_chains_of_ranks_add_up_over_worlds_threads_and_kill_points(dataset, wor
             chains.append(torch.tensor(chain.signed))  # what an int64 all-reduce sums
         value = RowDigest.combine([torch.stack(chains).sum().item()]).value
     assert value == want.value and len(want.hex()) == 16
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(16, 120),
+    rows_per_block=st.integers(1, 40),
+    share=st.integers(1, 8),
+    lanes=st.sampled_from([1, 2, 4]),
+    window=st.integers(1, 3),
+    threads=st.sampled_from([0, 2]),
+    start=st.integers(0, 20),
+)
+def test_any_sizes_from_any_step(count, rows_per_block, share, lanes, window, threads, start):
+    """Windows smaller than a step, blocks of one row, starts in the middle of a window and of a later epoch."""
+    global_batch = min(share * lanes, count - count % lanes)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write(Path(folder) / "d", count, rows_per_block=rows_per_block, shard_bytes=10_000)
+        plan = Plan(manifest, 1, global_batch, lanes, window)
+        config = DataConfig(
+            shards=f"{folder}/d", global_batch=global_batch, lanes=lanes, window=window, threads=threads
+        )
+        with Stream(config, manifest, plan, range(lanes), start) as stream:
+            for step, batch in zip(range(start, start + plan.steps_per_epoch + 3), stream, strict=False):
+                assert batch.step == step
+                assert np.array_equal(batch.row_ids, plan.batch_rows(*plan.locate(step)))
+                assert np.array_equal(batch.acts, rows(count, 4)[0][batch.row_ids.numpy()])
 
 
 def test_digest_sees_row_position_and_order():
