@@ -32,9 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(data: Path, out: Path, *arguments: str) -> int:
-    sources = ["--questions", str(data / "questions.jsonl"), "--texts", str(data / "biographies.jsonl")]
-    start = [] if "--model" in arguments or "--from-scratch" in arguments else ["--from-scratch", "gpt2"]
-    return main(["finetune-lm", *start, *TINY, *sources, "--out", str(out), *arguments])
+    return main(["finetune-lm", *TINY, "--data", str(data), "--out", str(out), *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +185,7 @@ def test_questions_of_the_training_split_alone(data: Path, tmp_path: Path) -> No
     out = tmp_path / "lm"
     questions = ["--questions", str(data / "questions.jsonl")]
     arguments = ["--templates", "train", "--steps", "60", "--lr", "1e-2", "--warmup", "5"]
-    assert main(["finetune-lm", "--from-scratch", "gpt2", *TINY, *questions, "--out", str(out), *arguments]) == 0
+    assert main(["finetune-lm", "--from-scratch", "llama", *TINY, *questions, "--out", str(out), *arguments]) == 0
     split = json.loads((out / "lm_report.json").read_text())["split"]
     assert split["train"] > split["heldout"]
 
@@ -211,6 +209,11 @@ def test_bad_input_is_one_line(data: Path, tmp_path: Path, capsys: Any, argument
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("alignsae: error: ") and message in error
     assert not (tmp_path / "lm").exists()
+
+
+def test_without_data_there_is_nothing_to_learn(tmp_path: Path, capsys: Any) -> None:
+    assert main(["finetune-lm", "--out", str(tmp_path / "lm")]) == 2
+    assert "give --data FOLDER" in capsys.readouterr().err
 
 
 def test_an_existing_folder_is_refused(data: Path, taught: Path, capsys: Any) -> None:

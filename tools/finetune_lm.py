@@ -3,7 +3,8 @@
 Every step mixes questions (loss on the answer and the end token only) with texts (loss on all tokens). A model trained on
 questions alone memorises them without separating who from what, so give it the biographies too.
 
-  alignsae finetune-lm --from-scratch gpt2 --questions DATA/questions.jsonl --texts DATA/biographies.jsonl --out MODEL
+  alignsae finetune-lm --data FOLDER_OF_BIOGRAPHIES --out MODEL
+  alignsae finetune-lm --from-scratch llama --questions my.jsonl --texts my_texts.jsonl --out MODEL
   alignsae finetune-lm --model FOLDER_OR_ID --questions my.jsonl --out MODEL
 
 From scratch a byte-level BPE tokenizer is trained on the same files. Training happens in OUT.partial, which is renamed to
@@ -40,10 +41,13 @@ SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    start = parser.add_mutually_exclusive_group(required=True)
+    start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", help="save_pretrained folder or hub name to fine-tune")
     start.add_argument(
-        "--from-scratch", metavar="ARCH", help="transformers architecture to initialise: gpt2, llama, ..."
+        "--from-scratch",
+        metavar="ARCH",
+        default="gpt2",
+        help="transformers architecture to initialise: gpt2, llama, ...",
     )
     size = parser.add_argument_group("size, from scratch only")
     size.add_argument("--layers", type=int, default=4, help="blocks (default: %(default)s)")
@@ -51,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     size.add_argument("--vocabulary", type=int, default=2048, help="tokens of the BPE (default: %(default)s)")
     data = parser.add_argument_group("data")
-    data.add_argument("--questions", required=True, type=Path, help="prompts JSONL: prompt, answer, concept, ...")
+    data.add_argument("--data", type=Path, help="output of `alignsae biographies`: its questions and its biographies")
+    data.add_argument("--questions", type=Path, help="prompts JSONL: prompt, answer, concept, ...")
     data.add_argument("--texts", type=Path, help="JSONL file or datasets folder of texts to mix in")
     data.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
     data.add_argument(
@@ -143,6 +148,12 @@ def examples(
 
 
 def check(args: argparse.Namespace) -> None:
+    """Fill in what --data stands for, and refuse what cannot work."""
+    if args.data:
+        args.questions = args.questions or args.data / "questions.jsonl"
+        args.texts = args.texts or args.data / "biographies.jsonl"
+    if not args.questions:
+        raise UserError("give --data FOLDER (output of `alignsae biographies`) or --questions FILE")
     for name in ("steps", "questions_per_step", "texts_per_step", "context", "layers", "width", "heads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
