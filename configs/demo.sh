@@ -11,19 +11,20 @@ echo "== 1/7 biographies"
 alignsae biographies --out data/demo --persons 300
 
 echo "== 2/7 language model"
-alignsae finetune-lm --data data/demo --out models/demo
+alignsae finetune-lm --data data/demo --out models/demo --steps 700 --warmup 60 --lr 3e-3 --vocabulary 4096
 
 echo "== 3/7 activations"
 alignsae extract --model models/demo --prompts data/demo/questions.jsonl --layers 1 --out data/demo
 
 echo "== 4/7 concept-aligned dictionary: pretrain, then align"
-accelerate launch --config_file launch/accelerate/cpu.yaml -m trainer.train --config configs/demo.yaml "data.shards=data/demo/$layer/train"
+accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train --config configs/demo.yaml "data.shards=data/demo/$layer/train"
 
 echo "== 5/7 unsupervised dictionary, for comparison"
-accelerate launch --config_file launch/accelerate/cpu.yaml -m trainer.train --config configs/demo_unsupervised.yaml "data.shards=data/demo/$layer/train"
+accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train --config configs/demo_unsupervised.yaml "data.shards=data/demo/$layer/train"
 
 echo "== 6/7 evaluation and swaps"
-alignsae evaluate --run runs/demo --train "data/demo/$layer/train" --heldout "data/demo/$layer/heldout" --unsupervised runs/demo-unsupervised
+alignsae evaluate --run runs/demo --train "data/demo/$layer/train" --heldout "data/demo/$layer/heldout" --unsupervised runs/demo-unsupervised \
+    --model models/demo --prompts data/demo/questions.jsonl
 alignsae swap --run runs/demo --model models/demo --prompts data/demo/questions.jsonl
 
 echo "== 7/7 report"
