@@ -77,7 +77,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             if not separator:
                 raise UserError(f"override {override!r} is not key=value")
             _refuse_unknown(_nested(key), known, "the command line")
-            OmegaConf.update(merged, key, _read_yaml(text), merge=False)
+            OmegaConf.update(merged, key, _read_yaml(text), merge=True)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None) or path

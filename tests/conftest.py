@@ -1,0 +1,12 @@
+"""Data that several suites train on. (This file also puts tests/ on the import path of the suites in its folders.)"""
+
+from pathlib import Path
+
+import pytest
+from small_run import write_data
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shard folder of small_run; read only."""
+    return write_data(tmp_path_factory.mktemp("small") / "train")
