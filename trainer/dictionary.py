@@ -5,6 +5,7 @@ Shapes: B rows, D model width, R concepts, n slots of a bank, K free slots, S = 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ class DictionaryConfig:
     bank_slots: int = 8_192
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
+    initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
 
     def validate(self) -> None:
         """Raise UserError for a size or word that cannot be."""
         if self.free_slots < 1 or self.bank_slots < 1:
             raise UserError(
                 f"dictionary.free_slots={self.free_slots} and dictionary.bank_slots={self.bank_slots} must be at least 1"
+            )
+        if self.initial_l0 is not None and not 1 <= self.initial_l0 <= self.free_slots:
+            raise UserError(
+                f"dictionary.initial_l0={self.initial_l0} must be between 1 and {self.free_slots} free slots"
             )
         if self.decoder_norm not in ("free", "unit"):
             raise UserError(f"dictionary.decoder_norm={self.decoder_norm!r} is unknown; use free or unit")
@@ -40,7 +46,9 @@ class SlotBank(nn.Module):
 
     last_fired: Tensor
 
-    def __init__(self, slots: int, width: int, *, zero: bool = False, generator: torch.Generator | None = None):
+    def __init__(
+        self, slots: int, width: int, *, zero: bool = False, bias: float = 0.0, generator: torch.Generator | None = None
+    ):
         super().__init__()
         if zero:
             decoder = torch.zeros(slots, width)
@@ -49,7 +57,7 @@ class SlotBank(nn.Module):
             decoder /= decoder.norm(dim=1, keepdim=True)
         # Encoder starts as the transposed decoder: every slot then reads the direction that it writes.
         self.W_enc = nn.Parameter(decoder.clone())
-        self.b_enc = nn.Parameter(torch.zeros(slots))
+        self.b_enc = nn.Parameter(torch.full((slots,), bias))
         self.W_dec = nn.Parameter(decoder)
         self.register_buffer("last_fired", torch.zeros(slots, dtype=torch.int64))
 
@@ -76,6 +84,16 @@ class OutputBias(nn.Module):
     def forward(self, x_hat: Tensor) -> Tensor:
         """x_hat [B, D] + b_dec."""
         return x_hat + self.b_dec
+
+
+def initial_bias(width: int, free_slots: int, initial_l0: int | None) -> float:
+    """b_enc at which `initial_l0` (None: D) of the free slots are active on a row, at most half of them.
+
+    With x of norm 1 and random encoder rows of norm 1, pre-activations have standard deviation 1 / sqrt(D). About D active slots reconstruct
+    something of the size of x; with the usual bias of 0, K / 2 of them overshoot it (K / 2D)-fold and the first steps go into unlearning that.
+    """
+    share = min(0.5, (width if initial_l0 is None else initial_l0) / free_slots)
+    return -NormalDist().inv_cdf(1.0 - share) / width**0.5
 
 
 def bank_sizes(free_slots: int, bank_slots: int) -> list[int]:
@@ -125,8 +143,9 @@ class ConceptDictionary(nn.Module):
         self.sizes = bank_sizes(config.free_slots, config.bank_slots)
         self.owned = list(range(len(self.sizes))) if owned is None else list(owned)
         self.concepts = SlotBank(len(self.concept_names), width, zero=True)
+        bias = initial_bias(width, config.free_slots, config.initial_l0)
         self.banks = nn.ModuleDict(
-            {f"{i:05d}": SlotBank(self.sizes[i], width, generator=_generator(seed, i)) for i in self.owned}
+            {f"{i:05d}": SlotBank(self.sizes[i], width, bias=bias, generator=_generator(seed, i)) for i in self.owned}
         )
         self.output = OutputBias(width)
         self.value_head = value_head(len(self.concept_names), config.value_hidden, answers, _generator(seed, -1))

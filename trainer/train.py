@@ -181,7 +181,7 @@ def fresh_state(config: Config, manifest: Manifest) -> checkpoint.RunState:
 
 def wanted_form(config: Config, manifest: Manifest) -> dict[str, object]:
     """The dictionary's form as configuration and data ask for it (see checkpoint.describe)."""
-    form = vars(config.dictionary)
+    form = {key: value for key, value in vars(config.dictionary).items() if key != "initial_l0"}  # of no use later
     return {"width": manifest.width, "concepts": list(manifest.concepts), "answers": len(manifest.answers), **form}
 
 
