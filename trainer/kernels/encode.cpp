@@ -7,7 +7,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -73,15 +76,14 @@ void scan(const float* product, int64_t rows, float threshold, F&& hit) {
     if (product[b] > threshold) hit(b);
 }
 
-struct Part {  // what one thread found: a run of slots, in order
-  int64_t slot, first;
+struct Scratch {  // of one thread, kept for good: fresh pages for every bank would cost more than the scan of the product
+  Tensor weights, product;
+  std::vector<float> threshold;
 };
 
-struct Scratch {
-  Tensor weights, product;
-  std::vector<std::vector<int32_t>> row, slot;
-  std::vector<std::vector<float>> z;
-  std::vector<std::vector<Part>> parts;
+struct Found {  // in one chunk of slots, slot by slot
+  std::vector<int32_t> row, slot;
+  std::vector<float> z;
 };
 
 Tensor shaped(Tensor& buffer, int64_t a, int64_t b, at::ScalarType type) {
@@ -89,92 +91,83 @@ Tensor shaped(Tensor& buffer, int64_t a, int64_t b, at::ScalarType type) {
   return buffer.narrow(0, 0, a * b).view({a, b});
 }
 
-constexpr int64_t CHUNK_ENTRIES = 1 << 20;  // of the product: 2 MiB in bf16, about the size of a level-2 cache
-
-// The encoder product of one bank in pieces that stay in the cache. An entry is a candidate when the product does not rule it out
-// (margin = `error` of the product's arithmetic); its pre-activation is then computed again in fp32, and kept where it is above 0.
+// Slots c .. c + size. An entry is a candidate when the product does not rule it out (margin: `error` of the product's arithmetic);
+// its pre-activation is then computed again in fp32, and kept where it is above 0.
 template <typename T>
-void find(const Tensor& W_enc, const Tensor& b_enc, const Tensor& x, const Tensor& columns, float reach, float error,
-          Scratch& scratch, int64_t* start) {
-  const int64_t n = W_enc.size(0), D = W_enc.size(1), B = x.size(0);
+void find(const Tensor& W_enc, const float* bias, const float* rows, int64_t B, const Tensor& columns, float reach, float error,
+          int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
   constexpr bool low = std::is_same<T, uint16_t>::value;
-  const int64_t chunk = std::max<int64_t>(64, std::min(n, CHUNK_ENTRIES / std::max<int64_t>(B, 1)));
-  const float *w = W_enc.const_data_ptr<float>(), *bias = b_enc.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
-  std::vector<float> threshold(n);
-  for (int64_t c = 0; c < n; c += chunk) {
-    const int64_t size = std::min(chunk, n - c);
-    Tensor weights = low ? shaped(scratch.weights, size, D, at::kBFloat16) : W_enc.narrow(0, c, size);
-    uint16_t* w_low = low ? (uint16_t*)weights.mutable_data_ptr() : nullptr;
-    at::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        const float* wj = w + (c + j) * D;
-        const float square = low ? to_low(wj, w_low + j * D, D) : dot(wj, wj, D);
-        const float margin = error * (std::abs(bias[c + j]) + 2 * reach * std::sqrt(square / D));
-        const float t = -bias[c + j] - margin;
-        threshold[c + j] = std::isfinite(t) ? t : -INFINITY;  // not a number: everything is looked at again
-      }
-    });
-    Tensor product = shaped(scratch.product, size, B, columns.scalar_type());
-    at::mm_out(product, weights, columns);
-    const T* p = (const T*)product.const_data_ptr();
-    at::parallel_for(0, size, 16, [&](int64_t begin, int64_t end) {
-      const int me = at::get_thread_num();
-      auto &row = scratch.row[me], &slot = scratch.slot[me];
-      auto& z = scratch.z[me];
-      const size_t first = row.size();
-      scratch.parts[me].push_back({c + begin, (int64_t)first});
-      for (int64_t j = begin; j < end; ++j) {
-        auto candidate = [&](int64_t b) { row.push_back(b), slot.push_back(j); };
-        if (threshold[c + j] == -INFINITY)
-          for (int64_t b = 0; b < B; ++b) candidate(b);
-        else
-          scan(p + j * B, B, threshold[c + j], candidate);
-      }
-      size_t kept = first;
-      for (size_t e = first; e < row.size(); ++e) {
-        if (e + 1 < row.size()) fetch_ahead(rows + row[e + 1] * D, D), fetch_ahead(w + (c + slot[e + 1 - first]) * D, D);
-        const int64_t j = c + slot[e - first];
-        const float pre = dot(w + j * D, rows + row[e] * D, D) + bias[j];
-        if (pre <= 0) continue;  // a pre-activation that is not a number goes on, to be seen in the loss
-        row[kept++] = row[e];
-        z.push_back(pre);
-        ++start[j + 1];
-      }
-      row.resize(kept);
-      slot.clear();
-    });
+  const int64_t D = W_enc.size(1);
+  const float* w = W_enc.const_data_ptr<float>() + c * D;
+  Tensor weights = low ? shaped(scratch.weights, size, D, at::kBFloat16) : W_enc.narrow(0, c, size);
+  uint16_t* w_low = low ? (uint16_t*)weights.mutable_data_ptr() : nullptr;
+  scratch.threshold.resize(size);
+  for (int64_t j = 0; j < size; ++j) {
+    const float square = low ? to_low(w + j * D, w_low + j * D, D) : dot(w + j * D, w + j * D, D);
+    const float t = -bias[c + j] - error * (std::abs(bias[c + j]) + 2 * reach * std::sqrt(square / D));
+    scratch.threshold[j] = std::isfinite(t) ? t : -INFINITY;  // not a number: everything is looked at again
   }
+  Tensor product = shaped(scratch.product, size, B, columns.scalar_type());
+  at::mm_out(product, weights, columns);
+  const T* p = (const T*)product.const_data_ptr();
+  auto &row = found.row, &slot = found.slot;
+  for (int64_t j = 0; j < size; ++j) {
+    auto candidate = [&](int64_t b) { row.push_back(b), slot.push_back(j); };
+    if (scratch.threshold[j] == -INFINITY)
+      for (int64_t b = 0; b < B; ++b) candidate(b);
+    else
+      scan(p + j * B, B, scratch.threshold[j], candidate);
+  }
+  size_t kept = 0;
+  for (size_t e = 0; e < row.size(); ++e) {
+    if (e + 1 < row.size()) fetch_ahead(rows + row[e + 1] * D, D), fetch_ahead(w + slot[e + 1] * D, D);
+    const int64_t j = slot[e];
+    const float pre = dot(w + j * D, rows + row[e] * D, D) + bias[c + j];
+    if (pre <= 0) continue;  // a pre-activation that is not a number goes on, to be seen in the loss
+    row[kept++] = row[e];
+    found.z.push_back(pre);
+    ++start[c + j + 1];
+  }
+  row.resize(kept);
 }
 
+constexpr int64_t CHUNK_ENTRIES = 1 << 18;  // of the product: half a MiB in bf16, so that one thread's piece stays in its own cache
+
 // -> start [n + 1] int64, row [E] int32, z [E]. columns [D, B] is x transposed, in bf16 or fp32; reach is the largest norm of a row of x.
+// Every thread takes chunks of slots on its own: weights to bf16, product, scan, all on one core's cache, and no thread waits.
 std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_enc, const Tensor& x, const Tensor& columns,
                                           double reach) {
-  static thread_local Scratch* scratch = new Scratch;  // kept for good: fresh pages every bank would cost more than the product's scan
-  const int threads = at::get_num_threads();
-  scratch->row.resize(std::max<size_t>(scratch->row.size(), threads));
-  scratch->z.resize(scratch->row.size());
-  scratch->slot.resize(scratch->row.size());
-  scratch->parts.resize(scratch->row.size());
-  for (size_t t = 0; t < scratch->row.size(); ++t) scratch->row[t].clear(), scratch->z[t].clear(), scratch->parts[t].clear();
-  const int64_t n = W_enc.size(0);
+  static auto* scratch = new std::vector<Scratch>;
+  static std::mutex guard;
+  std::lock_guard<std::mutex> lock(guard);
+  const int64_t n = W_enc.size(0), B = x.size(0), threads = at::get_num_threads();
+  const int64_t size = std::max<int64_t>(64, std::min(n, CHUNK_ENTRIES / std::max<int64_t>(B, 1)));
+  const int64_t chunks = B > 0 ? (n + size - 1) / size : 0;
+  if ((int64_t)scratch->size() < threads) scratch->resize(threads);
+  std::vector<Found> found(chunks);
   Tensor start = at::zeros({n + 1}, at::kLong);
   int64_t* s = start.mutable_data_ptr<int64_t>();
-  if (x.size(0) > 0) {
-    if (columns.scalar_type() == at::kBFloat16)
-      find<uint16_t>(W_enc, b_enc, x, columns, reach, 0x1p-8f, *scratch, s);
-    else
-      find<float>(W_enc, b_enc, x, columns, reach, 0x1p-18f, *scratch, s);
-  }
+  std::atomic<int64_t> next{0};
+  const float *bias = b_enc.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    at::AutoDispatchBelowADInplaceOrView no_autograd;
+    for (int64_t me = begin; me < end; ++me)
+      for (int64_t k = next++; k < chunks; k = next++) {
+        const int64_t c = k * size, here = std::min(size, n - c);
+        Scratch& mine = (*scratch)[me];
+        if (columns.scalar_type() == at::kBFloat16)
+          find<uint16_t>(W_enc, bias, rows, B, columns, reach, 0x1p-8f, c, here, mine, found[k], s);
+        else
+          find<float>(W_enc, bias, rows, B, columns, reach, 0x1p-18f, c, here, mine, found[k], s);
+      }
+  });
   for (int64_t j = 0; j < n; ++j) s[j + 1] += s[j];
   Tensor row = at::empty({s[n]}, at::kInt), z = at::empty({s[n]}, at::kFloat);
-  for (size_t t = 0; t < scratch->parts.size(); ++t) {
-    const auto& parts = scratch->parts[t];
-    for (size_t k = 0; k < parts.size(); ++k) {
-      const int64_t first = parts[k].first;
-      const int64_t size = (k + 1 < parts.size() ? parts[k + 1].first : (int64_t)scratch->row[t].size()) - first;
-      std::memcpy(row.mutable_data_ptr<int32_t>() + s[parts[k].slot], scratch->row[t].data() + first, size * 4);
-      std::memcpy(z.mutable_data_ptr<float>() + s[parts[k].slot], scratch->z[t].data() + first, size * 4);
-    }
+  int32_t* r = row.mutable_data_ptr<int32_t>();
+  float* values = z.mutable_data_ptr<float>();
+  for (const Found& f : found) {
+    r = std::copy(f.row.begin(), f.row.end(), r);
+    values = std::copy(f.z.begin(), f.z.end(), values);
   }
   return {start, row, z};
 }

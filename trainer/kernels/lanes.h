@@ -39,6 +39,12 @@ inline void add_scaled(float* out, const float* a, float scale, int64_t size) {
   for (; i < size; ++i) out[i] += scale * a[i];
 }
 
+inline void set_scaled(float* out, const float* a, float scale, int64_t size) {
+  int64_t i = 0;
+  for (; i + LANE <= size; i += LANE) *(Lane*)(out + i) = scale * *(const Lane*)(a + i);
+  for (; i < size; ++i) out[i] = scale * a[i];
+}
+
 // A loop, since memset's string instruction takes longer to start than a row takes to clear.
 inline void set_zero(float* out, int64_t size) {
   int64_t i = 0;

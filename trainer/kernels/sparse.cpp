@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -17,21 +18,26 @@
 namespace {
 using at::Tensor;
 
-// Runs f(begin, end) on ranges of slots (or rows) that hold about equal numbers of entries, one range per thread.
+constexpr int64_t PARTS = 64;
+
+// Runs f(begin, end, part) on PARTS ranges of slots (or rows) that hold about equal numbers of entries. Threads take them as they go,
+// so that none waits for another that was held up; what a range writes does not depend on who takes it.
 template <typename F>
 void over(const int64_t* start, int64_t slots, F&& f) {
-  const int64_t parts = at::get_num_threads();
   const int64_t work = start[slots] + slots;  // an idle slot costs about as much as an entry: its gradient is written
   auto boundary = [&](int64_t p) {
     int64_t low = 0, high = slots;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if ((start[middle] + middle) * parts < work * p) low = middle + 1;
+      if ((start[middle] + middle) * PARTS < work * p) low = middle + 1;
       else high = middle;
     }
-    return p == parts ? slots : low;
+    return p == PARTS ? slots : low;
   };
-  at::parallel_for(0, parts, 1, [&](int64_t p, int64_t q) { f(boundary(p), boundary(q)); });
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t p = next++; p < PARTS; p = next++) f(boundary(p), boundary(p + 1), p);
+  });
 }
 
 // The same entries row by row -> row_start [B + 1] int64, slot [E] int32, entry [E] int32 (position in the slot order).
@@ -63,7 +69,7 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
   const int32_t *slots = slot.const_data_ptr<int32_t>(), *entries = entry.const_data_ptr<int32_t>();
   float* o = out.mutable_data_ptr<float>();
   double* sums = l1.mutable_data_ptr<double>();
-  over(rs, B, [&](int64_t begin, int64_t end) {
+  over(rs, B, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t b = begin; b < end; ++b) {
       std::memcpy(o + b * D, before + b * D, D * sizeof(float));
       for (int64_t k = rs[b]; k < rs[b + 1]; ++k) {
@@ -113,7 +119,7 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
   const float *zs = z.const_data_ptr<float>(), *wc = weighted.const_data_ptr<float>(), *sh = shift.const_data_ptr<float>(),
               *qi = q.const_data_ptr<float>(), *a = code.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
   float* out = grad_concept.mutable_data_ptr<float>();
-  over(rs, B, [&](int64_t begin, int64_t end) {
+  over(rs, B, [&](int64_t begin, int64_t end, int64_t) {
     std::vector<float> sum(R);
     for (int64_t b = begin; b < end; ++b) {
       set_zero(sum.data(), R);
@@ -136,10 +142,10 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
   const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
   float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
-  std::vector<double> squares(2 * at::get_num_threads() * 8);  // one cache line apart
-  over(s, n, [&](int64_t begin, int64_t end) {
+  std::vector<std::pair<double, double>> squares(PARTS);
+  over(s, n, [&](int64_t begin, int64_t end, int64_t part) {
     std::vector<float> enc(D), dec(D);
-    double *square = &squares[2 * 8 * at::get_thread_num()];
+    double enc_square = 0, dec_square = 0;
     for (int64_t j = begin; j < end; ++j) {
       if (j + 1 < end && s[j + 1] < s[j + 2]) fetch_ahead(w + (j + 1) * D, D);
       if (s[j] == s[j + 1]) {
@@ -148,8 +154,6 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
         stream_zero(gd + j * D, D);
         continue;
       }
-      set_zero(enc.data(), D);
-      set_zero(dec.data(), D);
       float bias = 0, total = 0;
       const float* wj = w + j * D;
       const float norm = std::sqrt(dot(wj, wj, D)), inverse = 1 / std::max(norm, 1e-12f);
@@ -161,8 +165,13 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
         if (c) slope += g_perp * 2 * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * over * q);
         bias += slope;
         total += zs[e];
-        add_scaled(enc.data(), xs + r[e] * D, slope, D);
-        add_scaled(dec.data(), g + r[e] * D, zs[e], D);
+        if (e == s[j]) {
+          set_scaled(enc.data(), xs + r[e] * D, slope, D);
+          set_scaled(dec.data(), g + r[e] * D, zs[e], D);
+        } else {
+          add_scaled(enc.data(), xs + r[e] * D, slope, D);
+          add_scaled(dec.data(), g + r[e] * D, zs[e], D);
+        }
       }
       if (unit) {  // gradient of a row divided by its norm: what is orthogonal to the row
         const float along = dot(dec.data(), wj, D) * inverse * inverse;
@@ -171,17 +180,18 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
         add_scaled(dec.data(), wj, g_sp * total * inverse, D);
       }
       gb[j] = bias;
-      square[0] += dot(enc.data(), enc.data(), D);
-      square[1] += dot(dec.data(), dec.data(), D);
+      enc_square += dot(enc.data(), enc.data(), D);
+      dec_square += dot(dec.data(), dec.data(), D);
       stream_out(ge + j * D, enc.data(), D);
       stream_out(gd + j * D, dec.data(), D);
     }
+    squares[part] = {enc_square, dec_square};
 #ifdef WIDE
     _mm_sfence();
 #endif
   });
   double enc_square = 0, dec_square = 0;
-  for (size_t t = 0; t < squares.size(); t += 16) enc_square += squares[t], dec_square += squares[t + 1];
+  for (const auto& part : squares) enc_square += part.first, dec_square += part.second;
   return {enc_square, dec_square};
 }
 }  // namespace
