@@ -1,5 +1,6 @@
 """Remote shards: the same batches as local ones through failing servers, a bounded shared cache, and silent logs."""
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -7,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_cache_stays_within_its_bound_and_evicts_by_last_use(tmp_path):
         _, remote, _ = epochs(setting(f"{url}/d", tmp_path / "cache", cache_bytes=bound))
     assert sum(p.stat().st_size for p in (tmp_path / "cache").glob("??/*")) <= bound
     same(epochs(setting(str(tmp_path / "d"), tmp_path / "unused"))[1], remote)
-    with http_server(tmp_path) as (url, _, _), pytest.raises(UserError, match=r"data.cache_bytes=10 holds no two"):
+    with http_server(tmp_path) as (url, _, _), pytest.raises(UserError, match=r"data.cache_bytes=10 cannot hold"):
         epochs(setting(f"{url}/d", tmp_path / "cache", cache_bytes=10))
 
     cache = BlockCache(tmp_path / "lru", 1000)
@@ -140,6 +142,21 @@ def test_cache_stays_within_its_bound_and_evicts_by_last_use(tmp_path):
     assert cache.get("aaa", 300) is not None  # now the youngest
     cache.put("ddd", bytes(300))
     assert cache.get("bbb", 300) is None and cache.get("aaa", 300) is not None and cache.get("ddd", 300) is not None
+
+
+def test_cache_bound_holds_at_every_moment_with_many_writers(tmp_path):
+    cache = BlockCache(tmp_path, 2000)
+
+    def put(number):
+        cache.put(f"{number:03d}", bytes(100))
+        sizes = []
+        for path in tmp_path.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(path.stat().st_size)
+        return sum(sizes)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert max(pool.map(put, range(120))) <= 2000
 
 
 def test_cache_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -5,6 +5,7 @@ fetch every shard once per block. A file is written under a temporary name, chec
 its name is a hash of the full URL, the server's ETag and the byte range.
 """
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -12,7 +13,6 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from trainer.errors import DataError, UserError
 from trainer.stream.blocks import map_file
+from trainer.stream.config import DataConfig
 from trainer.stream.location import join, redact
 from trainer.stream.manifest import Block, Manifest, Shard
 from trainer.stream.remote import fetch, version
@@ -65,9 +66,9 @@ class BlockCache:
         path = self.path(key)
         temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
-            self._make_room(len(payload))
             path.parent.mkdir(exist_ok=True)
-            with temporary.open("wb") as file:
+            self._reserve(temporary, len(payload))
+            with temporary.open("r+b") as file:
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
@@ -81,51 +82,59 @@ class BlockCache:
         """Forget a file."""
         self.path(key).unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
-        """Measuring a large folder takes longer than a download: do it once per hundredth of the limit, and evict with a margin."""
+    def _reserve(self, temporary: Path, size: int) -> None:
+        """Make room and claim it with a file of that size, which other processes count.
+
+        Measuring a large folder takes longer than a download: it is done once per hundredth of the limit, with a margin.
+        """
         with self._lock:
             self._unseen += size
-            if self._unseen < self.limit // 100:
-                return
-            self._unseen = size
-            with FileLock(self.folder / "locks" / "evict"):
+            measure = self._unseen >= self.limit // 100
+            if measure:
+                self._unseen = 0
+        with FileLock(self.folder / "locks" / "evict") if measure else contextlib.nullcontext():
+            if measure:
                 self._evict(size)
+            with temporary.open("wb") as file:
+                file.truncate(size)
 
     def _evict(self, size: int) -> None:
-        files = sorted(self._measure())
-        total = sum(length for _, length, _ in files) + size
-        if total <= self.limit * 0.95:
-            return
-        for _, length, path in files:
-            path.unlink(missing_ok=True)
-            total -= length
-            if total <= self.limit * 0.9:
-                return
-
-    def _measure(self) -> Iterator[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every finished file; removes what killed processes left."""
+        """Remove what was used longest ago until `size` more bytes fit."""
+        total, finished = size, []
         for path in self.folder.glob("??/*"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process evicted it
                 continue
             if path.suffix == ".block":
-                yield status.st_mtime, status.st_size, path
+                finished.append((status.st_mtime, status.st_size, path))
             elif time.time() - status.st_mtime > _STALE_SECONDS:
                 path.unlink(missing_ok=True)
+                continue
+            total += status.st_size
+        if total <= self.limit * 0.95:
+            return
+        for _, length, path in sorted(finished):
+            path.unlink(missing_ok=True)
+            total -= length
+            if total <= self.limit * 0.9:
+                return
 
 
 class RemoteExtents:
     """Blocks of remote shards by byte range, through the cache. A server without ranges is read shard by shard."""
 
-    def __init__(self, manifest: Manifest, url: str, cache_dir: str, cache_bytes: int, retries: int):
-        largest = max(block.bytes for _, block in manifest.blocks)
-        if cache_bytes < 2 * largest:
-            raise UserError(f"data.cache_bytes={cache_bytes} holds no two blocks of {largest} bytes; raise it")
-        self.manifest, self.url, self.retries = manifest, url, retries
-        self.cache = BlockCache(Path(cache_dir).expanduser(), cache_bytes)
+    def __init__(self, manifest: Manifest, config: DataConfig):
+        least = (config.download_threads + 2) * max(block.bytes for _, block in manifest.blocks)
+        if config.cache_bytes < least:
+            raise UserError(
+                f"data.cache_bytes={config.cache_bytes} cannot hold the blocks that {config.download_threads} "
+                f"data.download_threads fetch at a time; raise it to {least} or more"
+            )
+        self.manifest, self.url, self.retries = manifest, config.shards, config.retries
+        self.cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_bytes)
         self.downloads = 0
-        self._ranges = not url.startswith("pipe:")
+        self._ranges = not self.url.startswith("pipe:")
         self._versions: dict[int, str] = {}
         self._lock = threading.Lock()
 

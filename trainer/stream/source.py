@@ -87,7 +87,7 @@ class BlockSource:
         self._downloaders: ThreadPoolExecutor | None = None
         if is_remote(config.shards):
             check_allowed(config.shards, config.allow_pipe)
-            self.extents = RemoteExtents(manifest, config.shards, config.cache_dir, config.cache_bytes, config.retries)
+            self.extents = RemoteExtents(manifest, config)
             self._downloaders = ThreadPoolExecutor(config.download_threads, "download")
         else:
             self.extents = LocalExtents(manifest, config.shards, strict=not config.quarantine_budget)
@@ -117,7 +117,7 @@ class BlockSource:
 
     def many(self, indices: list[int]) -> dict[int, Rows]:
         """Several blocks by number; remote ones are downloaded side by side."""
-        if self._downloaders is None or len(indices) < 2:
+        if self._downloaders is None:
             return {index: self.rows(index) for index in indices}
         return dict(zip(indices, self._downloaders.map(self.rows, indices), strict=True))
 
