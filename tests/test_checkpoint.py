@@ -95,16 +95,18 @@ def test_a_damaged_checkpoint_costs_only_its_steps(trained: Path, root: Path, sm
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_retention_counts_verified_checkpoints_only(asynchronous: str, small_data: Path, tmp_path: Path) -> None:
-    often = ["checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}"]
-    assert train_here(tmp_path, small_data, *often, "stages=[{name: pretrain, steps: 10}]") == 0
+    often = ["checkpoint.every=2", "checkpoint.keep=3", f"checkpoint.asynchronous={asynchronous}"]
+
+    def kept_after(steps: int) -> list[int]:
+        assert train_here(tmp_path, small_data, *often, f"stages=[{{name: pretrain, steps: {steps}}}]") == 0
+        return sorted(int(p.name.removeprefix("step-")) for p in root.glob("step-*"))
+
     root = tmp_path / "run" / "checkpoints"
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000008", "step-00000010"]
+    assert kept_after(10) == [6, 8, 10]
     (root / "step-00000008" / "state.json").write_text("{}")
-    assert train_here(tmp_path, small_data, *often, "stages=[{name: pretrain, steps: 12}]") == 0
-    # The damaged one is between the two that count, and stays to be looked at.
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000008", "step-00000010", "step-00000012"]
-    assert train_here(tmp_path, small_data, *often, "stages=[{name: pretrain, steps: 14}]") == 0
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000012", "step-00000014"]
+    # The damaged one does not count, so 6 is still needed; it stays itself, to be looked at.
+    assert kept_after(12) == [6, 8, 10, 12]
+    assert kept_after(14) == [10, 12, 14]
 
 
 def test_leftovers_are_cleaned_and_the_one_that_stood_aside_returns(root: Path) -> None:
