@@ -131,7 +131,7 @@ void find(const Tensor& W_enc, const float* bias, const float* rows, int64_t B, 
   row.resize(kept);
 }
 
-constexpr int64_t CHUNK_ENTRIES = 1 << 18;  // of the product: half a MiB in bf16, so that one thread's piece stays in its own cache
+constexpr int64_t CHUNK_ENTRIES = 1 << 19;  // of the product: half a MiB in bf16, so that one thread's piece stays in its own cache
 
 // -> start [n + 1] int64, row [E] int32, z [E]. columns [D, B] is x transposed, in bf16 or fp32; reach is the largest norm of a row of x.
 // Every thread takes chunks of slots on its own: weights to bf16, product, scan, all on one core's cache, and no thread waits.
