@@ -7,6 +7,9 @@ import pytest
 from trainer.config import flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.errors import UserError
+from trainer.stream import Manifest
+from trainer.topology import Topology
+from trainer.train import open_tracker
 
 CONFIGS = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "bars" not in p.name)
 
@@ -74,3 +77,13 @@ def test_mistakes_are_named_in_one_line(tmp_path, text, overrides, expected):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="--config"):
         load_config(tmp_path / "none.yaml", [])
+
+
+def test_what_is_kept_carries_no_credentials(tmp_path):
+    manifest = Manifest(2, "float32", "m", "layer-00", [0.0, 0.0], 1.0, [], [], 0, ())
+    shards = "https://user:secret@host/data?X-Signature=private"
+    config = load_config(write(tmp_path, ""), [f"data.shards={shards}", "tracking.uri=off"])
+    open_tracker(config, tmp_path / "run", manifest, 0, Topology()).close("finished")
+    kept = (tmp_path / "run" / "config.yaml").read_text()
+    assert "https://host/data" in kept and "secret" not in kept and "private" not in kept
+    assert config.data.shards == shards

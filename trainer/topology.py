@@ -67,6 +67,14 @@ class Topology:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
+    def agree(self, value: int) -> bool:
+        """Whether all ranks bring the same value (below 2^62 in size)."""
+        if self.world == 1:
+            return True
+        extremes = torch.tensor([value, -value], device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        return int(extremes[0]) == -int(extremes[1])
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

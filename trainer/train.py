@@ -8,19 +8,21 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from trainer import checkpoint, loop
 from trainer.config import Config, flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.dictionary import ConceptDictionary, bank_sizes
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
 from trainer.objective import AlignObjective
 from trainer.strategies import build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
+from trainer.stream.location import redact
 from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology, launched_world
 from trainer.tracking import Tracker
@@ -74,6 +76,10 @@ def run(config: Config, interrupt: Interrupt) -> int:
     folder = Path(config.run.dir)
 
     topology = join(config.parallel)
+    if not topology.agree(int(manifest.digest[:15], 16)):
+        raise DataError(
+            f"ranks read different manifests at data.shards={redact(config.data.shards)}; give all the same copy"
+        )
     resume, skipped = checkpoint.find(config.checkpoint.resume, folder / "checkpoints", topology)
     state = fresh_state(config, manifest) if resume is None else resumed_state(resume, config, manifest, plan)
     if config.checkpoint.resume != "auto":
@@ -211,6 +217,8 @@ def open_tracker(config: Config, folder: Path, manifest: Manifest, step: int, to
     """The run folder with config.yaml, and the tracker of the main rank."""
     if not topology.is_main:
         return None
+    # What is kept and shown elsewhere carries no credentials and no signed query.
+    config = replace(config, data=replace(config.data, shards=redact(config.data.shards)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", to_yaml(config).encode())
