@@ -103,7 +103,7 @@ def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> 
     path = home / "jobs.json"
     path.write_text(json.dumps(listing))
     worker = str(ROOT / "tests" / "strategies" / "strategy_worker.py")
-    limit = 120 + 30 * len(listing)
+    limit = 300 + 30 * len(listing)
     if world == 1:
         result = launch(launcher("python", worker, str(path)), timeout=limit)
     else:
