@@ -64,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--context", type=int, default=256, help="longest sequence in tokens (default: %(default)s)")
     step = parser.add_argument_group("training")
-    step.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
+    step.add_argument("--steps", type=int, default=800, help="optimizer steps (default: %(default)s)")
     step.add_argument("--questions-per-step", type=int, default=64, help="default: %(default)s")
     step.add_argument("--texts-per-step", type=int, default=16, help="default: %(default)s")
     step.add_argument("--text-weight", type=float, default=1.0, help="weight of the text loss (default: %(default)s)")
-    step.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    step.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     step.add_argument(
         "--final-lr", type=float, default=0.1, help="end of the cosine, as a share of --lr (default: %(default)s)"
     )
-    step.add_argument("--warmup", type=int, default=100, help="linear warm-up steps (default: %(default)s)")
+    step.add_argument("--warmup", type=int, default=60, help="linear warm-up steps (default: %(default)s)")
     step.add_argument("--weight-decay", type=float, default=0.1, help="of matrices, AdamW (default: %(default)s)")
     step.add_argument("--beta2", type=float, default=0.98, help="AdamW (default: %(default)s)")
     step.add_argument("--eps", type=float, default=1e-6, help="AdamW (default: %(default)s)")
