@@ -1,0 +1,45 @@
+"""The Triton kernel against losses.py in Triton's interpreter. Run by test_triton.py in a process of its own (TRITON_INTERPRET=1)."""
+
+import pytest
+import torch
+from kernel_oracle import assert_same, by_kernel, by_oracle, make_case
+
+from trainer.kernels import BankStep, KernelChoice
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return KernelChoice("triton", 1).kernel(0)
+
+
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 1), (9, 70, 6), (5, 6, 150), (6, 65, 0)])
+@pytest.mark.parametrize("bias", [-1.0])
+def test_matches_the_oracle_in_fp32(kernel, decoder_norm, shape, bias):
+    case = make_case(*shape, bias=bias, decoder_norm=decoder_norm)
+    assert_same(by_kernel(kernel, case), by_oracle(case), 5e-5)
+
+
+@pytest.mark.parametrize("bias", [-9.0, 9.0], ids=["all dead", "all active"])
+def test_banks_at_the_ends(kernel, bias):
+    """All active: more entries than the first attempt has room for."""
+    case = make_case(8, 40, 3, bias=bias)
+    assert_same(by_kernel(kernel, case), by_oracle(case), 5e-5)
+
+
+def test_bf16_products(kernel):
+    case = make_case(16, 66, 4, width=80, bias=-1.5)
+    assert_same(by_kernel(kernel, case, low=True), by_oracle(case), 1e-3)
+
+
+def test_a_rank_without_rows(kernel):
+    figures = by_kernel(kernel, make_case(0, 20, 2))
+    assert figures["sp"] == 0 and not figures["grad W_enc"].any()
+
+
+def test_weights_that_are_not_numbers_reach_the_loss(kernel):
+    case = make_case(4, 10, 0, bias=-3.0)
+    case.W_enc[3, 5] = float("nan")
+    W_enc, b_enc, W_dec, recon, _ = case.leaves()
+    out, _, _ = kernel(W_enc, b_enc, W_dec, recon, BankStep(case.x, None, "free", None))
+    assert not torch.isfinite(out).all()
