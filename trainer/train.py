@@ -167,9 +167,10 @@ def write_outcome(folder: Path, tracker: Tracker, outcome: dict[str, object]) ->
         log.warning("%s cannot be written (%s)", folder / OUTCOME, error.strerror)
     else:
         tracker.artifact(folder / OUTCOME)
-    interrupted = outcome["status"] == "interrupted"
-    status = {"finished": "FINISHED", "interrupted": "KILLED"}.get(str(outcome["status"]), "FAILED")
-    tracker.close(status, patience=10.0 if interrupted else 60.0)
+    ended = str(outcome["status"])
+    # A run that was asked to leave, or whose other ranks are gone, has seconds.
+    status = {"finished": "FINISHED", "interrupted": "KILLED"}.get(ended, "FAILED")
+    tracker.close(status, patience=60.0 if ended == "finished" else 10.0)
 
 
 def check_labels(curriculum: Curriculum, manifest: Manifest) -> None:
