@@ -1,0 +1,80 @@
+"""Which kernel a bank gets: names, availability, density and hysteresis; and the build of the compiled operators."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trainer.errors import UserError
+from trainer.kernels import KernelChoice, native
+from trainer.kernels.choice import LEAVE_DENSE, RETURN_TO_DENSE
+from trainer.kernels.dense import dense_kernel
+from trainer.kernels.sparse import sparse_kernel
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    native.load.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.load.cache_clear()
+
+
+def test_auto_follows_the_density_of_each_bank_and_does_not_flicker():
+    choice = KernelChoice("auto", 3)
+    assert choice.names == ["dense"] * 3
+    choice.observe([0.5, LEAVE_DENSE / 2, (LEAVE_DENSE + RETURN_TO_DENSE) / 2])
+    assert choice.names == ["dense", "sparse", "dense"]
+    assert choice.kernel(0) is dense_kernel and choice.kernel(1) is sparse_kernel
+    between = (LEAVE_DENSE + RETURN_TO_DENSE) / 2
+    choice.observe([between] * 3)
+    assert choice.names == ["dense", "sparse", "dense"]
+    choice.observe([0.0, RETURN_TO_DENSE * 1.1, 0.0])
+    assert choice.names == ["sparse", "dense", "sparse"]
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_a_pinned_kernel_stays(name):
+    choice = KernelChoice(name, 2)
+    for density in (0.0, 1.0):
+        choice.observe([density] * 2)
+        assert choice.names == [name] * 2
+
+
+def test_unknown_names_and_wrong_devices_are_refused():
+    with pytest.raises(UserError, match="'fast' is unknown"):
+        KernelChoice("fast", 1)
+    with pytest.raises(UserError, match="sparse is for CPU"):
+        KernelChoice("sparse", 1, torch.device("cuda"))
+    with pytest.raises(UserError, match="kernel=triton cannot run here"):
+        KernelChoice("triton", 1, torch.device("cpu"))
+
+
+def test_without_a_compiler_auto_stays_dense_and_says_so(no_compiler, caplog):
+    choice = KernelChoice("auto", 2)
+    choice.observe([0.0, 0.0])
+    assert choice.names == ["dense", "dense"]
+    assert sum("every bank stays on the dense kernel" in record.message for record in caplog.records) == 1
+    with pytest.raises(UserError, match="compiler"):
+        KernelChoice("sparse", 1)
+
+
+@pytest.mark.slow
+def test_a_killed_build_does_not_block_the_next(tmp_path):
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "from trainer.kernels import native; print(native.load())"]
+    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/*.ninja")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    rest = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate(timeout=300)[0].strip() for p in rest] == ["None", "None"]
+    assert len(list(tmp_path.glob("*.so"))) == 1
