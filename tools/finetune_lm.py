@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--layers", type=int, default=4, help="blocks (default: %(default)s)")
     size.add_argument("--width", type=int, default=128, help="residual width (default: %(default)s)")
     size.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
-    size.add_argument("--vocabulary", type=int, default=2048, help="tokens of the BPE (default: %(default)s)")
+    size.add_argument("--vocabulary", type=int, default=4096, help="tokens of the BPE (default: %(default)s)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, help="output of `alignsae biographies`: its questions and its biographies")
     data.add_argument("--questions", type=Path, help="prompts JSONL: prompt, answer, concept, ...")
