@@ -8,7 +8,6 @@ activity is spread evenly over slots. Peak memory is the growth of resident memo
 """
 
 import argparse
-import itertools
 import json
 import platform
 import statistics
@@ -25,6 +24,7 @@ import torch
 from tools.timing.baselines import DenseStep, EncoderProduct
 from tools.timing.memory import peak_growth
 from tools.timing.ours import OurStep
+from tools.timing.report import print_tables, ratios
 from tools.timing.setting import Setting
 from trainer.errors import UserError
 
@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=7, help="timed repetitions of each subject (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: what torch chooses)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU seconds instead of wall seconds, on one thread: for a busy machine",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     for axis in AXES:
         kind = float if axis == "l0" else int
@@ -80,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("width", "slots", "bank_slots", "rows", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.cpu_time:
+        if args.device != "cpu" or args.threads > 1 or args.peers:
+            raise UserError("--cpu-time works with --device cpu, --threads 1 and without --peers")
+        args.threads = 1
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(args.rows, args.width, args.slots, args.bank_slots, args.concepts, l0=args.l0, device=args.device)
@@ -87,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         setting = replace(setting, rows=64, width=64, slots=2_000, bank_slots=512, l0=16.0)
         args.repeats = min(args.repeats, 2)
 
-    found = base_figures(setting, args.repeats, args.compile)
+    rounds = Rounds(args.repeats, time.process_time if args.cpu_time else time.perf_counter)
+    found = base_figures(setting, rounds, args.compile)
     if not args.no_memory:
         fast = fast_kernel(setting)
         kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", "dense_bf16"]
@@ -95,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.peers:
         found["peers_s"] = peer_figures(setting, args.peers_python, args.repeats)
     found["sweeps"] = {
-        axis: [sweep_point(replace(setting, **{axis: value}), args.repeats) for value in getattr(args, f"sweep_{axis}")]
+        axis: [sweep_point(replace(setting, **{axis: value}), rounds) for value in getattr(args, f"sweep_{axis}")]
         for axis in AXES
         if getattr(args, f"sweep_{axis}")
     }
@@ -106,25 +116,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(subjects: Subjects, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each subject; one warm-up round, then rounds in which each runs once."""
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(repeats + 1):
-        for name, subject in subjects.items():
-            subject.before()
-            times[name].append(seconds(subject.run, device))
-    return {name: statistics.median(t[1:]) for name, t in times.items()}
+@dataclass
+class Rounds:
+    """How often and by which clock."""
 
+    repeats: int
+    clock: Callable[[], float]
 
-def seconds(run: Callable[[], Any], device: str) -> float:
-    """Of one call."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    def measure(self, subjects: Subjects, device: str) -> dict[str, float]:
+        """Median seconds of each subject; one warm-up round, then rounds in which each runs once."""
+        times: dict[str, list[float]] = {name: [] for name in subjects}
+        for _ in range(self.repeats + 1):
+            for name, subject in subjects.items():
+                subject.before()
+                times[name].append(self.seconds(subject.run, device))
+        return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+    def seconds(self, run: Callable[[], Any], device: str) -> float:
+        """Of one call."""
+        cuda = device.startswith("cuda")
+        if cuda:
+            torch.cuda.synchronize()
+        began = self.clock()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        return self.clock() - began
 
 
 def fast_kernel(setting: Setting) -> str:
@@ -151,7 +168,7 @@ def floor_subjects(setting: Setting, dense: DenseStep) -> Subjects:
     return {**ways, "adam": Subject(dense.optimizer.step, dense.restore_gradients)}
 
 
-def base_figures(setting: Setting, repeats: int, compiled: bool) -> dict[str, Any]:
+def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, Any]:
     """Floor, dense baselines and our step on one setting."""
     fast = fast_kernel(setting)
     ours = OurStep(setting)
@@ -162,7 +179,7 @@ def base_figures(setting: Setting, repeats: int, compiled: bool) -> dict[str, An
     if compiled:
         compiled_step = DenseStep(setting, compiled=True)
         subjects["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
-    times = measure(subjects, repeats, setting.device)
+    times = rounds.measure(subjects, setting.device)
     ours.prepare(fast, sparse=True)
     ours.step(align=False)
     product = min(t for name, t in times.items() if name.startswith("product"))
@@ -173,7 +190,8 @@ def base_figures(setting: Setting, repeats: int, compiled: bool) -> dict[str, An
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "shapes": asdict(setting),
-        "repeats": repeats,
+        "repeats": rounds.repeats,
+        "clock": rounds.clock.__name__,
         "encoder_product_s": product,
         "adam_s": times["adam"],
         "floor_s": product + times["adam"],
@@ -189,12 +207,12 @@ def base_figures(setting: Setting, repeats: int, compiled: bool) -> dict[str, An
     return figures
 
 
-def sweep_point(setting: Setting, repeats: int) -> dict[str, Any]:
+def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
     """Our step and its floor at one setting."""
     fast = fast_kernel(setting)
     ours, dense = OurStep(setting), DenseStep(setting)
     subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
-    times = measure(subjects, repeats, setting.device)
+    times = rounds.measure(subjects, setting.device)
     floor = min(t for name, t in times.items() if name.startswith("product")) + times["adam"]
     return {
         "shapes": asdict(setting),
@@ -229,69 +247,3 @@ def device_name(device: str) -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {torch.get_num_threads()} threads"
-
-
-def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """The figures that are compared with bars; only ratios, since times depend on the machine."""
-    fast = "triton" if "triton/pretrain" in found["step_s"] else "sparse"
-    step, state = found["step_s"], found["state_bytes"]
-    pretrain = step[f"{fast}/pretrain"]
-    out = {
-        "step / floor (pretrain)": pretrain / found["floor_s"],
-        "rows/s over dense bf16 autograd": found["dense_bf16_step_s"] / pretrain,
-        "rows/s over dense fp32 autograd": found["dense_fp32_step_s"] / pretrain,
-        "align / pretrain": step[f"{fast}/align"] / pretrain,
-        "dense kernel / dense bf16 autograd, time (half of all slots active)": step["dense/pretrain"]
-        / found["dense_bf16_step_s"],
-    }
-    if "dense_bf16_compiled_step_s" in found:
-        out["rows/s over dense bf16 compiled"] = found["dense_bf16_compiled_step_s"] / pretrain
-    if "peak_bytes" in found:
-        peak = found["peak_bytes"]
-        out["peak / state (pretrain)"] = peak[f"{fast}/pretrain"] / state
-        out["peak / state (align)"] = peak[f"{fast}/align"] / state
-        beyond = max(peak["dense_bf16"] - state, 1)
-        out["dense kernel / dense bf16 autograd, memory beyond state"] = (peak["dense/pretrain"] - state) / beyond
-    for name, seconds_or_reason in found.get("peers_s", {}).items():
-        if not isinstance(seconds_or_reason, str):
-            out[f"rows/s over {name}"] = seconds_or_reason / pretrain
-    for axis, points in found.get("sweeps", {}).items():
-        stage = "align" if axis == "concepts" else "pretrain"
-        for before, after in itertools.pairwise(points):
-            # Against each point's own floor where the floor does not change, which takes out the drift of the machine.
-            values = [
-                p["step_s"][f"{fast}/{stage}"] / (1 if axis in ("slots", "rows") else p["floor_s"])
-                for p in (before, after)
-            ]
-            name = f"{stage} step, {axis} {before['shapes'][axis]:g} -> {after['shapes'][axis]:g}"
-            out[name] = values[1] / values[0]
-    return out
-
-
-def print_tables(found: dict[str, Any]) -> None:
-    """Times and ratios for reading."""
-    shapes = found["shapes"]
-    print(
-        f"{found['device']}; B={shapes['rows']} D={shapes['width']} S={shapes['slots'] + shapes['concepts']} "
-        f"R={shapes['concepts']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
-    )
-    rows = [
-        ("encoder product (bf16)", found["encoder_product_s"]),
-        ("fused AdamW", found["adam_s"]),
-        ("floor", found["floor_s"]),
-    ]
-    rows += [(f"step {name}", value) for name, value in found["step_s"].items()]
-    rows += [
-        (key.removesuffix("_s").replace("_", " "), found[key])
-        for key in found
-        if key.startswith("dense_") and key.endswith("_s")
-    ]
-    for name, value in found.get("peers_s", {}).items():
-        rows.append((name, value))
-    for name, value in rows:
-        shown = value if isinstance(value, str) else f"{value:8.4f} s {shapes['rows'] / value:10.0f} rows/s"
-        print(f"  {name:32s} {shown}")
-    for name, value in found.get("peak_bytes", {}).items():
-        print(f"  peak {name:27s} {value / 1e9:8.3f} GB, {value / found['state_bytes']:.3f} of the state")
-    for name, value in found["ratios"].items():
-        print(f"  {value:7.3f}  {name}")

@@ -1,0 +1,70 @@
+"""Ratios and tables of what `alignsae bench` measured."""
+
+import itertools
+from typing import Any
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """The figures that are compared with bars; only ratios, since times depend on the machine."""
+    fast = "triton" if "triton/pretrain" in found["step_s"] else "sparse"
+    step, state = found["step_s"], found["state_bytes"]
+    pretrain = step[f"{fast}/pretrain"]
+    out = {
+        "step / floor (pretrain)": pretrain / found["floor_s"],
+        "rows/s over dense bf16 autograd": found["dense_bf16_step_s"] / pretrain,
+        "rows/s over dense fp32 autograd": found["dense_fp32_step_s"] / pretrain,
+        "align / pretrain": step[f"{fast}/align"] / pretrain,
+        "dense kernel / dense bf16 autograd, time (half of all slots active)": step["dense/pretrain"]
+        / found["dense_bf16_step_s"],
+    }
+    if "dense_bf16_compiled_step_s" in found:
+        out["rows/s over dense bf16 compiled"] = found["dense_bf16_compiled_step_s"] / pretrain
+    if "peak_bytes" in found:
+        peak = found["peak_bytes"]
+        out["peak / state (pretrain)"] = peak[f"{fast}/pretrain"] / state
+        out["peak / state (align)"] = peak[f"{fast}/align"] / state
+        beyond = max(peak["dense_bf16"] - state, 1)
+        out["dense kernel / dense bf16 autograd, memory beyond state"] = (peak["dense/pretrain"] - state) / beyond
+    for name, seconds_or_reason in found.get("peers_s", {}).items():
+        if not isinstance(seconds_or_reason, str):
+            out[f"rows/s over {name}"] = seconds_or_reason / pretrain
+    for axis, points in found.get("sweeps", {}).items():
+        stage = "align" if axis == "concepts" else "pretrain"
+        for before, after in itertools.pairwise(points):
+            # Against each point's own floor where the floor does not change, which takes out the drift of the machine.
+            values = [
+                p["step_s"][f"{fast}/{stage}"] / (1 if axis in ("slots", "rows") else p["floor_s"])
+                for p in (before, after)
+            ]
+            name = f"{stage} step, {axis} {before['shapes'][axis]:g} -> {after['shapes'][axis]:g}"
+            out[name] = values[1] / values[0]
+    return out
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    """Times and ratios for reading."""
+    shapes = found["shapes"]
+    print(
+        f"{found['device']}; B={shapes['rows']} D={shapes['width']} S={shapes['slots'] + shapes['concepts']} "
+        f"R={shapes['concepts']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
+    )
+    rows = [
+        ("encoder product (bf16)", found["encoder_product_s"]),
+        ("fused AdamW", found["adam_s"]),
+        ("floor", found["floor_s"]),
+    ]
+    rows += [(f"step {name}", value) for name, value in found["step_s"].items()]
+    rows += [
+        (key.removesuffix("_s").replace("_", " "), found[key])
+        for key in found
+        if key.startswith("dense_") and key.endswith("_s")
+    ]
+    for name, value in found.get("peers_s", {}).items():
+        rows.append((name, value))
+    for name, value in rows:
+        shown = value if isinstance(value, str) else f"{value:8.4f} s {shapes['rows'] / value:10.0f} rows/s"
+        print(f"  {name:32s} {shown}")
+    for name, value in found.get("peak_bytes", {}).items():
+        print(f"  peak {name:27s} {value / 1e9:8.3f} GB, {value / found['state_bytes']:.3f} of the state")
+    for name, value in found["ratios"].items():
+        print(f"  {value:7.3f}  {name}")
