@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.kernels import native
 from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
 
 CHUNK_ENTRIES = 1 << 20  # entries [B, chunk] of one temporary: 4 MiB in fp32
@@ -99,7 +100,7 @@ class _Dense(torch.autograd.Function):
         moments = None if perp is None else _moments_again(x, W_enc, b_enc, perp, chunks)
         norm = W_dec.norm(dim=1)
         g_low = g_recon.to(x.dtype)
-        grad_enc, grad_b, grad_dec = torch.empty_like(W_enc), torch.empty_like(b_enc), torch.empty_like(W_dec)
+        grad_enc, grad_b, grad_dec = native.buffer_like(W_enc), torch.empty_like(b_enc), native.buffer_like(W_dec)
         for c in chunks:
             z = _code(x, W_enc[c], b_enc[c])
             decoder = _decoder(W_dec[c], norm[c], step.decoder_norm)

@@ -37,6 +37,13 @@ def load() -> str | None:
     return None
 
 
+def buffer_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory for the gradient of an fp32 weight, contents arbitrary: on CPU a buffer that was used before, where there is one."""
+    if tensor.device.type == "cpu" and load() is None:
+        return torch.ops.alignsae.buffer_like(tensor)
+    return torch.empty_like(tensor)
+
+
 def _compile(library: Path) -> None:
     """Build in a folder of our own and move the result into place.
 
