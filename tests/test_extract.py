@@ -231,13 +231,36 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
-def test_a_finished_extraction_is_kept_unless_told_otherwise(
+def test_a_rerun_keeps_what_is_finished_and_makes_the_rest(
+    model_folder: Path, prompts: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = ["--prompts", str(prompts), "--layers"]
+    assert extract(model_folder, tmp_path, *arguments, "0") == 0
+    kept = (tmp_path / "layer-00/train/manifest.json").stat().st_mtime_ns
+    assert extract(model_folder, tmp_path, *arguments, "0,1") == 0
+    assert capsys.readouterr().out.count("kept") == 2
+    assert (tmp_path / "layer-00/train/manifest.json").stat().st_mtime_ns == kept
+    assert extract(model_folder, tmp_path / "one", *arguments, "1") == 0
+    for split in ("train", "heldout"):
+        there, alone = (Manifest.load(folder / "layer-01" / split) for folder in (tmp_path, tmp_path / "one"))
+        assert there.digest == alone.digest
+
+
+def test_another_extraction_is_not_overwritten_unless_told_so(
     model_folder: Path, prompts: Path, tmp_path: Path, capsys: Any
 ) -> None:
     arguments = ["--prompts", str(prompts), "--layers", "0"]
-    assert extract(model_folder, tmp_path, *arguments) == 0
-    before = Manifest.load(tmp_path / "layer-00/train").digest
-    assert extract(model_folder, tmp_path, *arguments) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert extract(model_folder, tmp_path, *arguments, "--overwrite") == 0
-    assert Manifest.load(tmp_path / "layer-00/train").digest == before
+    assert extract(model_folder, tmp_path / "out", *arguments) == 0
+    other = tmp_path / "other"
+    model, tokenizer = load_language_model(model_folder)
+    model.get_input_embeddings().weight.add_(0.01)
+    model.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    before = Manifest.load(tmp_path / "out/layer-00/train").digest
+    assert extract(other, tmp_path / "out", *arguments) == 2
+    assert "another weights" in capsys.readouterr().err
+    assert extract(model_folder, tmp_path / "out", *arguments, "--concepts", "city") == 2
+    assert "another concepts: choose another --out or pass --overwrite" in capsys.readouterr().err
+    assert Manifest.load(tmp_path / "out/layer-00/train").digest == before
+    assert extract(other, tmp_path / "out", *arguments, "--overwrite") == 0
+    assert Manifest.load(tmp_path / "out/layer-00/train").digest != before

@@ -15,6 +15,7 @@ one space followed by the answer. The same arguments give the same bytes.
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(args.out)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {args.out}: {error.strerror or error}") from error
     print(f"{args.out}: {args.persons} persons, {args.persons * len(RELATIONS) * 4} questions")
     return 0

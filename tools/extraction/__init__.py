@@ -1,0 +1,1 @@
+"""Parts of `alignsae extract`: what is read, and what identifies an extraction."""
