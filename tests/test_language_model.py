@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tools.lm_training.models import build_model, build_tokenizer
 from trainer.errors import UserError
@@ -31,6 +33,15 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
+    """One token per word, so that different answers are different texts."""
+    vocabulary = ["<end>", "<pad>", *dict.fromkeys(" ".join(PROMPTS).split()), *(f"w{i}" for i in range(50))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", bos_token="<end>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def byte_pairs() -> Any:
     return build_tokenizer(PROMPTS, 300)
 
 
@@ -38,9 +49,9 @@ def tokenizer() -> Any:
 def model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
     torch.manual_seed(0)
     model = build_model(request.param, tokenizer, layers=LAYERS, width=32, heads=2, context=64).eval()
-    with torch.no_grad():  # far from the symmetric start, so that positions and prompts matter
+    with torch.no_grad():  # far from the start, where prompts hardly matter
         for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
+            parameter.add_(0.5 * torch.randn_like(parameter) * (parameter.ndim > 1))
     return model
 
 
@@ -78,7 +89,7 @@ def test_padding_changes_nothing(model: Any, tokenizer: Any, side: str) -> None:
     for row, prompt in enumerate(PROMPTS):
         alone = capture(model, *encode_prompts(tokenizer, [prompt]), [0, 2])
         for layer in (0, 2):
-            torch.testing.assert_close(batch[layer][row, last[row]], alone[layer][0, -1], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(batch[layer][row, last[row]], alone[layer][0, -1], atol=1e-4, rtol=1e-4)
 
 
 @given(st.integers(0, 5), st.integers(1, 5), st.integers(0, 5))
@@ -126,7 +137,7 @@ def test_an_edit_touches_the_last_prompt_token_once(model: Any, tokenizer: Any) 
         generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
     assert swapped == first[::-1] != first
     assert len(seen) == 2  # once per generation, whatever its length
-    torch.testing.assert_close(seen[0], donors.flip(0), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(seen[0], donors.flip(0), atol=1e-4, rtol=1e-4)
     assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1) == first
 
 
@@ -138,23 +149,23 @@ def test_an_edit_reaches_later_tokens_through_the_cache(model: Any, tokenizer: A
         assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) != plain
 
 
-def test_answers_stop_at_the_end_token_and_at_a_new_line(model: Any, tokenizer: Any, monkeypatch: Any) -> None:
+def test_answers_stop_at_the_end_token_and_at_a_new_line(model: Any, byte_pairs: Any, monkeypatch: Any) -> None:
     words = {
-        "end": [*tokenizer(" Ada Ash")["input_ids"], tokenizer.eos_token_id, 40],
-        "line": tokenizer(" Ben\nQ:")["input_ids"],
+        "end": [*byte_pairs(" Ada Ash")["input_ids"], byte_pairs.eos_token_id, 40],
+        "line": byte_pairs(" Ben\nQ:")["input_ids"],
     }
     for name, expected in (("end", "Ada Ash"), ("line", "Ben")):
         tail = torch.tensor([words[name]])
         monkeypatch.setattr(model, "generate", lambda input_ids, tail=tail, **_: torch.cat([input_ids, tail], dim=1))
-        cut = generate_answers(model, tokenizer, ["Q: x\nA:"])
+        cut = generate_answers(model, byte_pairs, ["Q: x\nA:"])
         assert cut[0].startswith(expected) and "Q:" not in cut[0]
 
 
-def test_answers_are_tokenised_behind_the_prompt(tokenizer: Any) -> None:
-    ids = encode_answer(tokenizer, "Ada work")
-    assert ids[-1] == tokenizer.eos_token_id
-    joined = tokenizer(PROMPTS[0] + " Ada work")["input_ids"]
-    assert tokenizer(PROMPTS[0])["input_ids"] + ids[:-1] == joined
+def test_answers_are_tokenised_behind_the_prompt(byte_pairs: Any) -> None:
+    ids = encode_answer(byte_pairs, "Ada work")
+    assert ids[-1] == byte_pairs.eos_token_id
+    joined = byte_pairs(PROMPTS[0] + " Ada work")["input_ids"]
+    assert byte_pairs(PROMPTS[0])["input_ids"] + ids[:-1] == joined
     assert answer_matches(" Ada work\n", "Ada work") and not answer_matches("Ada", "Ada work")
 
 
