@@ -1,14 +1,14 @@
 """SIGKILL at chosen and at random moments, on one and on several ranks: the run ends where an undisturbed one ends."""
 
 import json
+import multiprocessing
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launching import command, launch
+from launching import launch
 from small_run import (
     STEPS_PER_EPOCH,
     SWITCH,
@@ -18,11 +18,12 @@ from small_run import (
     digests,
     metrics,
     outcome,
-    quiet_environment,
     tensors,
     train_here,
     write_data,
 )
+
+from trainer import train
 
 # In this order each attempt gets beyond the last point: saves are after 7, 14, 21, 28, 35 steps.
 POINTS = [
@@ -73,36 +74,36 @@ def test_row_digests_over_worlds_threads_and_kill_points(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> None:
+def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = write_data(tmp_path / "data")
     argv = ["stages.0.epochs=60", "stages.1.epochs=60", "revival.every=50", "checkpoint.every=10"]
     argv += [f"checkpoint.asynchronous={asynchronous}", "run.log_every=10"]
     assert train_here(tmp_path / "undisturbed", data, *argv) == 0
-    kills, moments, generator = 0, [], random.Random(1)
+    # Real processes and real kills; forked from one that has imported everything, which would take most of the time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.train"])
+    generator, moments = random.Random(1), []
     folder = tmp_path / "killed"
-    while kills < 50:
-        process = subprocess.Popen(
-            command(1, arguments(folder, data, *argv)), env=quiet_environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    while len(moments) < 50:
+        process = context.Process(target=train.main, args=(arguments(folder, data, *argv),))
         began = newest_step(folder)
-        deadline = time.monotonic() + 60
-        # Wait until this attempt has written something, then for a random moment: kills hit training and saves alike.
-        while newest_step(folder) == began and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(generator.random() * 0.1)
-        if process.poll() is not None:
-            assert process.returncode == 0
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        moments.append(newest_step(folder))
-    assert kills == 50, f"the run ended after {kills} kills"
+        process.start()
+        if len(moments) % 2:  # somewhere between the start and the first steps
+            time.sleep(generator.random())
+        else:  # right after a save of this attempt: while it cleans up, trains, or saves again
+            deadline = time.monotonic() + 60
+            while newest_step(folder) == began and process.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(generator.random() * 0.2)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"ended with {process.exitcode} after {len(moments)} kills"
+        moments.append(newest_step(folder).strip())
     assert launch(folder, data, *argv).returncode == 0
     assert_same(tensors(tmp_path / "undisturbed"), tensors(folder))
     assert digests(tmp_path / "undisturbed") == digests(folder)
-    print(json.dumps({"kills": kills, "newest_checkpoint_at_each": moments}))
+    print(json.dumps({"kills": len(moments), "newest_checkpoint_at_each": moments}))
 
 
 def newest_step(folder: Path) -> str:
