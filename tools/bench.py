@@ -97,11 +97,14 @@ def run(args: argparse.Namespace) -> int:
         args.repeats = min(args.repeats, 2)
 
     rounds = Rounds(args.repeats, time.process_time if args.cpu_time else time.perf_counter)
-    found = base_figures(setting, rounds, args.compile)
-    if not args.no_memory:
+    peaks = {}
+    if not args.no_memory:  # before anything large lives here
         fast = fast_kernel(setting)
         kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", "dense_bf16"]
-        found["peak_bytes"] = {kind: peak_growth(kind, setting) for kind in kinds}
+        peaks = {kind: peak_growth(kind, setting) for kind in kinds}
+    found = base_figures(setting, rounds, args.compile)
+    if peaks:
+        found["peak_bytes"] = peaks
     if args.peers:
         found["peers_s"] = peer_figures(setting, args.peers_python, args.repeats)
     found["sweeps"] = {

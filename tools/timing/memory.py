@@ -5,10 +5,10 @@ Prints the growth of resident memory (CPU: high-water mark; CUDA: allocator) fro
 
 import gc
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -39,9 +39,10 @@ def peak_growth(kind: str, setting: Setting) -> int:
     return int(done.stdout.split()[-1])
 
 
-def _resident() -> int:
-    with open("/proc/self/statm") as file:  # noqa: PTH123 - a pseudo-file
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _status(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes. (getrusage would count what the parent held when it forked.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def _steps(kind: str, setting: Setting) -> None:
@@ -66,9 +67,9 @@ def _main(kind: str, setting: Setting) -> int:
         before = torch.cuda.memory_allocated()
         _steps(kind, setting)
         return torch.cuda.max_memory_allocated() - before
-    before = _resident()
+    before = _status("VmRSS")
     _steps(kind, setting)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _status("VmHWM") - before
 
 
 if __name__ == "__main__":
