@@ -75,7 +75,10 @@ class Cluster:
         controller, first, second = _free_ports()
         text = CONFIG.format(folder=self.folder, controller=controller, first=first, second=second)
         (self.folder / "slurm.conf").write_text(text)
-        munge = [f"--{name}={self.folder}/munge/{name}" for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")]
+        munge = [
+            f"--{name}={self.folder}/munge/{name}"
+            for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
+        ]
         munge = [option.replace("/munge/key-file", "/munge/key") for option in munge]
         self._start("munged", "--foreground", "--force", *munge)
         self._wait(lambda: (self.folder / "munge" / "socket").exists(), "munged")

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(missing_programs()), reason=f"SLURM is not installed: {', '.join(missing_programs())} missing"),
+    pytest.mark.skipif(
+        bool(missing_programs()), reason=f"SLURM is not installed: {', '.join(missing_programs())} missing"
+    ),
     pytest.mark.skipif(os.geteuid() != 0, reason="munged and slurmd need root"),
 ]
 
@@ -123,7 +125,10 @@ def process_of_task(job: str, task: int) -> int:
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"RANK={task}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted <= set((folder / "environ").read_bytes().split(b"\0")) and b"trainer.train" in (folder / "cmdline").read_bytes():
+            if (
+                wanted <= set((folder / "environ").read_bytes().split(b"\0"))
+                and b"trainer.train" in (folder / "cmdline").read_bytes()
+            ):
                 return int(folder.name)
         except OSError:
             continue

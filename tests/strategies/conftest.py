@@ -20,8 +20,13 @@ SINGLE = (1, "single")
 # Kinds of run beside the plain one; `bare` has no concepts and no answers.
 VARIANTS = {
     "accumulate": ["optim.accumulate=4", "loss.perp=0"],
-    # Gradients whose norm is infinite in the whole first stage; losses that jump by 2% over the median of the last three.
-    "overflow": ["stages.0.loss={rec: 1.0e+37}", "guard.stop_after=20"],
+    # Gradients that are infinite in the whole first stage; losses that jump by 2% over the median of the last three.
+    "overflow": [
+        "stages.0.loss={rec: 3.4e+38, sp: 3.4e+38}",
+        "data.global_batch=2",
+        "data.lanes=2",
+        "guard.stop_after=20",
+    ],
     "spike": ["guard.spike=1.02", "guard.window=3", "guard.stop_after=20"],
     "revival": [
         "revival.method=resample",

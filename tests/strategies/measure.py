@@ -73,7 +73,9 @@ class Gathered:
         Coordinator.fetch_sub_module = watched
 
 
-def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topology) -> tuple[tuple[int, int], int | None]:
+def exercise(
+    args: argparse.Namespace, parallel: ParallelConfig, topology: Topology
+) -> tuple[tuple[int, int], int | None]:
     """Build and take some steps; returns the bytes (sent, received) of the last one and the peak of gathered elements."""
     banks = len(bank_sizes(args.slots, args.bank_slots))
     dictionary = ConceptDictionary(
@@ -108,7 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--dictionary-ranks", type=int, default=1)
-    for name, value in {"slots": 20000, "width": 256, "bank-slots": 1000, "rows": 32, "concepts": 6, "steps": 3}.items():
+    for name, value in {
+        "slots": 20000,
+        "width": 256,
+        "bank-slots": 1000,
+        "rows": 32,
+        "concepts": 6,
+        "steps": 3,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--kernel", default="dense")
     parser.add_argument("--precision", default="fp32")
@@ -118,7 +127,9 @@ def main() -> None:
     banks = len(bank_sizes(args.slots, args.bank_slots))
     parallel = ParallelConfig(args.strategy, args.dictionary_ranks).resolve(world, banks)
     topology = join(parallel)
-    tiny = argparse.Namespace(**vars(args) | {"slots": 4 * world, "bank_slots": 4, "width": 8, "rows": 4 * world, "steps": 1})
+    tiny = argparse.Namespace(
+        **vars(args) | {"slots": 4 * world, "bank_slots": 4, "width": 8, "rows": 4 * world, "steps": 1}
+    )
     exercise(tiny, parallel, topology)  # what is loaded and compiled on first use is not what is measured
     AcceleratorState._reset_state()
     gc.collect()

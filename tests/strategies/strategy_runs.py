@@ -72,13 +72,13 @@ def launcher(name: str, *arguments: str) -> list[str]:
     return [sys.executable if name == "python" else str(Path(sys.executable).parent / name), *arguments]
 
 
-def launch(command: list[str], *, timeout: float = 300) -> Result:
-    """Run a command and wait for it."""
+def launch(command: list[str], *, timeout: float = 300, env: dict[str, str] | None = None) -> Result:
+    """Run a command, with more environment, and wait for it."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,9 +87,10 @@ def launch(command: list[str], *, timeout: float = 300) -> Result:
     return Result(done.returncode, done.stdout)
 
 
-def torchrun(world: int, *arguments: str, timeout: float = 300) -> Result:
-    """`torchrun` with `world` processes on a free port."""
-    return launch(launcher("torchrun", "--standalone", f"--nproc-per-node={world}", *arguments), timeout=timeout)
+def torchrun(world: int, *arguments: str, timeout: float = 300, env: dict[str, str] | None = None) -> Result:
+    """`torchrun` with `world` processes on a free port; plain Python for one."""
+    command = launcher("torchrun", "--standalone", f"--nproc-per-node={world}") if world > 1 else launcher("python")
+    return launch([*command, *arguments], timeout=timeout, env=env)
 
 
 def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> dict[str, Path]:
@@ -104,10 +105,7 @@ def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> 
     path.write_text(json.dumps(listing))
     worker = str(ROOT / "tests" / "strategies" / "strategy_worker.py")
     limit = 300 + 30 * len(listing)
-    if world == 1:
-        result = launch(launcher("python", worker, str(path)), timeout=limit)
-    else:
-        result = torchrun(world, worker, str(path), timeout=limit)
+    result = torchrun(world, worker, str(path), timeout=limit)
     (home / "output.txt").write_text(result.output)
     assert result.code == 0, result.output[-6000:]
     return {name: home / name for named in jobs.values() for name in named}

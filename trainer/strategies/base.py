@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -144,6 +143,6 @@ def on_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def owned_banks(banks: int, topology: Topology) -> list[int]:
-    """Indices of the free banks of a dictionary rank: runs of banks, as equal as can be."""
-    edges = torch.linspace(0, banks, topology.dictionary_world + 1).round().int().tolist()
-    return list(range(edges[topology.dictionary_rank], edges[topology.dictionary_rank + 1]))
+    """Indices of the free banks of a dictionary rank: runs as equal as can be; where one is longer, the last is, since it has the smaller bank."""
+    rank, world = topology.dictionary_rank, topology.dictionary_world
+    return list(range(banks * rank // world, banks * (rank + 1) // world))

@@ -170,7 +170,7 @@ class ZeroStrategy(Strategy):
                     if name in values:
                         self._write_moment(parameter, values[name], key)
 
-    def _write_weight(self, parameter: nn.Parameter, whole: Tensor) -> None:
+    def _write_weight(self, parameter: Any, whole: Tensor) -> None:
         """Set the fp32 master and what the next forward computes with, which DeepSpeed keeps apart even in fp32."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -183,7 +183,7 @@ class ZeroStrategy(Strategy):
         safe_set_local_fp32_param(parameter, shard)
         parameter.ds_tensor.copy_(shard)
 
-    def _write_moment(self, parameter: nn.Parameter, whole: Tensor, key: str) -> None:
+    def _write_moment(self, parameter: Any, whole: Tensor, key: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         whole = whole.to(self.topology.device, torch.float32)
@@ -192,7 +192,7 @@ class ZeroStrategy(Strategy):
         else:
             safe_set_local_optimizer_state(parameter, self._shard(parameter, whole), key)
 
-    def _shard(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    def _shard(self, parameter: Any, whole: Tensor) -> Tensor:
         """This rank's stage-3 shard of a whole tensor, padded with zeros at the end of the last one."""
         size = parameter.ds_tensor.numel()
         flat = whole.flatten()[self.topology.rank * size : (self.topology.rank + 1) * size]

@@ -1,0 +1,155 @@
+"""`alignsae plan`: its memory and traffic against measurements, and what it prints."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent / "strategies"))
+from strategy_runs import ROOT, torchrun
+
+from tools import plan
+from tools.cli import main
+from trainer.dictionary import DictionaryConfig
+from trainer.errors import UserError
+
+MEASURE = str(ROOT / "tests" / "strategies" / "measure.py")
+SIZES = {"slots": 60000, "width": 256, "bank-slots": 3000, "rows": 64, "concepts": 6}
+
+
+def measured(world: int, strategy: str, **sizes: int | str) -> list[dict]:
+    """What measure.py prints on each rank."""
+    arguments = [MEASURE, "--strategy", strategy]
+    for name, value in {**SIZES, **sizes}.items():
+        arguments += [f"--{name}", str(value)]
+    # Freed tensors go back to the system at once, so that resident memory is what is held.
+    env = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = torchrun(world, *arguments, timeout=900, env=env)
+    assert result.code == 0, result.output[-4000:]
+    return [json.loads(line[line.index("{") :]) for line in result.output.splitlines() if '"peak_bytes"' in line]
+
+
+def shape(**sizes: int) -> plan.Shape:
+    """The sizes of `measured`, as the plan sees them."""
+    s = {**SIZES, **sizes}
+    return plan.Shape(s["width"], s["concepts"], 0, DictionaryConfig(s["slots"], s["bank-slots"]), s["rows"], False)
+
+
+@pytest.fixture(scope="module")
+def single() -> int:
+    return measured(1, "single")[0]["peak_bytes"]
+
+
+@pytest.mark.slow
+def test_memory_of_one_process_is_within_15_percent(single):
+    assert plan.estimate(shape(), "single", 1).total == pytest.approx(single, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "dictionary"])
+def test_memory_and_traffic_are_within_15_percent(single, strategy):
+    """And the bars: of the memory of a single process, ZeRO-3 takes at most 0.40 on four ranks, dictionary at most 0.30."""
+    ranks = measured(4, strategy)
+    assert len(ranks) == 4
+    peak = max(rank["peak_bytes"] for rank in ranks)
+    sent = max(rank["sent_per_step"] for rank in ranks)
+    expected = plan.estimate(shape(), strategy, 4, gloo=True)
+    assert expected.total == pytest.approx(peak, rel=0.15)
+    assert sum(expected.sent.values()) == pytest.approx(sent, rel=0.15)
+    if strategy in ("zero3", "dictionary"):
+        assert peak <= {"zero3": 0.40, "dictionary": 0.30}[strategy] * single
+    for rank in ranks if strategy == "zero3" else []:  # the shard and at most two banks, and what is no bank
+        assert rank["gathered_elements"] <= 2 * rank["bank_elements"] + shape().shared
+
+
+@pytest.mark.slow
+def test_dictionary_moves_the_reconstruction_and_little_else():
+    """S = 100,006, D = 768, B = 1024, two ranks: at most 1.1 x B x D x 4 bytes in each direction, counted by the kernel."""
+    sizes = {"slots": 100_000, "width": 768, "bank-slots": 8192, "rows": 1024, "steps": 2}
+    for rank in measured(2, "dictionary", **sizes, kernel="auto"):
+        assert 1024 * 768 * 4 <= rank["sent_per_step"] <= 1.1 * 1024 * 768 * 4
+        assert 1024 * 768 * 4 <= rank["received_per_step"] <= 1.1 * 1024 * 768 * 4
+
+
+SHAPES = st.builds(
+    plan.Shape,
+    width=st.integers(1, 8192),
+    concepts=st.integers(0, 2000),
+    answers=st.integers(0, 1000),
+    dictionary=st.builds(DictionaryConfig, st.integers(1, 2**21), st.integers(2**10, 2**14)),
+    rows=st.integers(1, 2**16),
+    low=st.booleans(),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SHAPES, st.sampled_from(["ddp", "zero1", "zero2", "zero3", "dictionary"]), st.integers(1, 9))
+def test_more_devices_never_need_more_state_each(shape, strategy, power):
+    few, many = (plan.estimate(shape, strategy, 2**p) for p in (power - 1, power))
+    if few is None or many is None:
+        assert strategy == "dictionary" and shape.banks < 2**power
+        return
+    assert many.weights + many.optimizer <= few.weights + few.optimizer
+    assert few.total == few.weights + few.gradients + few.optimizer + few.buffers + few.activations
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.sampled_from(plan.STRATEGIES), st.integers(2**30, 2**37))
+def test_the_smallest_device_count_fits_and_half_of_it_does_not(shape, strategy, memory):
+    fewest = plan.smallest(shape, strategy, memory)
+    if fewest is None:
+        return
+    assert plan.estimate(shape, strategy, fewest).total <= memory
+    half = plan.estimate(shape, strategy, fewest // 2) if fewest > 1 and fewest % 2 == 0 else None
+    assert half is None or half.total > memory or fewest == shape.banks
+
+
+def test_the_command_prints_every_strategy(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = [
+        "--config",
+        str(ROOT / "configs" / "large.yaml"),
+        "--width",
+        "4096",
+        "--concepts",
+        "100",
+        "--devices",
+        "64",
+    ]
+    assert main(["plan", *arguments, "--device-memory", "40GiB", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    for strategy in plan.STRATEGIES:
+        assert f"\n{strategy} " in text
+    assert {e["strategy"] for e in json.loads(out.read_text())} == set(plan.STRATEGIES) - {"single"}
+    assert "1,048,576 free slots in 128 banks" in text and "never" in text
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "--config is missing"),
+        (["--scaling", "--device-memory", "80 apples"], "is not a size"),
+        (["--scaling", "--devices", "0"], "at least 1"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", str(ROOT / "configs" / "large.yaml"), "data.shards=/nowhere"], "--width"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, message):
+    assert main(["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_sizes():
+    assert plan.parse_size("80GiB") == 80 * 2**30 and plan.parse_size("512MiB") == 512 * 2**20
+    assert plan.human(1536) == "1.50 KiB" and plan.human(0) == "0 B"
+    with pytest.raises(UserError):
+        plan.parse_size("-1GiB")
+
+
+def test_scaling_document_holds_the_table_of_the_command(capsys):
+    assert main(["plan", "--scaling"]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
