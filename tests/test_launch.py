@@ -1,0 +1,98 @@
+"""The files of launch/: each is read by the program it is for, and the CPU ones start a run as written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+sys.path.insert(0, str(Path(__file__).parent / "strategies"))
+from pytorchjob_schema import PYTORCH_JOB
+from strategy_runs import ROOT, launch, launcher, metrics, torchrun, write_config, write_shards
+
+from trainer.config import load_config
+
+ACCELERATE = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
+# Launch file -> what the run's resolved configuration must say.
+AS_WRITTEN = {
+    "ddp-cpu": ("ddp", 1),
+    "zero1-cpu": ("zero1", 1),
+    "zero2-cpu": ("zero2", 1),
+    "zero3-cpu": ("zero3", 1),
+    "dictionary-cpu": ("dictionary", 2),
+    "mesh-cpu": ("dictionary", 2),
+    "single": ("single", 1),
+}
+FAST = ("zero3-cpu", "dictionary-cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    return write_config(folder / "config.yaml", write_shards(folder / "shards"), align=False)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_every_file(path):
+    loaded = load_config_from_file(str(path))  # unknown keys are errors
+    assert loaded.num_processes >= 1 and loaded.mixed_precision == "no"
+    twin = path.with_name(f"{path.stem}-cpu.yaml")
+    if twin.exists():
+        ours, theirs = (yaml.safe_load(p.read_text()) for p in (path, twin))
+        for settings in (ours, theirs):
+            settings.pop("num_processes")
+            settings.pop("parallelism_config", None)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in AS_WRITTEN])
+def test_accelerate_launch_works_as_written(config, tmp_path, name):
+    run_dir = tmp_path / "run"
+    result = launch(
+        launcher(
+            *("accelerate", "launch", "--config_file", f"launch/accelerate/{name}.yaml"),
+            *("-m", "trainer.train", "--config", str(config), f"run.dir={run_dir}", "stages.0.steps=3"),
+        )
+    )
+    assert result.code == 0, result.output[-4000:]
+    resolved = load_config(run_dir / "config.yaml", [])
+    assert (resolved.parallel.strategy, resolved.parallel.dictionary_ranks) == AS_WRITTEN[name]
+    assert len(metrics(run_dir)) == 3
+
+
+@pytest.mark.slow
+def test_torchrun_works_with_the_strategy_on_the_command_line(config, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = ("-m", "trainer.train", "--config", str(config), f"run.dir={run_dir}", "stages.0.steps=3")
+    result = torchrun(2, *arguments, "parallel.strategy=zero3")
+    assert result.code == 0, result.output[-4000:]
+    assert len(metrics(run_dir)) == 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "kubernetes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_kubernetes_files_match_the_schema(path):
+    job = yaml.safe_load(path.read_text())
+    jsonschema.validate(job, PYTORCH_JOB)
+    pod = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    mounted = {mount["name"] for c in pod["containers"] for mount in c["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    arguments = pod["containers"][0]["args"]
+    settings = arguments[arguments.index("--config") + 1 :]
+    assert load_config(ROOT / settings[0], settings[1:]).parallel.strategy == "zero3"
+
+
+def test_the_schema_refuses_a_misspelt_field():
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes" / "pytorchjob.yaml").read_text())
+    job["spec"]["nProcPerNode"] = job["spec"].pop("nprocPerNode")
+    with pytest.raises(jsonschema.ValidationError, match="nProcPerNode"):
+        jsonschema.validate(job, PYTORCH_JOB)
+
+
+def test_the_sbatch_file_is_a_shell_script_with_requeue_and_signal():
+    path = ROOT / "launch" / "slurm" / "train.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    directives = [line.split(maxsplit=1)[1] for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
+    assert "--requeue" in directives and "--signal=USR1@120" in directives
