@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.kernels import native
 from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
 
-CHUNK_ENTRIES = 1 << 20  # entries [B, chunk] of one temporary: 4 MiB in fp32
+CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 4 MiB in fp32
 
 
 def dense_kernel(
