@@ -1,6 +1,7 @@
 """`alignsae plan`: its memory and traffic against measurements, and what it prints."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def measured(world: int, strategy: str, **sizes: int | str) -> list[dict]:
     env = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     result = torchrun(world, *arguments, timeout=900, env=env)
     assert result.code == 0, result.output[-4000:]
-    return [json.loads(line[line.index("{") :]) for line in result.output.splitlines() if '"peak_bytes"' in line]
+    # Ranks share one pipe: two lines may arrive as one.
+    return [json.loads(found) for found in re.findall(r'\{"rank".*?\}', result.output)]
 
 
 def shape(**sizes: int) -> plan.Shape:
