@@ -1,9 +1,14 @@
 """Data that several suites train on. (This file also puts tests/ on the import path of the suites in its folders.)"""
 
+import os
 from pathlib import Path
 
 import pytest
-from small_run import write_data
+
+# Tests are small and many start several processes: threads would only wait for each other. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from small_run import write_data  # noqa: E402
 
 
 @pytest.fixture(scope="session")
