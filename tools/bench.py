@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if args.cpu_time:
-        if args.device != "cpu" or args.threads > 1 or args.peers:
-            raise UserError("--cpu-time works with --device cpu, --threads 1 and without --peers")
+        if args.device != "cpu" or args.threads > 1:
+            raise UserError("--cpu-time works with --device cpu and --threads 1")
         args.threads = 1
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if peaks:
         found["peak_bytes"] = peaks
     if args.peers:
-        found["peers_s"] = peer_figures(setting, args.peers_python, args.repeats)
+        found["peers_s"] = peer_figures(setting, args.peers_python, rounds)
     found["sweeps"] = {
         axis: [sweep_point(replace(setting, **{axis: value}), rounds) for value in getattr(args, f"sweep_{axis}")]
         for axis in AXES
@@ -225,9 +225,10 @@ def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
     }
 
 
-def peer_figures(setting: Setting, python: str, repeats: int) -> dict[str, Any]:
+def peer_figures(setting: Setting, python: str, rounds: Rounds) -> dict[str, Any]:
     """Median seconds per step of other trainers, or why one could not be timed."""
-    wanted = {**asdict(setting), "threads": torch.get_num_threads(), "repeats": repeats}
+    threads, clock = torch.get_num_threads(), rounds.clock.__name__
+    wanted = {**asdict(setting), "threads": threads, "repeats": rounds.repeats, "clock": clock}
     command = [python, str(Path(__file__).with_name("timing") / "peers.py"), json.dumps(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

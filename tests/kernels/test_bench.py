@@ -44,7 +44,16 @@ def test_peers_need_an_interpreter(capsys):
 
 def test_an_interpreter_without_the_peers_says_so(tmp_path):
     """peers.py reports what it could not time instead of failing."""
-    setting = {"width": 8, "slots": 32, "rows": 4, "l0": 4.0, "device": "cpu", "threads": 1, "repeats": 1}
+    setting = {
+        "width": 8,
+        "slots": 32,
+        "rows": 4,
+        "l0": 4.0,
+        "device": "cpu",
+        "threads": 1,
+        "repeats": 1,
+        "clock": "perf_counter",
+    }
     script = str(Path(__file__).parents[2] / "tools" / "timing" / "peers.py")
     done = subprocess.run([sys.executable, script, json.dumps(setting)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
