@@ -4,6 +4,7 @@ Imports nothing of this project. Prints one JSON object: name -> list of seconds
 """
 
 import json
+import os
 import sys
 import time
 
@@ -26,6 +27,10 @@ def saelens(setting: dict, autocast: bool):
 
 def sparsify_topk(setting: dict):
     """sparsify's TopK coder with k = the mean L0, bf16 autocast, decoder norm control as its trainer does it, and fused Adam."""
+    if setting["device"] == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = (
+            "1"  # its Triton decoder needs a GPU, and it takes it whenever triton is installed
+        )
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
