@@ -8,7 +8,7 @@ import pytest
 # Tests are small and many start several processes: threads would only wait for each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from small_run import write_data  # noqa: E402
+from small_run import write_data
 
 
 @pytest.fixture(scope="session")
