@@ -95,7 +95,7 @@ def test_more_devices_never_need_more_state_each(shape, strategy, power):
         assert strategy == "dictionary" and shape.banks < 2**power
         return
     assert many.weights + many.optimizer <= few.weights + few.optimizer
-    assert few.total == few.weights + few.gradients + few.optimizer + few.buffers + few.activations
+    assert few.total >= max(few.weights + few.gradients + few.optimizer + few.buffers + few.activations, few.build)
 
 
 @settings(max_examples=25, deadline=None)

@@ -5,8 +5,9 @@
 
 Width and concepts come from the manifest of data.shards, or from --width and --concepts where the data does not exist yet. Memory is the peak within
 a step: weights, gradients, AdamW's two moments (all fp32), what a strategy gathers or copies, and what the largest bank needs while it is
-computed. Bytes are what one rank sends in one step; it receives as many. With --backend gloo the figures are those of CPU ranks, where
-a reduce-scatter costs an all-reduce and an all-gather a copy; the tests hold them against measurements.
+computed; or, where that is more, what building the engine takes. Bytes are what one rank sends in one step; it receives as many. With
+--backend gloo the figures are those of CPU ranks, where a reduce-scatter costs an all-reduce and an all-gather a copy; the tests hold
+them against measurements.
 """
 
 import argparse
@@ -82,12 +83,14 @@ class Estimate:
     optimizer: int
     buffers: int
     activations: int
+    build: int = 0  # while the engine is built, before the first step
     sent: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Peak bytes of a rank."""
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        step = self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        return max(step, self.build)
 
 
 def estimate(
@@ -151,6 +154,7 @@ def _zero(shape: Shape, strategy: str, devices: int, gloo: bool, offload: bool) 
         optimizer=0 if offload else masters + 2 * shard,
         buffers=buffers,
         activations=shape.activations(-(-shape.rows // devices)),
+        build=whole + (shard if stage == 3 else whole),  # every rank makes all weights, then keeps its share
         sent=sent,
     )
 
@@ -214,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
         f"{shape.dictionary.free_slots:,} free slots in {shape.banks} banks, {shape.concepts} concepts, width {shape.width}: "
         f"{elements:,} parameters; {shape.rows} rows a step on {args.devices} devices of {args.device_memory}\n"
     )
-    names = ("weights", "gradients", "optimizer", "buffers", "activations", "total")
+    names = ("weights", "gradients", "optimizer", "buffers", "activations", "build", "total")
     print(
         f"{'strategy':<11}"
         + "".join(f"{name:>13}" for name in names)
