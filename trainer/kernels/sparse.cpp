@@ -98,6 +98,7 @@ Tensor moments(const Tensor& start, const Tensor& row, const Tensor& z, const Te
       std::memset(o, 0, (R + 2) * sizeof(float));
       double total = 0, square = 0;  // the variance is a small difference of these
       for (int64_t e = s[slots[k]]; e < s[slots[k] + 1]; ++e) {
+        if (e + 1 < s[slots[k] + 1]) fetch_ahead(a + r[e + 1] * R, R);
         total += zs[e];
         square += double(zs[e]) * zs[e];
         add_scaled(o + 2, a + r[e] * R, zs[e], R);
@@ -109,7 +110,32 @@ Tensor moments(const Tensor& start, const Tensor& row, const Tensor& z, const Te
   return out;
 }
 
-// grad_concept_bi += 2/nu_i ( sum_j z_bj C_ij/n_j - shift_i - a_bi q_i ), where weighted [m, R] holds C_ij/n_j and place [n] its rows.
+// Turns the global moments [m, R + 2] of `moments` into weighted correlations C_ij/n_j, in place (its first two columns are left), and
+// returns q_i = sum_j C_ij^2 and shift_i = sum_j mu_j C_ij/n_j. One pass, since [m, R] is the largest thing here when R is.
+std::tuple<Tensor, Tensor> weigh(Tensor packed, const Tensor& mean, const Tensor& inv_norm) {
+  const int64_t m = packed.size(0), R = packed.size(1) - 2;
+  Tensor q = at::zeros({PARTS, R}, at::kFloat), shift = at::zeros({PARTS, R}, at::kFloat);
+  float* data = packed.mutable_data_ptr<float>();
+  const float *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
+  float *qs = q.mutable_data_ptr<float>(), *shifts = shift.mutable_data_ptr<float>();
+  at::parallel_for(0, PARTS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for (int64_t k = m * part / PARTS; k < m * (part + 1) / PARTS; ++k) {
+        float* c = data + k * (R + 2) + 2;
+        const float once = inv[k], twice = inv[k] * inv[k], centre = mu[k];
+#pragma omp simd
+        for (int64_t i = 0; i < R; ++i) {
+          const float correlation = c[i] * once;
+          qs[part * R + i] += correlation * correlation;
+          c[i] *= twice;
+          shifts[part * R + i] += centre * c[i];
+        }
+      }
+  });
+  return {q.sum(0), shift.sum(0)};
+}
+
+// grad_concept_bi += 2/nu_i ( sum_j z_bj C_ij/n_j - shift_i - a_bi q_i ), where weighted [m, R + 2] is what `weigh` leaves and place [n] its rows.
 void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Tensor& entry, const Tensor& z, const Tensor& place,
                           const Tensor& weighted, const Tensor& shift, const Tensor& q, const Tensor& code,
                           const Tensor& inv_norm, Tensor grad_concept) {
@@ -123,7 +149,10 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
     std::vector<float> sum(R);
     for (int64_t b = begin; b < end; ++b) {
       set_zero(sum.data(), R);
-      for (int64_t k = rs[b]; k < rs[b + 1]; ++k) add_scaled(sum.data(), wc + at_place[slots[k]] * R, zs[entries[k]], R);
+      for (int64_t k = rs[b]; k < rs[b + 1]; ++k) {
+        if (k + 1 < rs[end]) fetch_ahead(wc + at_place[slots[k + 1]] * (R + 2), R + 2);
+        add_scaled(sum.data(), wc + at_place[slots[k]] * (R + 2) + 2, zs[entries[k]], R);
+      }
       for (int64_t i = 0; i < R; ++i) out[b * R + i] += 2 * inv[i] * (sum[i] - sh[i] - a[b * R + i] * qi[i]);
     }
   });
@@ -131,14 +160,14 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
 
 // Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three tensors given; rows of idle slots are zero.
 // Returns the sums of squares of the first and the last.
-// With a correlation term: code [B, R], corr [m, R], mean [m], inv_norm [m], place [n]; scale = dL/dperp. Without: R = 0.
+// With a correlation term: code [B, R], the global moments [m, R + 2], mean [m], inv_norm [m], place [n]; g_perp = dL/dperp. Without: R = 0.
 std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
-              const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& corr, const Tensor& mean,
+              const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& packed, const Tensor& mean,
               const Tensor& inv_norm, const Tensor& place, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
   const int64_t n = W_dec.size(0), D = W_dec.size(1), R = code.size(1);
   const float *w = W_dec.const_data_ptr<float>(), *xs = x.const_data_ptr<float>(),
               *g = g_recon.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>(),
-              *cs = corr.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
+              *cs = packed.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
   const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
   float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
@@ -157,12 +186,12 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
       float bias = 0, total = 0;
       const float* wj = w + j * D;
       const float norm = std::sqrt(dot(wj, wj, D)), inverse = 1 / std::max(norm, 1e-12f);
-      const float* c = R ? cs + at_place[j] * R : nullptr;
-      const float q = c ? dot(c, c, R) : 0, over = c ? inv[at_place[j]] : 0, centre = c ? mu[at_place[j]] : 0;
+      const float* c = R ? cs + at_place[j] * (R + 2) + 2 : nullptr;  // C_ij n_j
+      const float over = c ? inv[at_place[j]] : 0, centre = c ? mu[at_place[j]] : 0, q = c ? dot(c, c, R) * over * over : 0;
       for (int64_t e = s[j]; e < s[j + 1]; ++e) {
-        if (e + 1 < s[end]) fetch_ahead(g + r[e + 1] * D, D), fetch_ahead(xs + r[e + 1] * D, D);
+        if (e + 1 < s[end]) fetch_ahead(g + r[e + 1] * D, D), fetch_ahead(xs + r[e + 1] * D, D), fetch_ahead(a + r[e + 1] * R, R);
         float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norm);
-        if (c) slope += g_perp * 2 * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * over * q);
+        if (c) slope += g_perp * 2 * over * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * q);
         bias += slope;
         total += zs[e];
         if (e == s[j]) {
@@ -200,6 +229,7 @@ TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("by_row", &by_row);
   m.def("decode", &decode);
   m.def("moments", &moments);
+  m.def("weigh", &weigh);
   m.def("add_concept_gradient", &add_concept_gradient);
   m.def("backward", &backward);
 }

@@ -36,9 +36,10 @@ class _Sparse(torch.autograd.Function):
         moments = None
         if step.perp is not None:
             columns, place = _columns(fired, step.perp)
-            mean, inv_norm, corr = _correlations(start, row, z, columns, step.perp)
+            packed = _moments(start, row, z, columns, step.perp)
+            mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], step.perp.rows)
             moments = (columns, place, mean, inv_norm)
-            value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, corr)
+            value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, packed)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
         ctx.entries = start, row, z, moments
         ctx.step = step
@@ -51,16 +52,18 @@ class _Sparse(torch.autograd.Function):
         start, row, z, moments = ctx.entries
         none = W_dec.new_zeros(0, 0)
         place, mean, inv_norm = start, none, none
-        concept = corr = none
+        concept = packed = none
         if step.perp is not None and moments is not None:
             columns, place, mean, inv_norm = moments
             concept = step.perp.concept.contiguous()
             # Again: kept for all banks, the correlations would be the R x S block that nobody may hold.
-            corr = _correlations(start, row, z, columns, step.perp)[2]
+            packed = _moments(start, row, z, columns, step.perp)
         grads = [ops.buffer_like(W_enc), torch.empty_like(b_enc), ops.buffer_like(W_dec)]
         unit = step.decoder_norm == "unit"
         entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
-        squares = ops.backward(*entries, float(g_sp), unit, float(g_perp), concept, corr, mean, inv_norm, place, *grads)
+        squares = ops.backward(
+            *entries, float(g_sp), unit, float(g_perp), concept, packed, mean, inv_norm, place, *grads
+        )
         ops.note_square(grads[0], squares[0])
         ops.note_square(grads[2], squares[1])
         return *grads, g_recon, None
@@ -72,23 +75,17 @@ def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
     return anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
 
 
-def _correlations(
-    start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpStep
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [m], inverse norm [m] and correlations with the concept slots [m, R] over the global batch; one reduction."""
-    packed = perp.reduce(ops.moments(start, row, z, perp.concept.contiguous(), columns))
-    mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], perp.rows)
-    return mean, inv_norm, packed[:, 2:] * inv_norm[:, None]
+def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpStep) -> Tensor:
+    """[m, R + 2]: sums of z, z^2 and concept^T z of the columns, over the global batch; one reduction."""
+    return perp.reduce(ops.moments(start, row, z, perp.concept.contiguous(), columns))
 
 
 def _add_concept_gradient(
-    perp: PerpStep, by_row: tuple[Tensor, ...], z: Tensor, place: Tensor, mean: Tensor, inv_norm: Tensor, corr: Tensor
+    perp: PerpStep, by_row: tuple[Tensor, ...], z: Tensor, place: Tensor, mean: Tensor, inv_norm: Tensor, packed: Tensor
 ) -> Tensor:
-    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; returns its part of perp."""
-    q = corr.square().sum(dim=0)
-    weighted = corr * inv_norm[:, None]
-    shift = weighted.T @ mean
+    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; uses up `packed`; returns this bank's part of perp."""
+    q, shift = ops.weigh(packed, mean, inv_norm)
     ops.add_concept_gradient(
-        *by_row, z, place, weighted, shift, q, perp.concept.contiguous(), perp.inv_norm, perp.grad_concept
+        *by_row, z, place, packed, shift, q, perp.concept.contiguous(), perp.inv_norm, perp.grad_concept
     )
     return q.sum()
