@@ -57,5 +57,5 @@ def test_an_interpreter_without_the_peers_says_so(tmp_path):
     script = str(Path(__file__).parents[2] / "tools" / "timing" / "peers.py")
     done = subprocess.run([sys.executable, script, json.dumps(setting)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert set(found) == {"saelens_bf16", "saelens_fp32", "sparsify_topk_bf16"}
+    assert {"saelens_bf16", "saelens_fp32", "sparsify_topk_bf16"} <= set(found)
     assert all("ModuleNotFoundError" in reason for reason in found.values())

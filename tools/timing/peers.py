@@ -25,8 +25,8 @@ def saelens(setting: dict, autocast: bool):
     return trainer.step
 
 
-def sparsify_topk(setting: dict):
-    """sparsify's TopK coder with k = the mean L0, bf16 autocast, decoder norm control as its trainer does it, and fused Adam."""
+def sparsify_topk(setting: dict, fused: bool):
+    """sparsify's TopK coder with k = the mean L0, bf16 autocast, decoder norm control and Adam as its trainer has them, or fused Adam."""
     if setting["device"] == "cpu":
         os.environ["SPARSIFY_DISABLE_TRITON"] = (
             "1"  # its Triton decoder needs a GPU, and it takes it whenever triton is installed
@@ -36,7 +36,7 @@ def sparsify_topk(setting: dict):
 
     config = SparseCoderConfig(num_latents=setting["slots"], k=int(setting["l0"]))
     coder = SparseCoder(setting["width"], config, device=setting["device"])
-    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4, fused=fused or None)
 
     def step(x):
         coder.set_decoder_norm_to_unit_norm()
@@ -58,7 +58,8 @@ def main(setting: dict) -> dict:
     makers = {
         "saelens_bf16": lambda: saelens(setting, True),
         "saelens_fp32": lambda: saelens(setting, False),
-        "sparsify_topk_bf16": lambda: sparsify_topk(setting),
+        "sparsify_topk_bf16": lambda: sparsify_topk(setting, False),
+        "sparsify_topk_bf16_fused_adam": lambda: sparsify_topk(setting, True),
     }
     found: dict[str, list[float] | str] = {}
     for name, make in makers.items():
