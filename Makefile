@@ -4,6 +4,8 @@ PIP_FLAGS ?= --disable-pip-version-check
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Compiled operators belong to this checkout: another one, or a build that was killed elsewhere, cannot get in its way.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: install demo test test-slow lint format lock clean
 
