@@ -21,16 +21,16 @@ std::vector<Buffer>& pool() {
   return *buffers;
 }
 
-// An fp32 tensor like `like`, contents arbitrary, on a buffer that nothing else holds (the pool's own reference aside).
-at::Tensor buffer_like(const at::Tensor& like) {
+// An fp32 tensor, contents arbitrary, on a buffer that nothing else holds (the pool's own reference aside).
+at::Tensor buffer(at::IntArrayRef size) {
   std::lock_guard<std::mutex> lock(guard);
-  const size_t bytes = like.numel() * sizeof(float);
+  const size_t bytes = c10::multiply_integers(size) * sizeof(float);
   for (auto& buffer : pool())
     if (buffer.storage.use_count() == 1 && buffer.storage.nbytes() == bytes) {
       buffer.version = -1;
-      return at::empty({0}, at::kFloat).set_(buffer.storage, 0, like.sizes(), like.strides());
+      return at::empty({0}, at::kFloat).set_(buffer.storage, 0, size);
     }
-  at::Tensor fresh = at::empty_like(like, at::MemoryFormat::Contiguous);
+  at::Tensor fresh = at::empty(size, at::kFloat);
   pool().push_back({fresh.storage(), 0.0, -1});
   return fresh;
 }
@@ -62,7 +62,7 @@ void release_buffers() {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignsae, m) {
-  m.def("buffer_like", &buffer_like);
+  m.def("buffer(int[] size) -> Tensor", &buffer);
   m.def("note_square", &note_square);
   m.def("noted_square", &noted_square);
   m.def("release_buffers", &release_buffers);

@@ -40,7 +40,7 @@ def load() -> str | None:
 def buffer_like(tensor: torch.Tensor) -> torch.Tensor:
     """Memory for the gradient of an fp32 weight, contents arbitrary: on CPU a buffer that was used before, where there is one."""
     if tensor.device.type == "cpu" and load() is None:
-        return torch.ops.alignsae.buffer_like(tensor)
+        return torch.ops.alignsae.buffer(tensor.shape)
     return torch.empty_like(tensor)
 
 

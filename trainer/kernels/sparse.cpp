@@ -85,29 +85,27 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
   return {out, l1.sum().item<double>()};
 }
 
-// Local moments of the given columns -> [m, R + 2]: sum z, sum z^2, code^T z.
-Tensor moments(const Tensor& start, const Tensor& row, const Tensor& z, const Tensor& code, const Tensor& columns) {
+// Local moments of the given columns, written into `out` [m, R + 2]: sum z, sum z^2, code^T z.
+void moments(const Tensor& start, const Tensor& row, const Tensor& z, const Tensor& code, const Tensor& columns, Tensor out) {
   const int64_t m = columns.size(0), R = code.size(1);
-  Tensor out = at::empty({m, R + 2}, at::kFloat);
   const int64_t *s = start.const_data_ptr<int64_t>(), *slots = columns.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
   const float *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>();
   at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       float* o = out.mutable_data_ptr<float>() + k * (R + 2);
-      std::memset(o, 0, (R + 2) * sizeof(float));
+      if (s[slots[k]] == s[slots[k] + 1]) set_zero(o + 2, R);  // active on another rank alone
       double total = 0, square = 0;  // the variance is a small difference of these
       for (int64_t e = s[slots[k]]; e < s[slots[k] + 1]; ++e) {
         if (e + 1 < s[slots[k] + 1]) fetch_ahead(a + r[e + 1] * R, R);
         total += zs[e];
         square += double(zs[e]) * zs[e];
-        add_scaled(o + 2, a + r[e] * R, zs[e], R);
+        (e == s[slots[k]] ? set_scaled : add_scaled)(o + 2, a + r[e] * R, zs[e], R);
       }
       o[0] = total;
       o[1] = square;
     }
   });
-  return out;
 }
 
 // Turns the global moments [m, R + 2] of `moments` into weighted correlations C_ij/n_j, in place (its first two columns are left), and

@@ -58,7 +58,7 @@ class _Sparse(torch.autograd.Function):
             concept = step.perp.concept.contiguous()
             # Again: kept for all banks, the correlations would be the R x S block that nobody may hold.
             packed = _moments(start, row, z, columns, step.perp)
-        grads = [ops.buffer_like(W_enc), torch.empty_like(b_enc), ops.buffer_like(W_dec)]
+        grads = [ops.buffer(W_enc.shape), torch.empty_like(b_enc), ops.buffer(W_dec.shape)]
         unit = step.decoder_norm == "unit"
         entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
         squares = ops.backward(
@@ -77,7 +77,10 @@ def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
 
 def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpStep) -> Tensor:
     """[m, R + 2]: sums of z, z^2 and concept^T z of the columns, over the global batch; one reduction."""
-    return perp.reduce(ops.moments(start, row, z, perp.concept.contiguous(), columns))
+    # Room for all slots of the bank, so that every bank of this size finds the same buffer again.
+    out = ops.buffer([start.numel() - 1, perp.concept.shape[1] + 2])[: columns.numel()]
+    ops.moments(start, row, z, perp.concept.contiguous(), columns, out)
+    return perp.reduce(out)
 
 
 def _add_concept_gradient(
