@@ -59,7 +59,7 @@ class AlignObjective(nn.Module):
         self.dictionary = dictionary
         self.bind_on = config.bind_on
         self.topology = topology
-        self.choice = KernelChoice(kernel, len(dictionary.owned))
+        self.choice = KernelChoice(kernel, len(dictionary.owned), topology.device)
         self.low_dtype = torch.bfloat16 if precision == "bf16" else None
         self._densities: Tensor | None = None
 
