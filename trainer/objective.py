@@ -79,14 +79,15 @@ class AlignObjective(nn.Module):
         self.settle()
         topology = self.topology
         x = self.dictionary.normalise(rows.acts)
+        x_low = None if self.low_dtype is None else x.to(self.low_dtype)
         # Asleep, the concept path runs on no rows: every parameter still gets a (zero) gradient, which every engine needs.
-        awake = x if align else x[:0]
-        concept, answer = rows.concept[: len(awake)], rows.answer[: len(awake)]
-        pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, awake)
+        awake = len(x) if align else 0
+        concept, answer = rows.concept[:awake], rows.answer[:awake]
+        operand = x if x_low is None else x_low
+        pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
         perp_step = self._perp_step(z_concept.detach(), rows.counts[0]) if use_perp else None
-        x_low = None if self.low_dtype is None else x.to(self.low_dtype)
         bank_step = BankStep(x, x_low, self.dictionary.config.decoder_norm, perp_step)
         x_hat, sp, perp = self._visit_banks(bank_step, step)
         x_hat, concept_gradient = self._meet_dictionary(x_hat, perp_step)
@@ -127,10 +128,11 @@ class AlignObjective(nn.Module):
 
     @staticmethod
     def _concept_path(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations [B, R], code [B, R] and part of the reconstruction [B, D] of the concept slots, in fp32."""
-        pre = torch.addmm(b_enc, x, W_enc.T)
+        """Pre-activations [B, R], code [B, R] and part of the reconstruction [B, D] of the concept slots: fp32, from products in the dtype of x."""
+        # The bias is added in fp32: what is trained in it would be lost in the rounding of a bf16 sum.
+        pre = (x @ W_enc.to(x.dtype).T).float() + b_enc
         z = torch.relu(pre)
-        return pre, z, z @ W_dec
+        return pre, z, (z.to(x.dtype) @ W_dec.to(x.dtype)).float()
 
     def _perp_step(self, z: Tensor, total: Tensor) -> PerpStep:
         """Standardise the concept code [B, R] over the global batch."""
@@ -192,8 +194,9 @@ class AlignObjective(nn.Module):
         head = self.dictionary.value_head
         if head is None:
             return z_concept.new_zeros(())
-        answered = answer >= 0
-        return _summed_cross_entropy(head(z_concept[answered]), answer[answered])
+        with torch.autocast(z_concept.device.type, self.low_dtype, enabled=self.low_dtype is not None):
+            logits = head(z_concept)
+        return _summed_cross_entropy(logits.float(), answer)
 
     def _share(self, shared: dict[str, Any], own: dict[str, Any], like: Tensor) -> Tensor:
         """This rank's share of SUMS [11] fp64; `shared` counts on the first dictionary rank only."""
