@@ -13,6 +13,7 @@ from small_run import TOTAL, assert_same, edit_json, outcome, tensors, train_her
 
 from trainer.checkpoint import find, load_dictionary, read_state, refuse_later, saver, verify
 from trainer.checkpoint.saver import clean
+from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
 
 
@@ -175,7 +176,7 @@ def test_hash_list_cannot_lead_out_of_the_folder_or_ask_for_memory(root: Path) -
     folder = newest(root)
     hashes = json.loads((folder / "hashes.json").read_text())
     for name in ("../../latest", "/etc/hostname", "dictionary/../state.json", "dictionary/x.pt"):
-        (folder / "hashes.json").write_text(json.dumps(hashes | {name: {"bytes": 1, "sha256": "0"}}))
+        (folder / "hashes.json").write_text(json.dumps(hashes | {name: {"bytes": 1, "xxh3_128": "0"}}))
         assert "no file of a checkpoint" in (verify(folder) or "")
     (folder / "hashes.json").write_text(json.dumps(hashes))
     state = json.loads((folder / "state.json").read_text())
@@ -202,16 +203,16 @@ def test_tensors_of_another_shape_are_refused(part: str, root: Path, small_data:
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The next `times` tensor files do not fit on the disk."""
-    original, left = saver.save_file, [times]
+    original, left = TensorFile.write, [times]
 
-    def save(tensors, path, **options):
+    def write(self, path, metadata):
         if left[0] > 0:
             left[0] -= 1
-            Path(path).write_bytes(b"half")
+            path.write_bytes(b"half")
             raise OSError(28, "No space left on device", str(path))
-        original(tensors, path, **options)
+        return original(self, path, metadata)
 
-    monkeypatch.setattr(saver, "save_file", save)
+    monkeypatch.setattr(TensorFile, "write", write)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

@@ -1,9 +1,9 @@
 """Prints what a save costs training: `python -m tests.faults.measure_stall` (100,006 slots of width 768, about 3 minutes on two free cores).
 
 A dictionary with the firing rate of a trained one (about 100 active slots per row) takes steps with a save every `--every`. Printed per save:
-seconds and CPU seconds that the loop stood still, and CPU seconds of the writing thread, which training may miss where it uses every core. The
-stall is the first over the time of 100 steps; the bound that follows it counts all writing as lost. Where a disk takes a checkpoint slower than
-the steps between two saves, the loop waits for it, and that is in the stall.
+seconds that the loop stood still for the snapshot, seconds that the steps beside the writing thread took longer than steps without a save
+(negative where noise is larger), and CPU seconds of that thread. The share is what standing still and slower steps take from 100 steps with one
+save. Where a disk takes a checkpoint slower than the steps between two saves, the loop waits for it, and that is in the time it stood still.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     original_bank, original_update, original_save = SlotBank.__init__, loop.update, Saver.save
     original_write, original_commit = Saver._write, Saver._commit
-    steps: list[tuple[float, float]] = []  # seconds and CPU seconds of each step's work
-    saves: list[tuple[float, float]] = []  # the same of each save in the loop
+    steps: list[tuple[float, bool]] = []  # seconds of each step's work, and whether a save was being written
+    saves: list[float] = []  # seconds that the loop stood still
     writing: list[float] = []  # CPU seconds in the background
 
     def quiet_bank(self: SlotBank, slots: int, width: int, **options: object) -> None:
@@ -62,16 +62,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         with torch.no_grad():
             self.b_enc.fill_(-3.1 * width**-0.5)  # one slot in a thousand fires on a random row
 
-    def timed_update(*rest: object) -> list[float]:
-        began, cpu = time.perf_counter(), time.thread_time()
-        votes = original_update(*rest)  # type: ignore[arg-type]
-        steps.append((time.perf_counter() - began, time.thread_time() - cpu))
+    def timed_update(run: loop.Run, *rest: object) -> list[float]:
+        began, busy = time.perf_counter(), run.saver.pending
+        votes = original_update(run, *rest)  # type: ignore[arg-type]
+        steps.append((time.perf_counter() - began, busy))
         return votes
 
     def timed_save(self: Saver, *rest: object, **options: object) -> None:
-        began, cpu = time.perf_counter(), time.thread_time()
+        began = time.perf_counter()
         original_save(self, *rest, **options)  # type: ignore[arg-type]
-        saves.append((time.perf_counter() - began, time.thread_time() - cpu))
+        saves.append(time.perf_counter() - began)
 
     def timed_write(self: Saver, *rest: object) -> None:
         cpu = time.thread_time()
@@ -98,16 +98,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     if code:
         raise SystemExit(code)
     line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    step_s, step_cpu = (median(values) for values in zip(*steps[3:], strict=True))
     # The first save makes the memory of the snapshot, the last one is written while the loop waits.
-    blocked, blocked_cpu = (median(values) for values in zip(*saves[1:-1], strict=True))
-    writing_cpu = median(writing[:-1])
+    blocked, middle = median(saves[1:-1]), len(saves) - 1
+    free = median(seconds for seconds, busy in steps[3:] if not busy)
+    slower = [seconds - free for seconds, busy in steps if busy]
     return {
-        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": line["l0"], "saves": len(saves) - 2,
-        "step_s": step_s, "step_cpu_s": step_cpu, "first_save_s": saves[0][0], "blocked_s": blocked, "blocked_cpu_s": blocked_cpu,
-        "writing_cpu_s": writing_cpu, "last_save_s": saves[-1][0],
-        "stall_share_at_one_save_per_100_steps": blocked / (100 * step_s),
-        "share_if_all_writing_cpu_were_lost": (blocked_cpu + writing_cpu) / (100 * step_cpu),
+        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": line["l0"], "saves": len(saves),
+        "step_s": free, "first_save_s": saves[0], "blocked_s": blocked, "steps_beside_a_save": len(slower) / middle,
+        "slower_s": sum(slower) / middle, "writing_cpu_s": median(writing[:-1]), "last_save_s": saves[-1],
+        "share_at_one_save_per_100_steps": (blocked + sum(slower) / middle) / (100 * free),
     }  # fmt: skip
 
 

@@ -3,14 +3,15 @@
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.checkpoint.files import read_json, sha256
+from trainer.checkpoint.files import digest, read_json
 from trainer.checkpoint.state import RunState, least_bytes, read_state
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError, UserError
@@ -40,7 +41,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         for name in sorted(sizes)[part::parts]:
             if (folder / name).stat().st_size != sizes[name]:
                 return f"{name} has another size than hashes.json says"
-            if sha256(folder / name) != hashes[name]["sha256"]:
+            if digest(folder / name) != hashes[name]["xxh3_128"]:
                 return f"{name} differs from its hash"
     except (OSError, DataError) as error:
         return f"it cannot be read ({error})"
@@ -50,7 +51,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 def _listed_bytes(name: str, entry: object) -> int:
     if not _NAME.match(name):
         raise DataError(f"hashes.json lists {name!r:.80}, which is no file of a checkpoint")
-    size = entry.get("bytes") if isinstance(entry, dict) and isinstance(entry.get("sha256"), str) else None
+    size = entry.get("bytes") if isinstance(entry, dict) and isinstance(entry.get("xxh3_128"), str) else None
     if not isinstance(size, int):
         raise DataError(f"hashes.json has no size and hash of {name}")
     return size
@@ -124,18 +125,14 @@ def _refuse_other_views(candidates: list[Path], root: Path, topology: Topology) 
         )
 
 
-def load_weights(folder: Path, dictionary: ConceptDictionary) -> list[str]:
-    """Fill the units that `dictionary` holds; returns the kernel names of its free banks."""
-    kernels = []
-    for unit, module in dictionary.units().items():
-        path = folder / "dictionary" / f"{unit}.safetensors"
-        tensors = _read(path)
-        _refuse_other_shapes(path, tensors, {name: tuple(t.shape) for name, t in module.state_dict().items()})
-        module.load_state_dict(tensors)
-        if unit.startswith("bank-"):
-            with safe_open(path, framework="pt") as file:
-                kernels.append((file.metadata() or {}).get("kernel", "dense"))
-    return kernels
+def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
+    """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel that its bank was computed with."""
+    path = folder / "dictionary" / f"{name}.safetensors"
+    tensors = _read(path)
+    _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in unit.state_dict().items()})
+    unit.load_state_dict(tensors)
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("kernel")
 
 
 def load_moments(folder: Path, strategy: Strategy) -> None:
@@ -162,18 +159,21 @@ def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
     assert folder is not None  # a named path that has none raises
     state = read_state(folder)
     manifest = Manifest.load(str(folder))
-    dictionary = build(state, manifest)
-    load_weights(folder, dictionary)
+    dictionary = build(folder, state, manifest)
     return dictionary.eval().requires_grad_(False), manifest
 
 
-def build(state: RunState, manifest: Manifest) -> ConceptDictionary:
-    """A dictionary of the form in the state, with the normalisation of the manifest."""
+def build(folder: Path, state: RunState, manifest: Manifest) -> ConceptDictionary:
+    """The dictionary of a checkpoint folder, with the normalisation of the manifest."""
     form = state.dictionary
     if manifest.width != form["width"]:
         raise DataError(f"manifest.json of the checkpoint has width {manifest.width}, state.json {form['width']}")
     sizes = {key: form[key] for key in ("free_slots", "bank_slots", "decoder_norm", "value_hidden")}
-    dictionary = ConceptDictionary(form["width"], form["concepts"], DictionaryConfig(**sizes), answers=form["answers"])
+    dictionary = ConceptDictionary(
+        *(form["width"], form["concepts"], DictionaryConfig(**sizes)),
+        answers=form["answers"],
+        on_unit=partial(load_unit, folder),
+    )
     dictionary.set_normalisation(manifest.mean, manifest.scale)
     return dictionary
 

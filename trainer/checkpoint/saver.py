@@ -18,20 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from trainer.checkpoint.config import CheckpointConfig
 from trainer.checkpoint.files import read_json, seal, sync_folder, write_json
 from trainer.checkpoint.restore import saved, verify
 from trainer.checkpoint.state import RunState
+from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
 
 log = logging.getLogger(__name__)
 
-_FAILURES = (OSError, SafetensorError, DataError, MemoryError)
+_FAILURES = (OSError, DataError, MemoryError)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class UnitFiles:
+    """The two files of a unit in memory; `state` is that memory."""
+
+    def __init__(self, state: UnitState, pinned: bool):
+        moments = {f"{key}.{name}": t for key in _MOMENTS for name, t in getattr(state, key).items()}
+        self.weights, self.moments = TensorFile(state.weights, pinned), TensorFile(moments, pinned)
+        parts = [{n: self.moments.tensors[f"{key}.{n}"] for n in getattr(state, key)} for key in _MOMENTS]
+        self.state = UnitState(self.weights.tensors, *parts)
 
 
 class Saver:
@@ -54,7 +64,7 @@ class Saver:
         self.last_step = -1  # of the last save that was begun
         self._seconds = 0.0
         self._last = False
-        self._snapshot: dict[str, UnitState | None] = {}
+        self._snapshot: dict[str, UnitFiles] = {}
         self._verified = {trusted.name} if trusted is not None and trusted.parent == root else set()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._phase = ""
@@ -91,12 +101,12 @@ class Saver:
         self.strategy.sync_last_fired()
         self.strategy.objective.settle()
         if self.config.asynchronous and not self._last:
-            self._snapshot = {name: self._read(name, self._snapshot.get(name)) for name in self.strategy.unit_names()}
-            units = [(name, unit) for name, unit in self._snapshot.items() if unit is not None]
-            self._task = self._pool.submit(self._write, units, self._kernels())
+            for name in self.strategy.unit_names():
+                self._snapshot |= self._capture(name, self._snapshot.get(name))
+            self._task = self._pool.submit(self._write, list(self._snapshot.items()), self._kernels())
         else:
             self._snapshot.clear()
-            stream = ((name, unit) for name in self.strategy.unit_names() if (unit := self.strategy.read(name)))
+            stream = (pair for name in self.strategy.unit_names() for pair in self._capture(name).items())
             self._task = self._attempt(self._write, stream, self._kernels())
             for _ in stream:  # reading a unit may be a collective: a rank that cannot write must still take part
                 pass
@@ -169,31 +179,24 @@ class Saver:
         (self._work / "dictionary").mkdir(parents=True, exist_ok=True)
         (self._work / "optimizer").mkdir(exist_ok=True)
 
-    def _read(self, unit: str, into: UnitState | None) -> UnitState | None:
-        """Copy of a unit's state on the rank that saves it, in the memory of the last snapshot: new pages cost more than the copy."""
-        state = self.strategy.read(unit, into=into)
-        if (
-            state is not None and into is None and self.topology.device.type == "cuda"
-        ):  # page-locked: copied at full speed
-            parts = ({name: t.pin_memory() for name, t in part.items()} for part in vars(state).values())
-            state = UnitState(*parts)
-        return state
+    def _capture(self, unit: str, old: "UnitFiles | None" = None) -> "dict[str, UnitFiles]":
+        """{unit: a copy of its state}, on the rank that saves it; in the memory of the last one: new pages cost more than the copy."""
+        state = self.strategy.read(unit, into=None if old is None else old.state)
+        if state is None:
+            return {}
+        return {unit: old or UnitFiles(state, pinned=self.topology.device.type == "cuda")}
 
     def _kernels(self) -> dict[str, str]:
         """Kernel of each bank held here at this step."""
         objective = self.strategy.objective
         return {f"bank-{i:05d}": k for i, k in zip(objective.dictionary.owned, objective.choice.names, strict=True)}
 
-    def _write(self, units: Iterable[tuple[str, UnitState]], kernels: dict[str, str]) -> None:
+    def _write(self, units: "Iterable[tuple[str, UnitFiles]]", kernels: dict[str, str]) -> None:
         hashes = {}
-        for unit, state in units:
-            metadata = {"kernel": kernels[unit]} if unit in kernels else None
-            moments = {f"exp_avg.{k}": v for k, v in state.exp_avg.items()}
-            moments |= {f"exp_avg_sq.{k}": v for k, v in state.exp_avg_sq.items()}
-            for folder, tensors in (("dictionary", state.weights), ("optimizer", moments)):
-                path = self._work / folder / f"{unit}.safetensors"
-                save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
-                hashes[f"{folder}/{unit}.safetensors"] = seal(path)
+        for unit, files in units:
+            metadata = {"kernel": kernels[unit]} if unit in kernels else {}
+            for name, file in ((f"dictionary/{unit}", files.weights), (f"optimizer/{unit}", files.moments)):
+                hashes[f"{name}.safetensors"] = file.write(self._work / f"{name}.safetensors", metadata)
         write_json(self._work / f"hashes-{self.topology.rank}.json", hashes)
 
     def _commit(self) -> None:
