@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # Tests are small and many start several processes: threads would only wait for each other. Set before torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from small_run import write_data
 

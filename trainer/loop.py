@@ -159,14 +159,12 @@ def wake_concepts(run: Run) -> int:
     strategy, manifest = run.strategy, run.manifest
     dictionary = strategy.objective.dictionary
     batches = min(run.plan.steps_per_epoch, WAKE_BATCHES)
-
     code = 0
 
     def labelled(stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal code
         for _ in range(batches):
-            code = run.interrupt.agree(strategy.topology)
-            if code:
+            if code := run.interrupt.agree(strategy.topology):
                 return
             batch = next(stream).to(strategy.topology.device)
             yield dictionary.normalise(batch.acts[batch.valid]), batch.concept[batch.valid]

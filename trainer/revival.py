@@ -5,7 +5,6 @@ probability proportional to their squared loss; a slot's decoder becomes the row
 mean encoder norm of living slots, its bias 0, its optimizer moments 0.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,62 +47,55 @@ def count_dead(strategy: Strategy, step: int, dead_after: int) -> int:
 
 def resample(strategy: Strategy, acts: Tensor, align: bool, step: int, dead_after: int, seed: int) -> int:
     """Give the dead slots new weights from the rows acts [B, D] (this rank's share of the global batch). Returns how many. Called on all ranks."""
-    if count_dead(strategy, step, dead_after) == 0:
-        return 0
-    dictionary, topology = strategy.objective.dictionary, strategy.topology
-    x, x_hat = strategy.objective.reconstruct(acts, align)
-    rows = _global_rows(x, (x - x_hat).square().sum(dim=1).square(), topology)
+    strategy.sync_last_fired()
     counts, norm = _dead_counts(strategy, step, dead_after)
+    dead = int(counts.sum())
+    if not dead:
+        return 0
+    topology = strategy.topology
+    x, x_hat = strategy.objective.reconstruct(acts, align)
+    first, weights = _global_weights((x - x_hat).square().sum(dim=1).square(), topology)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    chosen = rows.draw(int(counts.sum()), generator)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).tolist()
-    for index in range(len(dictionary.sizes)):
-        if counts[index]:
-            _revive_bank(strategy, index, chosen[starts[index] : starts[index + 1]], norm, step, dead_after)
-    return int(counts.sum())
+    directions = _directions(x, _draw(weights, dead, generator) - first, topology)
+    for index, rows in enumerate(directions.split(counts.tolist())):
+        if len(rows):
+            _revive_bank(strategy, index, rows, norm, step, dead_after)
+    return dead
 
 
 def _dead(last_fired: Tensor, step: int, dead_after: int) -> Tensor:
     return last_fired <= step - dead_after
 
 
-class _Rows:
-    """Rows of the global batch as candidates: weight of each [G], and a way to bring chosen ones to all ranks."""
-
-    def __init__(self, weights: Tensor, fetch: Callable[[Tensor], Tensor]):
-        self.weights = weights
-        self.fetch = fetch
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` directions [count, D] of norm 1; rows repeat only when the batch has fewer."""
-        weights = self.weights.clamp_min(1e-30)
-        picks = []
-        while count > 0:
-            take = min(count, len(weights))
-            picks.append(torch.multinomial(weights, take, replacement=False, generator=generator))
-            count -= take
-        x = self.fetch(torch.cat(picks))
-        return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-
-
-def _global_rows(x: Tensor, weights: Tensor, topology: Topology) -> _Rows:
-    """Candidates of all data ranks, in the order of the ranks (which is the order of the lanes)."""
-    sizes = torch.zeros(topology.data_world, dtype=torch.int64, device=x.device)
-    sizes[topology.data_rank] = len(x)
+def _global_weights(mine: Tensor, topology: Topology) -> tuple[int, Tensor]:
+    """Weights [G] fp64 of the rows of all data ranks, in the order of the ranks (which is that of the lanes), and the place of this rank's first."""
+    sizes = torch.zeros(topology.data_world, dtype=torch.int64, device=mine.device)
+    sizes[topology.data_rank] = len(mine)
     sizes = topology.sum_over_data(sizes)
-    start = int(sizes[: topology.data_rank].sum())
-    everyone = torch.zeros(int(sizes.sum()), dtype=torch.float64, device=x.device)
-    everyone[start : start + len(x)] = weights.double()
-    everyone = topology.sum_over_data(everyone)
+    first = int(sizes[: topology.data_rank].sum())
+    everyone = torch.zeros(int(sizes.sum()), dtype=torch.float64, device=mine.device)
+    everyone[first : first + len(mine)] = mine.double()
+    return first, topology.sum_over_data(everyone).cpu()
 
-    def fetch(picks: Tensor) -> Tensor:
-        picks = picks.to(x.device) - start
-        mine = (picks >= 0) & (picks < len(x))
-        out = torch.zeros(len(picks), x.shape[1], device=x.device)
-        out[mine] = x[picks[mine]]
-        return topology.sum_over_data(out).cpu()
 
-    return _Rows(everyone.cpu(), fetch)
+def _draw(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` row numbers, drawn by weight; they repeat only when there are fewer rows."""
+    picks = []
+    while count > 0:
+        take = min(count, len(weights))
+        picks.append(torch.multinomial(weights.clamp_min(1e-30), take, replacement=False, generator=generator))
+        count -= take
+    return torch.cat(picks)
+
+
+def _directions(x: Tensor, picks: Tensor, topology: Topology) -> Tensor:
+    """The picked rows at norm 1, on the host of every rank; picks count from this rank's first row."""
+    picks = picks.to(x.device)
+    mine = (picks >= 0) & (picks < len(x))
+    rows = torch.zeros(len(picks), x.shape[1], device=x.device)
+    rows[mine] = x[picks[mine]]
+    rows = topology.sum_over_data(rows).cpu()
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float]:
