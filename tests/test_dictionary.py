@@ -27,6 +27,20 @@ def test_a_bank_starts_alike_wherever_it_lives():
     torch.testing.assert_close(part.banks["00002"].W_enc, whole.banks["00002"].W_enc, rtol=0, atol=0)
 
 
+def test_units_are_handed_out_one_by_one_before_the_next_is_made():
+    seen = {}
+
+    def on_unit(name, unit):
+        assert all(p.numel() == 0 for earlier in seen.values() for p in earlier.parameters())
+        seen[name] = unit
+        for parameter in unit.parameters():
+            parameter.data = parameter.data.new_empty(0)  # as an engine that shards does
+
+    dictionary = ConceptDictionary(8, ["a"], DictionaryConfig(20, 8), answers=2, owned=[0, 2], on_unit=on_unit)
+    assert seen == dictionary.units()
+    assert [bank.slots for bank in dictionary.free_banks()] == [8, 4]
+
+
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 def test_decode_is_linear_in_the_code_and_undoes_the_normalisation(decoder_norm):
     dictionary = ConceptDictionary(8, ["a", "b"], DictionaryConfig(20, 8, decoder_norm=decoder_norm))

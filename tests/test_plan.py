@@ -65,6 +65,8 @@ def test_memory_and_traffic_are_within_15_percent(single, strategy):
         assert peak <= {"zero3": 0.40, "dictionary": 0.30}[strategy] * single
     for rank in ranks if strategy == "zero3" else []:  # the shard and at most two banks, and what is no bank
         assert rank["gathered_elements"] <= 2 * rank["bank_elements"] + shape().shared
+        shard = rank["state_bytes"] / 4 / 4
+        assert rank["placed_bytes"] <= shard + 2 * 4 * rank["bank_elements"] + 2**20  # no rank ever held all weights
 
 
 @pytest.mark.slow

@@ -119,6 +119,8 @@ class ConceptDictionary(nn.Module):
         answers: size A of the answer vocabulary (0 = no value head).
         seed: initialisation; each bank draws from its own generator, so that a bank does not depend on where it lives.
         owned: indices of the free banks that this process holds (None = all).
+        on_unit: called with name and module of each unit (see `units`) right after it was made and before the next one is: who loads or
+            places weights there never holds the whole dictionary where it was made.
     """
 
     mean: Tensor
@@ -133,6 +135,7 @@ class ConceptDictionary(nn.Module):
         answers: int = 0,
         seed: int = 0,
         owned: Sequence[int] | None = None,
+        on_unit: Callable[[str, nn.Module], object] = lambda name, unit: None,
     ):
         super().__init__()
         config.validate()
@@ -143,12 +146,16 @@ class ConceptDictionary(nn.Module):
         self.sizes = bank_sizes(config.free_slots, config.bank_slots)
         self.owned = list(range(len(self.sizes))) if owned is None else list(owned)
         self.concepts = SlotBank(len(self.concept_names), width, zero=True)
-        bias = initial_bias(width, config.free_slots, config.initial_l0)
-        self.banks = nn.ModuleDict(
-            {f"{i:05d}": SlotBank(self.sizes[i], width, bias=bias, generator=_generator(seed, i)) for i in self.owned}
-        )
+        self.banks = nn.ModuleDict()
         self.output = OutputBias(width)
         self.value_head = value_head(len(self.concept_names), config.value_hidden, answers, _generator(seed, -1))
+        for name, unit in self.units().items():
+            on_unit(name, unit)
+        bias = initial_bias(width, config.free_slots, config.initial_l0)
+        for i in self.owned:
+            bank = SlotBank(self.sizes[i], width, bias=bias, generator=_generator(seed, i))
+            on_unit(f"bank-{i:05d}", bank)
+            self.banks[f"{i:05d}"] = bank
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(()))
 

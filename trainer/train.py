@@ -11,6 +11,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from trainer import checkpoint, loop
 from trainer.config import Config, flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
@@ -20,7 +22,7 @@ from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
 from trainer.objective import AlignObjective
-from trainer.strategies import build_strategy, join, owned_banks
+from trainer.strategies import Strategy, build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
 from trainer.stream.location import redact
 from trainer.stream.manifest import write_atomically
@@ -48,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(load_config(args.config, args.overrides), interrupt)
         except UserError as error:
-            print(
-                f"trainer.train: error: {error}" if world == 1 else f"trainer.train: rank {rank}: error: {error}",
-                file=sys.stderr,
-            )
+            print("trainer.train:", *[f"rank {rank}:"] * (world > 1), f"error: {error}", file=sys.stderr)
             return 2
 
 
@@ -62,11 +61,8 @@ def run(config: Config, interrupt: Interrupt) -> int:
     """
     _, _, world = launched_world()
     # All refusals that need no other rank come before any process group forms.
-    config.parallel = config.parallel.resolve(
-        world, len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots))
-    )
-    if not config.data.shards:
-        raise UserError("data.shards is not set; give the folder or URL of a split, as `alignsae extract` writes it")
+    banks = len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots))
+    config.parallel = config.parallel.resolve(world, banks)
     manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
     plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
     lanes_of_rank(config.data.lanes, 0, world // config.parallel.dictionary_ranks)
@@ -88,24 +84,8 @@ def run(config: Config, interrupt: Interrupt) -> int:
         log.warning("checkpoint skipped: %s", reason)
     if resume is not None and topology.is_main:
         log.info("resuming from %s at step %d of %d", resume, state.step, curriculum.total)
-    dictionary = ConceptDictionary(
-        manifest.width,
-        manifest.concepts,
-        config.dictionary,
-        answers=len(manifest.answers),
-        seed=config.run.seed,
-        owned=owned_banks(len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots)), topology),
-    )
-    dictionary.set_normalisation(manifest.mean, manifest.scale)
-    kernels = None if resume is None else checkpoint.load_weights(resume, dictionary)
-    objective = AlignObjective(
-        dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=config.run.precision
-    )
-    if kernels is not None and not objective.choice.pinned:
-        # A checkpoint may come from a machine with another fast kernel.
-        objective.choice.names = ["dense" if name == "dense" else objective.choice.fast for name in kernels]
     strategy = build_strategy(config.parallel, topology)
-    strategy.prepare(objective, config.optim, state.updates)
+    strategy.prepare(build_objective(config, manifest, strategy, banks, resume), config.optim, state.updates)
     if resume is not None:
         checkpoint.load_moments(resume, strategy)
 
@@ -115,48 +95,61 @@ def run(config: Config, interrupt: Interrupt) -> int:
     saver = checkpoint.Saver(folder / "checkpoints", config.checkpoint, strategy, manifest, trusted=resume)
     # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
     digest = RowDigest(state.rows_digest if topology.data_rank == 0 else 0)
+    built = loop.Run(
+        config, folder, manifest, plan, curriculum, strategy, tracker, state, digest, guard, saver, interrupt
+    )
     code, status = 2, "failed"
     try:
-        code = loop.train(
-            loop.Run(
-                config, folder, manifest, plan, curriculum, strategy, tracker, state, digest, guard, saver, interrupt
-            )
-        )
+        code = loop.train(built)
         status = "interrupted" if code else "finished"
     finally:
         saver.close()
         if tracker is not None:
-            write_outcome(folder, tracker, summarise(status, code, interrupt, state, curriculum, guard, saver))
+            write_outcome(folder, tracker, summarise(status, code, built))
     topology.barrier()  # the launcher ends all ranks when one has left
     return code
 
 
-def summarise(
-    status: str,
-    code: int,
-    interrupt: Interrupt,
-    state: checkpoint.RunState,
-    curriculum: Curriculum,
-    guard: Guard,
-    saver: checkpoint.Saver,
-) -> dict[str, object]:
-    """What the run came to, in one line of the log and as an object."""
-    saved = saver.last.name if saver.last is not None else None
-    figures = {"skipped_updates": guard.skipped, **state.damage, "rows_digest": f"{state.rows_digest:016x}"}
-    why = f" ({interrupt.why or 'asked by another rank'}; exit code {code})" if status == "interrupted" else ""
-    log.info(
-        "%s at step %d of %d%s; checkpoint %s; %s",
-        *(status, state.step, curriculum.total, why, saved),
-        ", ".join(f"{k} {v}" for k, v in figures.items()),
+def build_objective(
+    config: Config, manifest: Manifest, strategy: Strategy, banks: int, resume: Path | None
+) -> AlignObjective:
+    """The dictionary and its loss. Each unit is made, loaded and placed before the next one, so that a rank never holds more than its strategy does."""
+    topology, kernels = strategy.topology, []
+
+    def load_and_place(name: str, unit: nn.Module) -> None:
+        if resume is not None:
+            kernel = checkpoint.load_unit(resume, name, unit)
+            kernels.extend([kernel or "dense"] if name.startswith("bank-") else [])
+        strategy.place(unit)
+
+    dictionary = ConceptDictionary(
+        manifest.width,
+        manifest.concepts,
+        config.dictionary,
+        answers=len(manifest.answers),
+        seed=config.run.seed,
+        owned=owned_banks(banks, topology),
+        on_unit=load_and_place,
     )
-    return {
-        "status": status,
-        "exit_code": code,
-        "step": state.step,
-        "steps": curriculum.total,
-        "checkpoint": saved,
-        **figures,
-    }
+    dictionary.set_normalisation(manifest.mean, manifest.scale)
+    objective = AlignObjective(
+        dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=config.run.precision
+    )
+    if resume is not None and not objective.choice.pinned:
+        # A checkpoint may come from a machine with another fast kernel.
+        objective.choice.names = ["dense" if name == "dense" else objective.choice.fast for name in kernels]
+    return objective
+
+
+def summarise(status: str, code: int, built: loop.Run) -> dict[str, object]:
+    """What the run came to, in one line of the log and as an object."""
+    state, steps = built.state, built.curriculum.total
+    saved = built.saver.last.name if built.saver.last is not None else None
+    figures = {"skipped_updates": built.guard.skipped, **state.damage, "rows_digest": f"{state.rows_digest:016x}"}
+    why = f" ({built.interrupt.why or 'asked by another rank'}; exit code {code})" if status == "interrupted" else ""
+    listed = ", ".join(f"{k} {v}" for k, v in figures.items())
+    log.info("%s at step %d of %d%s; checkpoint %s; %s", status, state.step, steps, why, saved, listed)
+    return {"status": status, "exit_code": code, "step": state.step, "steps": steps, "checkpoint": saved, **figures}
 
 
 def write_outcome(folder: Path, tracker: Tracker, outcome: dict[str, object]) -> None:
@@ -187,7 +180,7 @@ def fresh_state(config: Config, manifest: Manifest) -> checkpoint.RunState:
 
 
 def wanted_form(config: Config, manifest: Manifest) -> dict[str, object]:
-    """The dictionary's form as configuration and data ask for it (see checkpoint.describe)."""
+    """The dictionary's form as configuration and data ask for it (RunState.dictionary)."""
     form = {key: value for key, value in vars(config.dictionary).items() if key != "initial_l0"}  # of no use later
     return {"width": manifest.width, "concepts": list(manifest.concepts), "answers": len(manifest.answers), **form}
 

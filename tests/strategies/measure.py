@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node=4 tests/strategies/measure.py --strategy zero3 --slots 20000 --width 256
 
-Memory is the growth of resident memory at its peak from before the dictionary is built, read from the kernel (VmHWM). Bytes are what the kernel
-counted on this process's TCP sockets (TCP_INFO: acknowledged and received payload), which is what gloo moves data through.
+Memory is the growth of resident memory at its peak from before the dictionary is built, read from the kernel (VmHWM): when all units were placed
+(placed_bytes), when the engine was built (build_bytes) and at the end (peak_bytes). Bytes are what the kernel counted on this process's TCP
+sockets (TCP_INFO: acknowledged and received payload), which is what gloo moves data through.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import socket
 import stat
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -73,20 +75,32 @@ class Gathered:
         Coordinator.fetch_sub_module = watched
 
 
-def exercise(
-    args: argparse.Namespace, parallel: ParallelConfig, topology: Topology
-) -> tuple[tuple[int, int], int | None]:
-    """Build and take some steps; returns the bytes (sent, received) of the last one and the peak of gathered elements."""
+@dataclass
+class Seen:
+    """Peaks of resident memory (bytes) when all units were placed and when the engine was built, bytes of the last step, ZeRO-3's peak of gathered elements."""
+
+    placed: int
+    built: int
+    sent: int
+    received: int
+    gathered: int | None
+
+
+def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topology) -> Seen:
+    """Build as trainer.train does and take some steps."""
     banks = len(bank_sizes(args.slots, args.bank_slots))
+    strategy = build_strategy(parallel, topology)
     dictionary = ConceptDictionary(
         args.width,
         [f"c{i}" for i in range(args.concepts)],
         DictionaryConfig(args.slots, args.bank_slots),
         owned=owned_banks(banks, topology),
+        on_unit=lambda name, unit: strategy.place(unit),
     )
+    placed = peak_resident()
     objective = AlignObjective(dictionary, LossConfig(), topology, kernel=args.kernel, precision=args.precision)
-    strategy = build_strategy(parallel, topology)
     strategy.prepare(objective, OptimConfig(), 0)
+    built = peak_resident()
     gathered = Gathered(list(objective.parameters())) if parallel.zero_stage == 3 else None
     rows = args.rows // topology.data_world
     generator = torch.Generator().manual_seed(topology.data_rank)
@@ -103,7 +117,7 @@ def exercise(
         topology.barrier()
         end = tcp_bytes()
         moved = (end[0] - start[0], end[1] - start[1])
-    return moved, None if gathered is None else gathered.peak
+    return Seen(placed, built, *moved, None if gathered is None else gathered.peak)
 
 
 def main() -> None:
@@ -135,18 +149,20 @@ def main() -> None:
     gc.collect()
     topology.barrier()
     before = reset_peak()
-    moved, gathered = exercise(args, parallel, topology)
+    seen = exercise(args, parallel, topology)
     result = {
         "rank": rank,
         "world": world,
         "strategy": parallel.strategy,
         "peak_bytes": peak_resident() - before,
+        "placed_bytes": seen.placed - before,
+        "build_bytes": seen.built - before,
         "state_bytes": 16 * (args.slots + args.concepts) * (2 * args.width + 1),
-        "sent_per_step": moved[0],
-        "received_per_step": moved[1],
+        "sent_per_step": seen.sent,
+        "received_per_step": seen.received,
     }
-    if gathered is not None:
-        result |= {"gathered_elements": gathered, "bank_elements": args.bank_slots * (2 * args.width + 1)}
+    if seen.gathered is not None:
+        result |= {"gathered_elements": seen.gathered, "bank_elements": args.bank_slots * (2 * args.width + 1)}
     print(json.dumps(result), flush=True)
 
 

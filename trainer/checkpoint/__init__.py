@@ -8,7 +8,7 @@ renamed; COMPLETE is written; `latest` moves last. Only safetensors and JSON are
 """
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.restore import find, load_dictionary, load_moments, load_weights, refuse_later, verify
+from trainer.checkpoint.restore import find, load_dictionary, load_moments, load_unit, refuse_later, verify
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import RunState, read_state
 
@@ -19,7 +19,7 @@ __all__ = [
     "find",
     "load_dictionary",
     "load_moments",
-    "load_weights",
+    "load_unit",
     "read_state",
     "refuse_later",
     "verify",

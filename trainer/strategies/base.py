@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.errors import UserError
 from trainer.losses import LossConfig
@@ -90,9 +90,13 @@ class Strategy(ABC):
     topology: Topology
     objective: AlignObjective
 
+    def place(self, unit: nn.Module) -> None:
+        """Bring a unit (ConceptDictionary.units) with its weights loaded to where this strategy holds them. Before `prepare`, unit by unit."""
+        unit.to(self.topology.device)
+
     @abstractmethod
     def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
-        """Take the objective, with its weights loaded, and build engine and optimizer; `updates` steps were taken before."""
+        """Take the objective, whose units were placed, and build engine and optimizer; `updates` steps were taken before."""
 
     @abstractmethod
     def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:

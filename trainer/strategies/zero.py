@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.dictionary import SlotBank
+from trainer.dictionary import DictionaryConfig
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
 from trainer.optimizer import OptimConfig, build_optimizer
@@ -20,11 +20,16 @@ from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What matters before there is an engine. Without a bf16 or fp16 section weights stay fp32.
+SHARDING = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
-def deepspeed_config(stage: int, offload: bool, bank: SlotBank, accumulate: int) -> dict[str, Any]:
-    """DeepSpeed's settings for a dictionary whose largest bank is `bank`."""
-    elements = sum(p.numel() for p in bank.parameters())
+def deepspeed_config(
+    stage: int, offload: bool, width: int, dictionary: DictionaryConfig, accumulate: int
+) -> dict[str, Any]:
+    """DeepSpeed's settings for a dictionary, whose buffers hold the largest bank."""
+    slots = min(dictionary.bank_slots, dictionary.free_slots)
+    elements = slots * (2 * width + 1)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": elements,
@@ -36,7 +41,7 @@ def deepspeed_config(stage: int, offload: bool, bank: SlotBank, accumulate: int)
         # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass a whole bank.
         zero |= {
             # Without CUDA nothing runs beside the computation, so there is nothing to gain.
-            "stage3_prefetch_bucket_size": elements - bank.W_dec.numel() if torch.cuda.is_available() else 0,
+            "stage3_prefetch_bucket_size": elements - slots * width if torch.cuda.is_available() else 0,
             "stage3_max_live_parameters": 2 * elements,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": 0,
@@ -69,17 +74,26 @@ class ZeroStrategy(Strategy):
         self.stage = stage
         self.offload = offload
 
-    def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
-        from accelerate import Accelerator, DeepSpeedPlugin
-
         # DeepSpeed's own use of torch and its progress notes are nothing that a user can act on.
         warnings.filterwarnings("ignore", message=r"`torch\.distributed", category=FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    def place(self, unit: nn.Module) -> None:
+        """Stage 3 shards the unit at once, so that a rank never holds more than its share of what was placed, and this unit."""
+        super().place(unit)
+        _empty_to_buffers(unit)
+        if self.stage == 3 and any(True for _ in unit.parameters()):
+            from deepspeed import zero
+
+            zero.Init(module=unit, config_dict_or_path=SHARDING)
+
+    def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
+        from accelerate import Accelerator, DeepSpeedPlugin
+
         self.objective = objective
-        self._units = objective.dictionary.units()
-        _empty_to_buffers(objective)
-        largest = max(objective.dictionary.free_banks(), key=lambda bank: bank.slots)
-        config = deepspeed_config(self.stage, self.offload, largest, optim.accumulate)
+        dictionary = objective.dictionary
+        self._units = dictionary.units()
+        config = deepspeed_config(self.stage, self.offload, dictionary.width, dictionary.config, optim.accumulate)
         optimizer = build_optimizer(objective.parameters(), optim)
         # DeepSpeed has no public way to drop gradients. Without .grad AdamW leaves a parameter and its moments alone.
         optimizer.register_step_pre_hook(self._drop_gradients)
