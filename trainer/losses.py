@@ -75,9 +75,12 @@ def _labelled_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def standardise(z: Tensor) -> Tensor:
     """Columns of z [B, n], centred and divided by their norm; a constant column becomes 0."""
     centred = z - z.mean(dim=0)
-    square = centred.square().sum(dim=0)
-    constant = square <= CONSTANT_SHARE * z.square().sum(dim=0)
-    return centred * torch.where(constant, torch.zeros_like(square), square.clamp_min(1e-38).rsqrt())
+    return centred * inverse_norm(centred.square().sum(dim=0), z.square().sum(dim=0))
+
+
+def inverse_norm(centred: Tensor, square: Tensor) -> Tensor:
+    """One over the norm [n] of centred columns, from their sums of squares after and before centring; 0 for a constant column."""
+    return torch.where(centred <= CONSTANT_SHARE * square, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt())
 
 
 def orthogonality(z_concept: Tensor, z_rest: Tensor) -> Tensor:

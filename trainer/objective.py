@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.dictionary import ConceptDictionary
-from trainer.kernels import BankStep, KernelChoice, PerpStep
-from trainer.losses import CONSTANT_SHARE, LossConfig
+from trainer.kernels import BankStep, KernelChoice, PerpStep, RowPairs
+from trainer.losses import LossConfig
 from trainer.topology import Topology
 
 
@@ -135,13 +135,12 @@ class AlignObjective(nn.Module):
         return pre, z, (z.to(x.dtype) @ W_dec.to(x.dtype)).float()
 
     def _perp_step(self, z: Tensor, total: Tensor) -> PerpStep:
-        """Standardise the concept code [B, R] over the global batch."""
-        mean = self.topology.sum_over_data(z.sum(dim=0)) / total
-        centred = z - mean
-        square = self.topology.sum_over_data(torch.stack([centred.square().sum(dim=0), z.square().sum(dim=0)]))
-        constant = square[0] <= CONSTANT_SHARE * square[1]
-        inv_norm = torch.where(constant, torch.zeros_like(mean), square[0].clamp_min(1e-38).rsqrt())
-        return PerpStep(centred * inv_norm, inv_norm, total, self.topology.sum_over_data, torch.zeros_like(z))
+        """What banks need of the concept code [B, R]."""
+        perp = PerpStep.standardise(z, total, self.topology.sum_over_data)
+        if self.topology.data_world == 1:
+            slots = sum(bank.slots for bank in self.dictionary.free_banks())
+            perp.pairs = RowPairs(perp.concept, slots, self.low_dtype or torch.float32)
+        return perp
 
     def _visit_banks(self, bank_step: BankStep, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """The chain of free banks: reconstruction [B, D], and the sums of sp and perp over banks."""
@@ -182,7 +181,10 @@ class AlignObjective(nn.Module):
 
     def _meet_dictionary(self, x_hat: Tensor, perp: PerpStep | None) -> tuple[Tensor, Tensor | None]:
         """Add up the partial reconstructions of the dictionary ranks, and the gradients to the concept code, in one reduction."""
-        gradient = None if perp is None else perp.grad_concept
+        gradient = None
+        if perp is not None:
+            perp.settle()
+            gradient = perp.grad_concept
         if self.topology.dictionary_group is None:
             return x_hat, gradient
         parts = x_hat if gradient is None else torch.cat([x_hat, gradient], dim=1)

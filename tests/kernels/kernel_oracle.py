@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer import losses
 from trainer.dictionary import decoder_rows
-from trainer.kernels import BankKernel, BankStep, PerpStep
+from trainer.kernels import BankKernel, BankStep, PerpStep, RowPairs
 
 WEIGHTS = (1.0, 0.3, 0.7)  # of rec, sp and perp in the scalar that is differentiated
 
@@ -68,28 +68,28 @@ def by_oracle(case: Case) -> dict[str, Tensor]:
     return _figures(out, sp, perp, [_grad(t) for t in leaves], (z > 0).sum())
 
 
-def perp_step(z_concept: Tensor, reduce: Callable[[Tensor], Tensor] = lambda t: t, rows: int | None = None) -> PerpStep:
-    """What the objective hands to the banks for its concept code [B, R]."""
-    total = reduce(z_concept.new_tensor(float(len(z_concept)))) if rows is None else torch.tensor(float(rows))
-    mean = reduce(z_concept.sum(dim=0)) / total
-    centred = z_concept - mean
-    square = reduce(torch.stack([centred.square().sum(dim=0), z_concept.square().sum(dim=0)]))
-    constant = square[0] <= losses.CONSTANT_SHARE * square[1]
-    inv_norm = torch.where(constant, torch.zeros_like(mean), square[0].clamp_min(1e-38).rsqrt())
-    return PerpStep(centred * inv_norm, inv_norm, total, reduce, torch.zeros_like(z_concept))
-
-
 def by_kernel(
-    kernel: BankKernel, case: Case, *, low: bool = False, reduce: Callable[[Tensor], Tensor] = lambda t: t
+    kernel: BankKernel,
+    case: Case,
+    *,
+    low: bool = False,
+    reduce: Callable[[Tensor], Tensor] = lambda t: t,
+    pairs: type[RowPairs] | None = None,
 ) -> dict[str, Tensor]:
-    """The same from a kernel, in fp32 or with bf16 products."""
+    """The same from a kernel, in fp32 or with bf16 products; `pairs` offers it the correlation over pairs of rows."""
     W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves()
-    perp = perp_step(z_concept.detach(), reduce) if z_concept.shape[1] else None
+    perp = None
+    if z_concept.shape[1]:
+        code = z_concept.detach()
+        perp = PerpStep.standardise(code, reduce(code.new_tensor(float(len(code)))), reduce)
+        if pairs is not None:
+            perp.pairs = pairs(perp.concept, len(b_enc), torch.bfloat16 if low else torch.float32)
     step = BankStep(case.x, case.x.bfloat16() if low else None, case.decoder_norm, perp)
     out, sp, value = kernel(W_enc, b_enc, W_dec, recon, step)
     rec = (case.x - out).square().sum()
     (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value).backward()
     if perp is not None:
+        perp.settle()
         z_concept.grad = WEIGHTS[2] * perp.grad_concept
     figures = _figures(out, sp, value, [_grad(t) for t in leaves], step.stats[0].active)
     assert torch.equal(step.stats[0].fired, figures["grad b_enc"] != 0) or low or not len(case.x)

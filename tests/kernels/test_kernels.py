@@ -4,9 +4,9 @@ import threading
 
 import pytest
 import torch
-from kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case, perp_step
+from kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
 
-from trainer.kernels import BankKernel, BankStep, KernelChoice
+from trainer.kernels import BankKernel, BankStep, KernelChoice, PerpStep, RowPairs
 
 FP32 = 2e-5
 # bf16 keeps 8 bits: rows of products are off by about 2^-9 each, and entries near 0 change sides.
@@ -111,6 +111,46 @@ class Ranks:
         return results
 
 
+class Always(RowPairs):
+    """Pairs of rows whatever they cost."""
+
+    def cheaper(self, per_slot: torch.Tensor) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2]])
+@pytest.mark.parametrize("bias", [-9.0, -2.0, -0.5, 9.0])
+def test_correlations_over_pairs_of_rows(decoder_norm: str, shape: tuple[int, int, int], bias: float) -> None:
+    case = make_case(*shape, bias=bias, decoder_norm=decoder_norm)
+    found = by_kernel(kernel_named("sparse"), case, pairs=Always)
+    # Where all rows are active the sums over pairs are small differences too.
+    assert_same(found, by_oracle(case), FP32 if shape[2] < 100 and bias < 0 else 1e-4)
+
+
+@pytest.mark.parametrize("concepts", [6, 1000])
+def test_correlations_over_pairs_of_rows_in_bf16(concepts: int) -> None:
+    """The two products of a step round; the rest of the term is fp32."""
+    case = make_case(96, 300, concepts, width=160, bias=-2.0)
+    assert_same(by_kernel(kernel_named("sparse"), case, low=True, pairs=Always), by_oracle(case), 2e-2)
+
+
+@pytest.mark.parametrize("rows,bias,taken", [(64, -3.0, False), (64, -1.0, True), (64, 1.5, False), (150, -1.0, False)])
+def test_pairs_of_rows_are_taken_where_they_cost_less(rows: int, bias: float, taken: bool) -> None:
+    """Too few active entries for the dense products, enough, slots that are active on too many rows, and more pairs than [n, R]."""
+    used = []
+
+    class Watched(RowPairs):
+        def cheaper(self, per_slot: torch.Tensor) -> bool:
+            used.append(super().cheaper(per_slot))
+            return used[-1]
+
+    case = make_case(rows, 200, 100, bias=bias)
+    found = by_kernel(kernel_named("sparse"), case, pairs=Watched)
+    assert used == [taken]
+    assert_same(found, by_oracle(case), FP32)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_weights_that_are_not_numbers_reach_the_loss(name: str) -> None:
     case = make_case(8, 20, 0, bias=-3.0)
@@ -127,7 +167,7 @@ def test_two_backward_passes_add_up(name: str) -> None:
     W_enc, b_enc, W_dec, recon, z_concept = case.leaves()
     grads = []
     for _ in range(2):
-        step = BankStep(case.x, None, "free", perp_step(z_concept.detach()))
+        step = BankStep(case.x, None, "free", PerpStep.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t))
         out, sp, perp = kernel_named(name)(W_enc, b_enc, W_dec, recon, step)
         (out.square().sum() + sp + perp).backward()
         grads.append([t.grad.clone() for t in (W_enc, b_enc, W_dec)])

@@ -2,5 +2,6 @@
 
 from trainer.kernels.choice import KernelChoice
 from trainer.kernels.interface import BankKernel, BankStats, BankStep, PerpStep
+from trainer.kernels.pairs import RowPairs
 
-__all__ = ["BankKernel", "BankStats", "BankStep", "KernelChoice", "PerpStep"]
+__all__ = ["BankKernel", "BankStats", "BankStep", "KernelChoice", "PerpStep", "RowPairs"]

@@ -17,7 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.losses import CONSTANT_SHARE
+from trainer.kernels.pairs import RowPairs
+from trainer.losses import inverse_norm
 
 
 @dataclass
@@ -29,6 +30,7 @@ class PerpStep:
     rows: global number of rows G, a scalar tensor.
     reduce: sums a tensor over data ranks, in place, and returns it.
     grad_concept [B, R]: d perp / d z_concept of the local rows, summed over the banks seen so far.
+    pairs: another way to compute the term, where the local rows are the global batch; what banks add there `settle` turns into a gradient.
     """
 
     concept: Tensor
@@ -36,6 +38,21 @@ class PerpStep:
     rows: Tensor
     reduce: Callable[[Tensor], Tensor]
     grad_concept: Tensor
+    pairs: RowPairs | None = None
+
+    @classmethod
+    def standardise(cls, z: Tensor, rows: Tensor, reduce: Callable[[Tensor], Tensor]) -> "PerpStep":
+        """For the concept code z [B, R] of the local rows."""
+        centred = z - reduce(z.sum(dim=0)) / rows
+        squares = reduce(torch.stack([centred.square().sum(dim=0), z.square().sum(dim=0)]))
+        inv_norm = inverse_norm(squares[0], squares[1])
+        return cls(centred * inv_norm, inv_norm, rows, reduce, torch.zeros_like(z))
+
+    def settle(self) -> None:
+        """Complete grad_concept; after the last bank."""
+        rest = None if self.pairs is None else self.pairs.concept_gradient()
+        if rest is not None:
+            self.grad_concept.add_(rest * self.inv_norm, alpha=2.0)
 
 
 @dataclass
@@ -87,6 +104,4 @@ def column_scale(total: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, T
     """Mean [n] and inverse norm [n] of centred columns, from global sums of z and z^2; inverse norm 0 for a constant column."""
     # In double: the difference of two large sums is what a correlation divides by.
     centred = square.double() - total.double().square() / rows
-    constant = centred <= CONSTANT_SHARE * square
-    inv_norm = torch.where(constant, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt())
-    return total / rows, inv_norm.float()
+    return total / rows, inverse_norm(centred, square).float()

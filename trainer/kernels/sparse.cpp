@@ -156,18 +156,72 @@ void add_concept_gradient(const Tensor& row_start, const Tensor& slot, const Ten
   });
 }
 
+// The correlation over pairs of rows (pairs.py): adds z_bj z_cj / n_j^2 to shared [B, B] and returns (K z_j)_b of the active entries [E].
+// Row by row, so that what is read and written at random is one row of each block, and no two threads write the same.
+Tensor pair_products(const Tensor& start, const Tensor& row, const Tensor& z, const Tensor& row_start, const Tensor& slot, const Tensor& entry,
+                     const Tensor& inv_norm, const Tensor& gram, Tensor shared) {
+  const int64_t B = gram.size(0);
+  Tensor out = at::empty_like(z);
+  const int64_t *s = start.const_data_ptr<int64_t>(), *rs = row_start.const_data_ptr<int64_t>();
+  const int32_t *r = row.const_data_ptr<int32_t>(), *slots = slot.const_data_ptr<int32_t>(), *entries = entry.const_data_ptr<int32_t>();
+  const float *zs = z.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>(), *k = gram.const_data_ptr<float>();
+  float *h = shared.mutable_data_ptr<float>(), *products = out.mutable_data_ptr<float>();
+  over(rs, B, [&](int64_t first, int64_t last, int64_t) {
+    for (int64_t b = first; b < last; ++b) {
+      const float* kb = k + b * B;
+      float* __restrict hb = h + b * B;
+      for (int64_t e = rs[b]; e < rs[b + 1]; ++e) {
+        const int64_t j = slots[e];
+        const float mine = zs[entries[e]] * inv[j] * inv[j];
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = s[j]; i < s[j + 1]; ++i) {
+          sum += kb[r[i]] * zs[i];
+          hb[r[i]] += mine * zs[i];
+        }
+        products[entries[e]] = sum;
+      }
+    }
+  });
+  return out;
+}
+
+// Turns (K z_j)_b into dperp/dz_bj = 2/n_j^2 ( (K z_j)_b - (z_bj - mu_j) q_j ), in place, with q_j = z_j^T K z_j / n_j^2; returns sum_j q_j.
+double pair_slopes(const Tensor& start, const Tensor& z, const Tensor& mean, const Tensor& inv_norm, Tensor products) {
+  const int64_t n = start.size(0) - 1;
+  const int64_t* s = start.const_data_ptr<int64_t>();
+  const float *zs = z.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
+  float* u = products.mutable_data_ptr<float>();
+  std::vector<double> sums(PARTS);
+  over(s, n, [&](int64_t begin, int64_t end, int64_t part) {
+    for (int64_t j = begin; j < end; ++j) {
+      const float square = inv[j] * inv[j];
+      double q = 0;
+      for (int64_t e = s[j]; e < s[j + 1]; ++e) q += double(zs[e]) * u[e];
+      q *= square;
+      sums[part] += q;
+      for (int64_t e = s[j]; e < s[j + 1]; ++e) u[e] = 2 * square * (u[e] - (zs[e] - mu[j]) * float(q));
+    }
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
 // Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three tensors given; rows of idle slots are zero.
 // Returns the sums of squares of the first and the last.
 // With a correlation term: code [B, R], the global moments [m, R + 2], mean [m], inv_norm [m], place [n]; g_perp = dL/dperp. Without: R = 0.
+// Or, where they are known already, its gradients [E] with respect to z.
 std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, const Tensor& start, const Tensor& row,
               const Tensor& z, double g_sp, bool unit, double g_perp, const Tensor& code, const Tensor& packed, const Tensor& mean,
-              const Tensor& inv_norm, const Tensor& place, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
+              const Tensor& inv_norm, const Tensor& place, const Tensor& known, Tensor grad_enc, Tensor grad_b, Tensor grad_dec) {
   const int64_t n = W_dec.size(0), D = W_dec.size(1), R = code.size(1);
   const float *w = W_dec.const_data_ptr<float>(), *xs = x.const_data_ptr<float>(),
               *g = g_recon.const_data_ptr<float>(), *zs = z.const_data_ptr<float>(), *a = code.const_data_ptr<float>(),
               *cs = packed.const_data_ptr<float>(), *mu = mean.const_data_ptr<float>(), *inv = inv_norm.const_data_ptr<float>();
   const int64_t *s = start.const_data_ptr<int64_t>(), *at_place = place.const_data_ptr<int64_t>();
   const int32_t* r = row.const_data_ptr<int32_t>();
+  const float* slopes = known.numel() ? known.const_data_ptr<float>() : nullptr;
   float *ge = grad_enc.mutable_data_ptr<float>(), *gb = grad_b.mutable_data_ptr<float>(), *gd = grad_dec.mutable_data_ptr<float>();
   std::vector<std::pair<double, double>> squares(PARTS);
   over(s, n, [&](int64_t begin, int64_t end, int64_t part) {
@@ -190,6 +244,7 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
         if (e + 1 < s[end]) fetch_ahead(g + r[e + 1] * D, D), fetch_ahead(xs + r[e + 1] * D, D), fetch_ahead(a + r[e + 1] * R, R);
         float slope = dot(g + r[e] * D, wj, D) * (unit ? inverse : 1) + g_sp * (unit ? 1 : norm);
         if (c) slope += g_perp * 2 * over * over * (dot(a + r[e] * R, c, R) - (zs[e] - centre) * q);
+        if (slopes) slope += g_perp * slopes[e];
         bias += slope;
         total += zs[e];
         if (e == s[j]) {
@@ -229,5 +284,7 @@ TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("moments", &moments);
   m.def("weigh", &weigh);
   m.def("add_concept_gradient", &add_concept_gradient);
+  m.def("pair_products", &pair_products);
+  m.def("pair_slopes", &pair_slopes);
   m.def("backward", &backward);
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
+from trainer.kernels.pairs import RowPairs
 
 ops = torch.ops.alignsae
 
@@ -33,15 +34,18 @@ class _Sparse(torch.autograd.Function):
         fired = start.diff() > 0
         step.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
         value = recon.new_zeros(())
-        moments = None
-        if step.perp is not None:
+        moments, known = None, z.new_zeros(0)
+        pairs = None if step.perp is None else step.perp.pairs
+        if step.perp is not None and pairs is not None and pairs.cheaper(start.diff()):
+            value, known = _by_pairs(start, row, z, by_row, step.perp, pairs)
+        elif step.perp is not None:
             columns, place = _columns(fired, step.perp)
             packed = _moments(start, row, z, columns, step.perp)
             mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], step.perp.rows)
             moments = (columns, place, mean, inv_norm)
             value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, packed)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries = start, row, z, moments
+        ctx.entries = start, row, z, moments, known
         ctx.step = step
         return recon, recon.new_tensor(sp), value
 
@@ -49,7 +53,7 @@ class _Sparse(torch.autograd.Function):
     def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
         step: BankStep = ctx.step
         W_enc, b_enc, W_dec = ctx.saved_tensors
-        start, row, z, moments = ctx.entries
+        start, row, z, moments, known = ctx.entries
         none = W_dec.new_zeros(0, 0)
         place, mean, inv_norm = start, none, none
         concept = packed = none
@@ -62,7 +66,7 @@ class _Sparse(torch.autograd.Function):
         unit = step.decoder_norm == "unit"
         entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
         squares = ops.backward(
-            *entries, float(g_sp), unit, float(g_perp), concept, packed, mean, inv_norm, place, *grads
+            *entries, float(g_sp), unit, float(g_perp), concept, packed, mean, inv_norm, place, known, *grads
         )
         ops.note_square(grads[0], squares[0])
         ops.note_square(grads[2], squares[1])
@@ -81,6 +85,17 @@ def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpS
     out = ops.buffer([start.numel() - 1, perp.concept.shape[1] + 2])[: columns.numel()]
     ops.moments(start, row, z, perp.concept.contiguous(), columns, out)
     return perp.reduce(out)
+
+
+def _by_pairs(
+    start: Tensor, row: Tensor, z: Tensor, by_row: tuple[Tensor, ...], perp: PerpStep, pairs: RowPairs
+) -> tuple[Tensor, Tensor]:
+    """This bank's part of perp, and its gradient [E] with respect to z; adds to `pairs.shared`."""
+    sums = z.new_empty(start.numel() - 1, 2)
+    ops.moments(start, row, z, z.new_empty(len(pairs.gram), 0), torch.arange(len(sums)), sums)
+    mean, inv_norm = column_scale(sums[:, 0], sums[:, 1], perp.rows)
+    products = ops.pair_products(start, row, z, *by_row, inv_norm, pairs.gram, pairs.shared)
+    return z.new_tensor(ops.pair_slopes(start, z, mean, inv_norm, products)), products
 
 
 def _add_concept_gradient(
