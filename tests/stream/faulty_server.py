@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import json
 import random
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,7 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         self.seen.append(self.path)
-        path = self.folder / self.path.split("?")[0].lstrip("/")
+        path = self.folder / self.asked()
         fault = self.faults.draw()
         if fault == "error" or not path.is_file():
             self.send_response(503 if fault else 404)
@@ -56,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         span = self.headers.get("Range")
         if span and self.ranges:
             low, high = span.removeprefix("bytes=").split("-")
-            data, status = data[int(low) : int(high) + 1], 206
+            data, status = data[int(low) : int(high) + 1 if high else None], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("ETag", f'"{tag}"')
@@ -71,12 +73,64 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self.close_connection = True
 
+    def asked(self) -> str:
+        """Path of the request below the folder."""
+        return urllib.parse.unquote(self.path.split("?")[0]).lstrip("/")
+
+
+class HubHandler(_Handler):
+    """What `hf://datasets/me/acts/...` and `gs://bucket/...` ask of their services, for reading. Only the bytes of files fail."""
+
+    REPOSITORY = "/api/datasets/me/acts"
+    OBJECTS = "/storage/v1/b/bucket/o/"
+    FILES = ("/datasets/me/acts/resolve/main/", "/download" + OBJECTS)
+
+    def do_GET(self):
+        path = "/" + super().asked()
+        if path == self.REPOSITORY:
+            self.describe({"id": "me/acts", "_id": "1", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+        elif path.startswith(f"{self.REPOSITORY}/tree/main/"):
+            folder = path.removeprefix(f"{self.REPOSITORY}/tree/main/")
+            self.describe([self.entry(file, folder) for file in sorted((self.folder / folder).iterdir())])
+        elif path.startswith(self.OBJECTS) and (self.folder / path.removeprefix(self.OBJECTS)).is_file():
+            name = path.removeprefix(self.OBJECTS)
+            data, date = (self.folder / name).read_bytes(), "2026-01-01T00:00:00.000Z"
+            dates = {"updated": date, "timeCreated": date}
+            tag = hashlib.md5(data).hexdigest()
+            self.describe({"bucket": "bucket", "name": name, "size": str(len(data)), "etag": tag, **dates})
+        else:
+            super().do_GET()
+
+    @staticmethod
+    def entry(file: Path, folder: str) -> dict[str, object]:
+        data = file.read_bytes()
+        return {
+            "type": "file",
+            "path": f"{folder}/{file.name}",
+            "size": len(data),
+            "oid": hashlib.sha1(data).hexdigest(),
+        }
+
+    def describe(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def asked(self) -> str:
+        path = "/" + super().asked()
+        return next((path.removeprefix(start) for start in self.FILES if path.startswith(start)), path.lstrip("/"))
+
 
 @contextlib.contextmanager
-def http_server(folder: Path, share: float = 0.0, ranges: bool = True) -> Iterator[tuple[str, Faults, list[str]]]:
+def http_server(
+    folder: Path, share: float = 0.0, ranges: bool = True, kind: type[_Handler] = _Handler
+) -> Iterator[tuple[str, Faults, list[str]]]:
     """Serves a folder; yields its URL, the fault counters and the list of requested paths."""
     faults, seen = Faults(share), []
-    handler = type("Handler", (_Handler,), {"folder": folder, "faults": faults, "ranges": ranges, "seen": seen})
+    handler = type("Handler", (kind,), {"folder": folder, "faults": faults, "ranges": ranges, "seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -9,9 +9,10 @@ import socket
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pytest
 import torch
-from faulty_server import http_server, s3_server
+from faulty_server import HubHandler, http_server, s3_server
 from filelock import FileLock
 from stream_data import write
 
@@ -19,6 +20,7 @@ from trainer.errors import DataError, UserError
 from trainer.stream import DataConfig, Manifest, Plan, RowDigest, Stream
 from trainer.stream.cache import BlockCache
 from trainer.stream.location import join, redact
+from trainer.stream.remote import version
 
 SECRET = "Signature-0123456789"
 
@@ -107,6 +109,27 @@ def test_s3_with_failing_requests_gives_the_local_batches(tmp_path, monkeypatch)
         faults.share = 0.05
         got, remote, _ = epochs(setting("s3://bucket/data/train", tmp_path / "cache"))
         assert faults.failed > 0
+    assert got == want
+    same(local, remote)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/d", "hf://datasets/me/acts/d"])
+def test_hubs_with_failing_requests_give_the_local_batches(url, tmp_path, monkeypatch):
+    pytest.importorskip({"gs": "gcsfs", "hf": "huggingface_hub"}[url[:2]], reason="needs the extra `remote`")
+    write(tmp_path / "d", 400, rows_per_block=8, shard_bytes=8192)
+    want, local, _ = epochs(setting(str(tmp_path / "d"), tmp_path / "unused"))
+    with http_server(tmp_path, share=0.05, kind=HubHandler) as (server, faults, _):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server})
+        system = fsspec.get_filesystem_class(url[:2])
+        system.clear_instance_cache()
+        got, remote, _ = epochs(setting(url, tmp_path / "cache"))
+        first = version(f"{url}/train-000000.tar")
+        shard = tmp_path / "d" / "train-000000.tar"
+        shard.write_bytes(shard.read_bytes() + b"more")
+        system.clear_instance_cache()
+        assert faults.failed > 0 and first and version(f"{url}/train-000000.tar") != first
+        system.clear_instance_cache()
     assert got == want
     same(local, remote)
 

@@ -60,7 +60,9 @@ def version(url: str, retries: int = 4) -> str:
         return ""
     system, path = _open(url)
     info: dict[str, Any] = retried(lambda: system.info(path), url, retries)
-    found = (info.get(name) for name in ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime"))
+    found = (
+        info.get(name) for name in ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "mtime")
+    )
     return str(next((value for value in found if value), ""))
 
 
