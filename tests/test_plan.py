@@ -41,13 +41,14 @@ def shape(**sizes: int) -> plan.Shape:
 
 
 @pytest.fixture(scope="module")
-def single() -> int:
-    return measured(1, "single")[0]["peak_bytes"]
+def single() -> dict:
+    return measured(1, "single")[0]
 
 
 @pytest.mark.slow
 def test_memory_of_one_process_is_within_15_percent(single):
-    assert plan.estimate(shape(), "single", 1).total == pytest.approx(single, rel=0.15)
+    assert plan.estimate(shape(), "single", 1).total == pytest.approx(single["peak_bytes"], rel=0.15)
+    assert plan.estimate(shape(), "single", 1).build == pytest.approx(single["build_bytes"], rel=0.15)
 
 
 @pytest.mark.slow
@@ -60,9 +61,13 @@ def test_memory_and_traffic_are_within_15_percent(single, strategy):
     sent = max(rank["sent_per_step"] for rank in ranks)
     expected = plan.estimate(shape(), strategy, 4, gloo=True)
     assert expected.total == pytest.approx(peak, rel=0.15)
+    assert expected.build == pytest.approx(max(rank["build_bytes"] for rank in ranks), rel=0.15)
     assert sum(expected.sent.values()) == pytest.approx(sent, rel=0.15)
+    saving = plan.estimate(shape(), strategy, 4, gloo=True, snapshots=True)
+    assert saving.snapshot == pytest.approx(max(rank["snapshot_bytes"] for rank in ranks), rel=0.15)
+    assert saving.total == expected.total + saving.snapshot
     if strategy in ("zero3", "dictionary"):
-        assert peak <= {"zero3": 0.40, "dictionary": 0.30}[strategy] * single
+        assert peak <= {"zero3": 0.40, "dictionary": 0.30}[strategy] * single["peak_bytes"]
     for rank in ranks if strategy == "zero3" else []:  # the shard and at most two banks, and what is no bank
         assert rank["gathered_elements"] <= 2 * rank["bank_elements"] + shape().shared
         shard = rank["state_bytes"] / 4 / 4
@@ -128,7 +133,7 @@ def test_the_command_prints_every_strategy(capsys, tmp_path):
     for strategy in plan.STRATEGIES:
         assert f"\n{strategy} " in text
     assert {e["strategy"] for e in json.loads(out.read_text())} == set(plan.STRATEGIES) - {"single"}
-    assert "1,048,576 free slots in 128 banks" in text and "never" in text
+    assert "1,048,576 free slots in 128 banks" in text and "snapshot (host)" in text
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,19 @@ def test_bad_input_is_one_line(capsys, arguments, message):
     assert main(["plan", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_snapshots_count_on_cpu_ranks_and_where_saves_are_asynchronous(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    common = ["--config", str(ROOT / "configs" / "large.yaml"), "--width", "4096", "--json", str(out)]
+
+    def ddp(*arguments: str) -> dict:
+        assert main(["plan", *common, *arguments]) == 0
+        return next(e for e in json.loads(out.read_text()) if e["strategy"] == "ddp")
+
+    gpu, cpu, waiting = ddp(), ddp("--backend", "gloo"), ddp("--backend", "gloo", "checkpoint.asynchronous=false")
+    assert gpu["snapshot"] == cpu["snapshot"] > waiting["snapshot"] == 0
+    assert gpu["total"] == waiting["total"] == cpu["total"] - cpu["snapshot"]
 
 
 def test_sizes():

@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node=4 tests/strategies/measure.py --strategy zero3 --slots 20000 --width 256
 
 Memory is the growth of resident memory at its peak from before the dictionary is built, read from the kernel (VmHWM): when all units were placed
-(placed_bytes), when the engine was built (build_bytes) and at the end (peak_bytes). Bytes are what the kernel counted on this process's TCP
+(placed_bytes), when the engine was built (build_bytes) and after the steps (peak_bytes). snapshot_bytes is what an asynchronous save of the rank copies.
+Bytes are what the kernel counted on this process's TCP
 sockets (TCP_INFO: acknowledged and received payload), which is what gloo moves data through.
 """
 
@@ -77,13 +78,16 @@ class Gathered:
 
 @dataclass
 class Seen:
-    """Peaks of resident memory (bytes) when all units were placed and when the engine was built, bytes of the last step, ZeRO-3's peak of gathered elements."""
+    """Peaks of resident memory (bytes) when all units were placed, when the engine was built and after the last step; bytes that it moved;
+    ZeRO-3's peak of gathered elements; bytes of what this rank saves."""
 
     placed: int
     built: int
+    peak: int
     sent: int
     received: int
     gathered: int | None
+    snapshot: int
 
 
 def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topology) -> Seen:
@@ -117,7 +121,10 @@ def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topol
         topology.barrier()
         end = tcp_bytes()
         moved = (end[0] - start[0], end[1] - start[1])
-    return Seen(placed, built, *moved, None if gathered is None else gathered.peak)
+    peak = peak_resident()
+    states = [state for name in strategy.unit_names() if (state := strategy.read(name)) is not None]
+    snapshot = sum(t.nbytes for state in states for part in vars(state).values() for t in part.values())
+    return Seen(placed, built, peak, *moved, None if gathered is None else gathered.peak, snapshot)
 
 
 def main() -> None:
@@ -154,9 +161,10 @@ def main() -> None:
         "rank": rank,
         "world": world,
         "strategy": parallel.strategy,
-        "peak_bytes": peak_resident() - before,
+        "peak_bytes": seen.peak - before,
         "placed_bytes": seen.placed - before,
         "build_bytes": seen.built - before,
+        "snapshot_bytes": seen.snapshot,
         "state_bytes": 16 * (args.slots + args.concepts) * (2 * args.width + 1),
         "sent_per_step": seen.sent,
         "received_per_step": seen.received,

@@ -1,0 +1,1 @@
+"""What `alignsae plan` computes."""
