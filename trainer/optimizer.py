@@ -1,13 +1,20 @@
 """The optimizer of a run: its configuration and how it is built."""
 
-from collections.abc import Iterable
+import functools
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.kernels import native
+
+log = logging.getLogger(__name__)
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -26,6 +33,7 @@ class OptimConfig:
     warmup: int = 100  # steps at the start of each stage
     decay: float = 0.2  # last share of the run
     accumulate: int = 1  # backward passes per step
+    state: str = "fp32"  # moments: fp32 | bf16 (half their memory, rounded at random)
 
     def validate(self) -> None:
         """Raise UserError for a number that cannot be."""
@@ -36,15 +44,47 @@ class OptimConfig:
             raise UserError(f"optim.eps={self.eps} must be above 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if self.state not in STATE_DTYPES:
+            raise UserError(f"optim.state={self.state!r} is unknown; use fp32 or bf16")
         if not 0 <= self.decay <= 1:
             raise UserError(f"optim.decay={self.decay} must be between 0 and 1")
+
+    def refuse_sharding(self, zero_stage: int) -> None:
+        """Raise UserError when the state cannot be kept under this ZeRO stage (0 = not ZeRO): what is rounded at random depends on the place of
+        an element in its parameter, which a shard does not know."""
+        if zero_stage and self.state != "fp32":
+            raise UserError(
+                f"optim.state={self.state} does not work with parallel.strategy=zero{zero_stage}; "
+                f"set optim.state=fp32, or use single, ddp or dictionary"
+            )
 
 
 class ScaledAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step takes a scale for the gradients, so that clipping needs no pass over them.
 
-    State and numbers are those of torch's fused AdamW. On CPU, with the compiled operators at hand, the pass is ours.
+    With fp32 moments state and numbers are those of torch's fused AdamW; on CPU, with the compiled operators at hand, the pass is ours.
+    With bf16 moments (`state_dtype`) an update computes in fp32 and rounds the moments up or down at random, in proportion: they are right on
+    average, where rounding to the nearest would lose every change below 1/256 (exp_avg_sq changes by 1/1000 a step). The randomness is a
+    hash of step and element, so that every strategy, and a resumed run, rounds alike.
     """
+
+    def __init__(self, *args: Any, state_dtype: torch.dtype = torch.float32, **options: Any):
+        super().__init__(*args, **options)
+        self.state_dtype = state_dtype
+
+    def make_state(self, parameter: Tensor, updates: int = 0) -> None:
+        """Moments of 0 after `updates` steps."""
+        self.state[parameter] = {
+            "step": torch.tensor(float(updates), device=parameter.device),  # torch's fused AdamW wants it there
+            **{key: torch.zeros_like(parameter, dtype=self.state_dtype) for key in ("exp_avg", "exp_avg_sq")},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does, but moments get the dtype of this optimizer."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(self.state_dtype)
 
     @torch.no_grad()
     def step(self, closure: None = None, *, grad_scale: float = 1.0) -> None:  # type: ignore[override]
@@ -52,8 +92,9 @@ class ScaledAdamW(torch.optim.AdamW):
         if closure is not None:
             raise ValueError("a closure is not supported")
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if all(_plain(p) for p in parameters) and native.load() is None:
-            self._native_step(grad_scale)
+        compiled = all(_plain(p) for p in parameters) and _compiled()
+        if compiled or self.state_dtype != torch.float32:
+            self._own_step(grad_scale, compiled)
             return
         if grad_scale == 1.0 or not parameters:
             super().step()
@@ -64,31 +105,88 @@ class ScaledAdamW(torch.optim.AdamW):
         super().step()
         del self.grad_scale, self.found_inf
 
-    def _native_step(self, grad_scale: float) -> None:
+    def _own_step(self, grad_scale: float, compiled: bool) -> None:
         for group in self.param_groups:
             by_step: dict[float, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                by_step.setdefault(float(state["step"]), []).append(p)
+                if not self.state[p]:
+                    self.make_state(p)
+                self.state[p]["step"] += 1
+                by_step.setdefault(float(self.state[p]["step"]), []).append(p)
             for step, params in by_step.items():
-                torch.ops.alignsae.adamw(
+                tensors = (
                     params,
                     [p.grad.contiguous() for p in params if p.grad is not None],
                     [self.state[p]["exp_avg"] for p in params],
                     [self.state[p]["exp_avg_sq"] for p in params],
-                    step,
-                    float(group["lr"]),
-                    *group["betas"],
-                    group["eps"],
-                    group["weight_decay"],
-                    grad_scale,
                 )
+                if self.state_dtype != torch.float32:
+                    numbers, seed = _numbers(group, step, grad_scale), _seed(int(step))
+                    (torch.ops.alignsae.adamw_low if compiled else low_step)(*tensors, numbers, seed)
+                    continue
+                rates = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+                torch.ops.alignsae.adamw(*tensors, step, *rates, grad_scale)
+
+
+def _numbers(group: dict[str, Any], step: float, grad_scale: float) -> list[float]:
+    """What a step multiplies with, computed once for every way to take it."""
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    decay = 1 - lr * group["weight_decay"]
+    return [beta1, 1 - beta1, beta2, 1 - beta2, decay, size, root, group["eps"], grad_scale]
+
+
+def low_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    numbers: Sequence[float],
+    seed: int,
+) -> None:
+    """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit what `adamw_low` of trainer/kernels/adamw.cpp does."""
+    b1, c1, b2, c2, decay, size, root, eps, scale = numbers
+    for p, g, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        grad = g * scale
+        first, second = exp_avg.float() * b1 + grad * c1, exp_avg_sq.float() * b2 + grad * grad * c2
+        noise = _mixed(torch.arange(p.numel(), device=p.device) + seed).view(p.shape)
+        exp_avg.copy_(_rounded(first, noise & 0xFFFF))
+        exp_avg_sq.copy_(_rounded(second, noise >> 16))
+        deviation = second.double().sqrt().float()  # torch's fp32 square root is off by a bit on some CPUs
+        p.copy_(p * decay - first * size / (deviation * root + eps))
+
+
+def _seed(step: int) -> int:
+    """Steps must not only shift the noise along the elements."""
+    return int(_mixed(torch.tensor(step)))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A hash of the low 32 bits of int64 numbers: the finaliser `lowbias32` of the Hash Prospector project."""
+    x = x & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _rounded(value: Tensor, noise: Tensor) -> Tensor:
+    """fp32 -> bf16, up with a probability of the part that is cut off; noise: 16 random bits per element."""
+    return ((value.view(torch.int32) + noise.int()) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _compiled() -> bool:
+    """Whether the compiled operators are at hand; says once what is used instead."""
+    problem = native.load()
+    if problem is not None:
+        _warn(problem)
+    return problem is None
+
+
+@functools.cache
+def _warn(problem: str) -> None:
+    log.warning("AdamW takes plain PyTorch instead of the compiled pass: %s", problem)
 
 
 def _plain(parameter: Tensor) -> bool:
@@ -99,24 +197,26 @@ def square_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Sum of squares of all gradients, fp64; those that a kernel noted as it wrote them are not read again."""
     total, rest = 0.0, []
     for gradient in gradients:
-        noted = _noted(gradient)
+        noted = torch.ops.alignsae.noted_square(gradient) if gradient.device.type == "cpu" and _compiled() else None
         if noted is None:
             rest.append(gradient)
         else:
             total += noted
-    square = torch.nn.utils.get_total_norm(rest).double().square()
-    return square + total
-
-
-def _noted(gradient: Tensor) -> float | None:
-    if gradient.device.type != "cpu" or native.load() is not None:
-        return None
-    return torch.ops.alignsae.noted_square(gradient)
+    norm = torch.nn.utils.get_total_norm(rest)
+    if not torch.isfinite(norm):  # squares may be too large for fp32 where the gradients are not
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in rest]).norm()
+    return norm.double().square() + total
 
 
 def build_optimizer(params: Iterable[Tensor], config: OptimConfig) -> ScaledAdamW:
     """AdamW over `params` (fp32 masters) in one pass; `config.lr` is its rate until a schedule sets another."""
     beta1, beta2 = config.betas
     return ScaledAdamW(
-        list(params), lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay, fused=True
+        list(params),
+        lr=config.lr,
+        betas=(beta1, beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+        state_dtype=STATE_DTYPES[config.state],
     )

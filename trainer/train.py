@@ -63,6 +63,7 @@ def run(config: Config, interrupt: Interrupt) -> int:
     # All refusals that need no other rank come before any process group forms.
     banks = len(bank_sizes(config.dictionary.free_slots, config.dictionary.bank_slots))
     config.parallel = config.parallel.resolve(world, banks)
+    config.optim.refuse_sharding(config.parallel.zero_stage)
     manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
     plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
     lanes_of_rank(config.data.lanes, 0, world // config.parallel.dictionary_ranks)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from kernel_oracle import make_case
+from small_run import assert_same, tensors, train_here
 
 from trainer.errors import UserError
 from trainer.kernels import BankStep, KernelChoice
@@ -74,7 +75,15 @@ def test_the_noted_norm_is_the_norm_and_is_forgotten_on_change(decoder_norm):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("lr", -1.0), ("clip", float("nan")), ("betas", (1.0, 0.9)), ("eps", 0.0), ("decay", 2.0), ("accumulate", 0)],
+    [
+        ("lr", -1.0),
+        ("clip", float("nan")),
+        ("betas", (1.0, 0.9)),
+        ("eps", 0.0),
+        ("decay", 2.0),
+        ("accumulate", 0),
+        ("state", "fp8"),
+    ],
 )
 def test_impossible_numbers_are_refused(field, value):
     config = OptimConfig()
@@ -83,8 +92,8 @@ def test_impossible_numbers_are_refused(field, value):
         config.validate()
 
 
-def test_torch_takes_the_step_where_there_are_no_compiled_operators(monkeypatch):
-    monkeypatch.setattr("trainer.optimizer.native.load", lambda: "no compiler")
+def test_torch_takes_the_step_where_there_are_no_compiled_operators(monkeypatch, caplog):
+    monkeypatch.setattr("trainer.optimizer.native.load", lambda: "no compiler at hand")
     p, q = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
     ours, reference = build_optimizer([p], OptimConfig()), torch.optim.AdamW([q], lr=1e-3, weight_decay=0.0)
     for scale in (1.0, 0.5):
@@ -93,3 +102,93 @@ def test_torch_takes_the_step_where_there_are_no_compiled_operators(monkeypatch)
         ours.step(grad_scale=scale)
         reference.step()
     torch.testing.assert_close(p, q)
+    assert [r.getMessage() for r in caplog.records if "no compiler at hand" in r.getMessage()] == [caplog.messages[0]]
+
+
+def test_the_norm_of_large_gradients_is_finite():
+    """Their squares are beyond fp32, in a kernel's own sum and in the one over the rest."""
+    case = make_case(40, 90, 0, bias=-1.0)
+    W_enc, b_enc, W_dec, recon, _ = case.leaves()
+    out, _, _ = KernelChoice("sparse", 1).kernel(0)(W_enc, b_enc, W_dec, recon, BankStep(case.x, None, "free", None))
+    (out.sum() * 1e20).backward()
+    grads = [W_enc.grad, b_enc.grad, W_dec.grad]
+    assert float(square_norm(grads)) == pytest.approx(float(sum(g.double().square().sum() for g in grads)), rel=1e-5)
+
+
+def test_bf16_moments_are_the_same_bits_compiled_and_in_plain_torch(monkeypatch):
+    torch.manual_seed(0)
+    shapes = [(33, 17), (5,), (40_000,), ()]
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    config = OptimConfig(lr=3e-3, betas=(0.8, 0.99), weight_decay=0.1, state="bf16")
+    first, second = build_optimizer(ours, config), build_optimizer(plain, config)
+    for scale in (1.0, 0.25, 0.7, 1.0, 0.1):
+        for p, q in zip(ours, plain, strict=True):
+            p.grad = torch.randn_like(p) * torch.rand(()) ** 4
+            q.grad = p.grad.clone()
+        first.step(grad_scale=scale)
+        with monkeypatch.context() as patch:
+            patch.setattr("trainer.optimizer.native.load", lambda: "no compiler")
+            second.step(grad_scale=scale)
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.equal(p, q)
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert first.state[p][key].dtype == torch.bfloat16 and first.state[p][key].shape == p.shape
+            assert torch.equal(first.state[p][key], second.state[q][key])
+
+
+def distance_left(state: str) -> float:
+    """From the minimum of a noisy quadratic, after steps of large gradients that exp_avg_sq has to forget: it loses 1/1000 of itself a step."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.full((300,), 10.0))
+    optimizer = build_optimizer([p], OptimConfig(state=state))
+    for number in range(3000):
+        noise = torch.randn(300, generator=generator)
+        optimizer.param_groups[0]["lr"] = 0.0 if number < 500 else 0.02 * (1 - number / 3000)
+        p.grad = 10 * noise if number < 500 else p.detach() + 0.3 * noise
+        optimizer.step()
+    return float(p.detach().norm())
+
+
+def test_bf16_moments_converge_like_fp32_and_not_without_random_rounding(monkeypatch):
+    wanted = distance_left("fp32")
+    assert distance_left("bf16") == pytest.approx(wanted, rel=0.05)
+    monkeypatch.setattr("trainer.optimizer.native.load", lambda: "no compiler")
+    monkeypatch.setattr("trainer.optimizer._mixed", lambda x: torch.full_like(x, 0x80008000))  # to the nearest
+    assert distance_left("bf16") > 1.5 * wanted
+
+
+def test_a_state_dict_converts_to_the_dtype_of_the_optimizer():
+    p = torch.nn.Parameter(torch.ones(300))
+    full, low = build_optimizer([p], OptimConfig()), build_optimizer([p], OptimConfig(state="bf16"))
+    p.grad = torch.randn(300)
+    full.step()
+    low.load_state_dict(copy.deepcopy(full.state_dict()))
+    assert torch.equal(low.state[p]["exp_avg"], full.state[p]["exp_avg"].bfloat16())
+    low.step()
+    kept = low.state[p]["exp_avg_sq"].clone()
+    low.load_state_dict(copy.deepcopy(low.state_dict()))
+    assert kept.dtype == torch.bfloat16 and torch.equal(low.state[p]["exp_avg_sq"], kept)
+    full.load_state_dict(copy.deepcopy(low.state_dict()))
+    assert torch.equal(full.state[p]["exp_avg_sq"], kept.float())
+
+
+def test_bf16_moments_are_refused_under_zero():
+    OptimConfig(state="bf16").refuse_sharding(0)
+    OptimConfig().refuse_sharding(3)
+    with pytest.raises(UserError, match=r"optim\.state=bf16.*zero3"):
+        OptimConfig(state="bf16").refuse_sharding(3)
+
+
+def test_a_run_with_bf16_moments_resumes_bitwise_and_converts_others(tmp_path, small_data):
+    whole, again, other = tmp_path / "whole", tmp_path / "again", tmp_path / "other"
+    few = ("optim.state=bf16", "stages.1.epochs=1", "checkpoint.keep=9", "kernel=sparse")
+    assert train_here(whole, small_data, *few) == 0
+    saved = tensors(whole)
+    moments = {name: t for name, t in saved.items() if name.startswith("optimizer/")}
+    assert moments and all(t.dtype == torch.bfloat16 for t in moments.values())
+    middle = whole / "run" / "checkpoints" / "step-00000014"
+    assert train_here(again, small_data, *few, f"checkpoint.resume={middle}") == 0
+    assert_same(tensors(again), saved)
+    assert train_here(other, small_data, *few, f"checkpoint.resume={middle}", "optim.state=fp32") == 0
+    assert all(t.dtype == torch.float32 for name, t in tensors(other).items() if name.startswith("optimizer/"))

@@ -97,5 +97,6 @@ def least_bytes(form: dict[str, Any], listed: int) -> dict[str, int]:
     if concepts and form["answers"]:
         weights["value"] = 4 * form["value_hidden"] * (concepts + form["answers"])
     files = {f"dictionary/{unit}.safetensors": size for unit, size in weights.items()}
-    files |= {f"optimizer/{unit}.safetensors": 2 * size for unit, size in weights.items()}
+    # Two moments, in bf16 or fp32.
+    files |= {f"optimizer/{unit}.safetensors": size for unit, size in weights.items()}
     return {"state.json": 2, "manifest.json": 2, **files}

@@ -1,6 +1,7 @@
 // Vector loops on rows of floats. Plain loops and GCC vector types; AVX-512 intrinsics only where the machine has them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -30,6 +31,15 @@ inline float dot(const float* a, const float* b, int64_t size) {
   float sum = 0;
   for (int64_t k = 0; k < LANE; ++k) sum += s0[k];
   for (; i < size; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// dot(a, a, size) that no finite row makes infinite.
+inline double square_of(const float* a, int64_t size) {
+  const float square = dot(a, a, size);
+  if (std::isfinite(square)) return square;
+  double sum = 0;
+  for (int64_t i = 0; i < size; ++i) sum += double(a[i]) * a[i];
   return sum;
 }
 

@@ -262,8 +262,8 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
         add_scaled(dec.data(), wj, g_sp * total * inverse, D);
       }
       gb[j] = bias;
-      enc_square += dot(enc.data(), enc.data(), D);
-      dec_square += dot(dec.data(), dec.data(), D);
+      enc_square += square_of(enc.data(), D);
+      dec_square += square_of(dec.data(), D);
       stream_out(ge + j * D, enc.data(), D);
       stream_out(gd + j * D, dec.data(), D);
     }

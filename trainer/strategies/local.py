@@ -28,11 +28,7 @@ class LocalStrategy(Strategy):
         self._units = objective.dictionary.units()
         self.optimizer = build_optimizer(objective.parameters(), optim)
         for parameter in objective.parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates), device=parameter.device),  # fused AdamW wants it there
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            self.optimizer.make_state(parameter, updates)
         self.engine: nn.Module = objective
         if self.topology.data_world > 1:
             self.engine = DistributedDataParallel(
