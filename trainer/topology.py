@@ -97,8 +97,15 @@ class LaunchFile:
 
 
 def launch_file() -> LaunchFile:
-    """Read the environment that `accelerate launch --config_file launch/accelerate/X.yaml` sets; empty under torchrun."""
+    """Read the environment that `accelerate launch --config_file launch/accelerate/X.yaml` sets; empty under torchrun.
+
+    Raises UserError for a launch file that leaves the stage to a DeepSpeed file.
+    """
     env = os.environ
+    if path := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        raise UserError(
+            f"deepspeed_config_file={path} of the launch file is not read; write zero_stage there and give parallel.deepspeed={path}"
+        )
     stage = env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0") if env.get("ACCELERATE_USE_DEEPSPEED") == "true" else "0"
     parallel = env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"
     return LaunchFile(

@@ -75,6 +75,7 @@ def test_the_launch_file_chooses_the_strategy(monkeypatch):
         (4, "parallel.dictionary_ranks=3", "nearest possible setting is 2"),
         (3, "parallel.strategy=ddp", "data.lanes"),
         (2, "data.lanes=5", "data.lanes"),
+        (2, "parallel.deepspeed=launch/deepspeed/zero3.json", "needs parallel.strategy=zero1, zero2 or zero3"),
     ],
 )
 def test_refusals_come_before_any_process_group(config, monkeypatch, capsys, world, override, message):

@@ -36,5 +36,5 @@ def join(config: ParallelConfig) -> Topology:
 def build_strategy(config: ParallelConfig, topology: Topology) -> Strategy:
     """The strategy that a resolved configuration names."""
     if config.zero_stage:
-        return ZeroStrategy(topology, config.zero_stage, config.offload)
+        return ZeroStrategy(topology, config)
     return LocalStrategy(topology)

@@ -9,6 +9,7 @@ from trainer.errors import UserError
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
 from trainer.optimizer import OptimConfig
+from trainer.strategies.deepspeed_settings import offloads, read_tuning
 from trainer.topology import Topology, check_mesh, launch_file
 
 STRATEGIES = ("auto", "single", "ddp", "dictionary", "zero1", "zero2", "zero3")
@@ -21,6 +22,7 @@ class ParallelConfig:
     strategy: str = "auto"  # auto: what the launch file says, or single / ddp by the number of processes
     dictionary_ranks: int = 1  # ranks that share the free banks; the others see other rows
     offload: bool = False  # ZeRO optimizer state in host memory
+    deepspeed: str = ""  # JSON file that tunes ZeRO, see launch/deepspeed; "": settings computed from the banks alone
     timeout: float = 600.0  # seconds that a rank waits for the others before the job fails
 
     @property
@@ -69,7 +71,14 @@ class ParallelConfig:
                 f"parallel.offload=true needs parallel.strategy=zero1, zero2 or zero3, not {name}; "
                 f"set parallel.offload=false or parallel.strategy=zero1"
             )
-        return replace(self, strategy=name, dictionary_ranks=ranks, offload=offload)
+        found = replace(self, strategy=name, dictionary_ranks=ranks, offload=offload)
+        if self.deepspeed and not found.zero_stage:
+            raise UserError(
+                f"parallel.deepspeed={self.deepspeed} needs parallel.strategy=zero1, zero2 or zero3, not {name}; "
+                f"set parallel.deepspeed= or parallel.strategy=zero3"
+            )
+        tuning = read_tuning(self.deepspeed, found.zero_stage)
+        return replace(found, offload=offloads("offload_optimizer", tuning)) if "offload_optimizer" in tuning else found
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """ZeRO 1, 2 and 3: DeepSpeed, built and driven through Accelerate.
 
-The engine trains in fp32: the kernels cast from fp32 masters themselves, so a bf16 section would only change the numbers. Banks are modules that
-own their parameters, so stage 3 gathers them one by one; its buffers are set to one bank, so that a rank holds its shard and at most two banks.
+Banks are modules that own their parameters, so stage 3 gathers them one by one; its buffers are set to one bank (deepspeed_settings.py), so
+that a rank holds its shard and at most two banks.
 """
 
 import logging
@@ -12,52 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.dictionary import DictionaryConfig
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
 from trainer.optimizer import OptimConfig, build_optimizer
-from trainer.strategies.base import Strategy, UnitState, on_host
+from trainer.strategies.base import ParallelConfig, Strategy, UnitState, on_host
+from trainer.strategies.deepspeed_settings import engine_config, offloads, read_tuning, sharding_config
 from trainer.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What matters before there is an engine. Without a bf16 or fp16 section weights stay fp32.
-SHARDING = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-
-
-def deepspeed_config(
-    stage: int, offload: bool, width: int, dictionary: DictionaryConfig, accumulate: int
-) -> dict[str, Any]:
-    """DeepSpeed's settings for a dictionary, whose buffers hold the largest bank."""
-    slots = min(dictionary.bank_slots, dictionary.free_slots)
-    elements = slots * (2 * width + 1)
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": elements,
-        "allgather_bucket_size": elements,
-        "overlap_comm": torch.cuda.is_available(),
-        "contiguous_gradients": True,
-    }
-    if stage == 3:
-        # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass a whole bank.
-        zero |= {
-            # Without CUDA nothing runs beside the computation, so there is nothing to gain.
-            "stage3_prefetch_bucket_size": elements - slots * width if torch.cuda.is_available() else 0,
-            "stage3_max_live_parameters": 2 * elements,
-            "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": 0,
-            "sub_group_size": elements,
-        }
-    if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; rows are counted by the objective
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": 0.0,  # set before each step; DeepSpeed's own default would clip at 1
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
 
 
 class ZeroStrategy(Strategy):
@@ -65,14 +27,14 @@ class ZeroStrategy(Strategy):
 
     Args:
         topology: all ranks are data ranks.
-        stage: 1 shards the optimizer, 2 also gradients, 3 also weights.
-        offload: optimizer state in host memory.
+        config: resolved. Stage 1 shards the optimizer, 2 also gradients, 3 also weights.
     """
 
-    def __init__(self, topology: Topology, stage: int, offload: bool):
+    def __init__(self, topology: Topology, config: ParallelConfig):
         self.topology = topology
-        self.stage = stage
-        self.offload = offload
+        self.stage = config.zero_stage
+        self.offload = config.offload
+        self._tuning = read_tuning(config.deepspeed, self.stage)
 
         # DeepSpeed's own use of torch and its progress notes are nothing that a user can act on.
         warnings.filterwarnings("ignore", message=r"`torch\.distributed", category=FutureWarning)
@@ -85,7 +47,7 @@ class ZeroStrategy(Strategy):
         if self.stage == 3 and any(True for _ in unit.parameters()):
             from deepspeed import zero
 
-            zero.Init(module=unit, config_dict_or_path=SHARDING)
+            zero.Init(module=unit, config_dict_or_path=sharding_config(self._tuning))
 
     def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
         from accelerate import Accelerator, DeepSpeedPlugin
@@ -93,7 +55,9 @@ class ZeroStrategy(Strategy):
         self.objective = objective
         dictionary = objective.dictionary
         self._units = dictionary.units()
-        config = deepspeed_config(self.stage, self.offload, dictionary.width, dictionary.config, optim.accumulate)
+        config = engine_config(
+            self.stage, self.offload, self._tuning, dictionary.width, dictionary.config, optim.accumulate
+        )
         optimizer = build_optimizer(objective.parameters(), optim)
         # DeepSpeed has no public way to drop gradients. Without .grad AdamW leaves a parameter and its moments alone.
         optimizer.register_step_pre_hook(self._drop_gradients)
@@ -103,7 +67,7 @@ class ZeroStrategy(Strategy):
         os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
         accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), mixed_precision="no")
         self.engine, _ = accelerator.prepare(objective, optimizer)
-        if self.stage == 3 and not self.offload:
+        if self.stage == 3 and not self.offload and not offloads("offload_param", self._tuning):
             self._share_masters()
         self._seed_moments(updates)
 

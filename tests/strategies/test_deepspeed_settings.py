@@ -1,0 +1,96 @@
+"""The JSON files that tune DeepSpeed: those of launch/deepspeed train to the same numbers, and what would change numbers is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from strategy_runs import ROOT, TERMS, metrics, relative, run_jobs, write_config, write_shards
+
+from trainer.dictionary import DictionaryConfig
+from trainer.errors import UserError
+from trainer.strategies import ParallelConfig
+from trainer.strategies.deepspeed_settings import engine_config, read_tuning
+
+SHIPPED = sorted((ROOT / "launch" / "deepspeed").glob("*.json"))
+
+
+def strategy_of(path: Path) -> str:
+    return path.stem.split("-")[0]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_read_and_win_over_what_is_computed(path):
+    resolved = ParallelConfig(strategy_of(path), deepspeed=str(path)).resolve(2, 5)
+    assert resolved.offload == path.stem.endswith("offload")
+    tuning = read_tuning(str(path), resolved.zero_stage)
+    config = engine_config(resolved.zero_stage, False, tuning, 16, DictionaryConfig(96, 20), 1)
+    written = json.loads(path.read_text())["zero_optimization"]
+    assert config["zero_optimization"] | written == config["zero_optimization"]
+    assert config["gradient_clipping"] == 0.0 and "fp16" not in config and "bf16" not in config
+
+
+@pytest.mark.slow
+def test_shipped_files_train_to_the_numbers_of_a_single_process(tmp_path):
+    config = write_config(tmp_path / "config.yaml", write_shards(tmp_path / "shards"))
+    short = ["stages.0.steps=2", "stages.1.steps=2"]
+    single = metrics(run_jobs(tmp_path / "one", 1, {config: {"single": short}})["single"])
+    jobs = {p.stem: [f"parallel.strategy={strategy_of(p)}", f"parallel.deepspeed={p}", *short] for p in SHIPPED}
+    for name, folder in run_jobs(tmp_path / "two", 2, {config: jobs}).items():
+        for ours, theirs in zip(metrics(folder), single, strict=True):
+            assert all(relative(ours[term], theirs[term]) <= 1e-5 for term in (*TERMS, "grad_norm")), name
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"zero_optimization": {"stage": 2}}, "is for stage 2, but parallel.strategy=zero3"),
+        ({"zero_optimization": {}, "gradient_clipping": 1.0}, "gradient_clipping .* set optim.clip instead"),
+        ({"zero_optimization": {}, "bf16": {"enabled": True}}, "bf16 .* set run.precision instead"),
+        ({"zero_optimization": {}, "gradient_accumulation_steps": 2}, "set optim.accumulate instead"),
+        ({"zero_optimization": {}, "optimizer": {"type": "Adam"}}, "set optim instead"),
+        ({"zero_optimization": {}, "scheduler": {}}, "set optim.warmup and optim.decay instead"),
+        ({"zero_optimization": {}, "nothing": 1}, "nothing would change more than time and memory, or is not known"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights is not one of"),
+        ({"zero_optimization": {"stage3_param_persistence_threshold": 9}}, "is not one of"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "'auto' is not a whole number"),
+        ({"zero_optimization": {"sub_group_size": -1}}, "is not a whole number"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "is not true or false"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu or none"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, "ratio is not one of"),
+        ([], "must be an object with zero_optimization"),
+        ({}, "must be an object with zero_optimization"),
+    ],
+)
+def test_what_would_change_numbers_is_refused_in_one_line(tmp_path, settings, message):
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message) as error:
+        ParallelConfig("zero3", deepspeed=str(path)).resolve(2, 5)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_belong_to_a_stage_and_a_strategy(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text('{"zero_optimization": {"stage3_max_live_parameters": 9}}')
+    with pytest.raises(UserError, match="stage3_max_live_parameters is for stage 3, not 2"):
+        ParallelConfig("zero2", deepspeed=str(path)).resolve(2, 5)
+    with pytest.raises(UserError, match=r"needs parallel\.strategy=zero1, zero2 or zero3, not ddp"):
+        ParallelConfig("ddp", deepspeed=str(path)).resolve(2, 5)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        ParallelConfig("zero3", deepspeed=str(path)).resolve(2, 5)
+    with pytest.raises(UserError, match="cannot be read"):
+        ParallelConfig("zero3", deepspeed=str(tmp_path / "none.json")).resolve(2, 5)
+
+
+def test_a_file_may_turn_offload_off(tmp_path):
+    path = tmp_path / "tuned.json"
+    path.write_text('{"zero_optimization": {"offload_optimizer": {"device": "none"}}}')
+    assert not ParallelConfig("zero1", offload=True, deepspeed=str(path)).resolve(2, 5).offload
+
+
+def test_a_launch_file_with_a_deepspeed_file_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "mine.json")
+    with pytest.raises(UserError, match=r"give parallel\.deepspeed=mine\.json"):
+        ParallelConfig().resolve(2, 5)
