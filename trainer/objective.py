@@ -89,7 +89,8 @@ class AlignObjective(nn.Module):
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
         perp_step = self._perp_step(z_concept.detach(), rows.counts[0]) if use_perp else None
         bank_step = BankStep(x, x_low, self.dictionary.config.decoder_norm, perp_step)
-        x_hat, sp, perp = self._visit_banks(bank_step, step)
+        x_hat, sp, perp = self._visit_banks(bank_step)
+        self._note_activity(bank_step, step)
         x_hat, concept_gradient = self._meet_dictionary(x_hat, perp_step)
         if align:
             x_hat = x_hat + x_hat_concept
@@ -142,30 +143,31 @@ class AlignObjective(nn.Module):
             perp.pairs = RowPairs(perp.concept, slots, self.low_dtype or torch.float32)
         return perp
 
-    def _visit_banks(self, bank_step: BankStep, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _visit_banks(self, bank_step: BankStep) -> tuple[Tensor, Tensor, Tensor]:
         """The chain of free banks: reconstruction [B, D], and the sums of sp and perp over banks."""
         x_hat = torch.zeros_like(bank_step.x)
         sp = perp = x_hat.new_zeros(())
         for number, bank in enumerate(self.dictionary.free_banks()):
             x_hat, bank_sp, bank_perp = bank(self.choice.kernel(number), x_hat, bank_step)
             sp, perp = sp + bank_sp, perp + bank_perp
-            bank.last_fired.masked_fill_(bank_step.stats[-1].fired, step)
+        return x_hat, sp, perp
+
+    def _note_activity(self, bank_step: BankStep, step: int) -> None:
+        """Which slots fired at this step, and the densities that the next choice of kernels sees."""
+        for bank, stats in zip(self.dictionary.free_banks(), bank_step.stats, strict=True):
+            bank.last_fired.masked_fill_(stats.fired, step)
         if not self.choice.pinned:
             # Every data rank must choose alike, since kernels reduce over data ranks in backward too.
             active = torch.stack([s.active for s in bank_step.stats])
             self._densities = self.topology.sum_over_data(
                 torch.stack([active, torch.full_like(active, len(bank_step.x))])
             )
-        return x_hat, sp, perp
 
     @torch.no_grad()
     def reconstruct(self, acts: Tensor, align: bool) -> tuple[Tensor, Tensor]:
-        """Normalised activations x and their reconstruction, [B, D] each, of raw activations [B, D]. Called on all dictionary ranks."""
+        """Normalised activations x and their reconstruction in fp32, [B, D] each, of raw activations [B, D]. Called on all dictionary ranks."""
         x = self.dictionary.normalise(acts)
-        step = BankStep(x, None, self.dictionary.config.decoder_norm, None)
-        x_hat = torch.zeros_like(x)
-        for number, bank in enumerate(self.dictionary.free_banks()):
-            x_hat, _, _ = bank(self.choice.kernel(number), x_hat, step)
+        x_hat, _, _ = self._visit_banks(BankStep(x, None, self.dictionary.config.decoder_norm, None))
         x_hat = self.topology.sum_over_dictionary(x_hat)
         if align:
             x_hat = x_hat + self.dictionary.concepts(self._concept_path, x)[2]

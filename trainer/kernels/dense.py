@@ -1,7 +1,7 @@
 """The dense kernel: chunks of slots, nothing kept for backward but the weights, so memory does not grow with the code.
 
-For banks where many slots are active (at initialisation about half are). Forward and backward visit the bank in chunks of slots small enough
-for the cache; backward recomputes the code. Formulas: docs/design.md, "One pass per bank".
+For banks where many slots are active (at initialisation about half are). Forward and backward visit the bank in chunks of slots, large
+enough that threads seldom wait for each other; backward recomputes the code. Formulas: docs/design.md, "One pass per bank".
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.kernels import native
 from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
 
-CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 4 MiB in fp32
+CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 16 MiB in fp32
 
 
 def dense_kernel(
@@ -54,7 +54,7 @@ class _Dense(torch.autograd.Function):
     def forward(
         ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = step.x if step.x_low is None else step.x_low
+        x = step.operand
         chunks = _chunks(W_enc.shape[0], x.shape[0])
         perp = step.perp
         norm = W_dec.norm(dim=1)
@@ -63,9 +63,10 @@ class _Dense(torch.autograd.Function):
         fired = torch.zeros_like(total, dtype=torch.bool)
         active = total.new_zeros(())
         kept = []  # the code of one bank, only while its correlations wait for the global moments
-        square, cross = torch.zeros_like(total), None
-        if perp is not None:
-            cross = total.new_zeros(perp.concept.shape[1], total.shape[0])
+        square, cross = (
+            torch.zeros_like(total),
+            total.new_zeros(0 if perp is None else perp.concept.shape[1], len(total)),
+        )
         for c in chunks:
             z = _code(x, W_enc[c], b_enc[c])
             decoder = _decoder(W_dec[c], norm[c], step.decoder_norm).to(z.dtype)
@@ -74,14 +75,14 @@ class _Dense(torch.autograd.Function):
             fired[c] = positive.any(dim=0)
             active += positive.sum()
             total[c] = z.sum(dim=0, dtype=torch.float32)
-            if perp is not None and cross is not None:
+            if perp is not None:
                 square[c] = z.float().square().sum(dim=0)
                 cross[:, c] = perp.concept.T @ z.float()
                 kept.append(z)
         step.stats.append(BankStats(fired, active))
         sp = (total * norm).sum() if step.decoder_norm == "free" else total.sum()
         value = total.new_zeros(())
-        if perp is not None and cross is not None:
+        if perp is not None:
             moments = Moments.reduce(total, square, cross, perp)
             value = moments.corr.square().sum()
             for c, z in zip(chunks, kept, strict=True):
@@ -95,7 +96,7 @@ class _Dense(torch.autograd.Function):
         W_enc, b_enc, W_dec = ctx.saved_tensors
         step: BankStep = ctx.step
         perp = step.perp
-        x = step.x if step.x_low is None else step.x_low
+        x = step.operand
         chunks = _chunks(W_enc.shape[0], x.shape[0])
         moments = None if perp is None else _moments_again(x, W_enc, b_enc, perp, chunks)
         norm = W_dec.norm(dim=1)
