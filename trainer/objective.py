@@ -140,7 +140,7 @@ class AlignObjective(nn.Module):
         perp = PerpStep.standardise(z, total, self.topology.sum_over_data)
         if self.topology.data_world == 1:
             slots = sum(bank.slots for bank in self.dictionary.free_banks())
-            perp.pairs = RowPairs(perp.concept, slots, self.low_dtype or torch.float32)
+            perp.pairs = RowPairs(perp.concept, total, slots, self.low_dtype or torch.float32)
         return perp
 
     def _visit_banks(self, bank_step: BankStep) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,19 +19,21 @@ class RowPairs:
     """K and H of one step.
 
     Args:
-        concept: a [G, R], see PerpStep.
+        concept: a [B, R], see PerpStep.
+        rows: G, a scalar tensor. Micro-batches have fewer rows, and their a is not centred, which all of this rests on.
         slots: free slots of all banks that this rank visits.
         dtype: of the two dense products.
     """
 
-    def __init__(self, concept: Tensor, slots: int, dtype: torch.dtype):
+    def __init__(self, concept: Tensor, rows: Tensor, slots: int, dtype: torch.dtype):
         self._a = concept.to(dtype)
+        self._rows = rows
         self._slots = slots
 
     def cheaper(self, per_slot: Tensor) -> bool:
         """Whether a bank with these numbers of active rows [n] needs less memory and time this way, its share of the dense products counted."""
         rows, concepts = self._a.shape
-        if rows * rows > per_slot.numel() * concepts:
+        if rows * rows > per_slot.numel() * concepts or rows != int(self._rows):
             return False
         entries, pairs = int(per_slot.sum()), int(per_slot.square().sum())
         dense = rows * rows * concepts * per_slot.numel() / self._slots
