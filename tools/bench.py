@@ -29,6 +29,8 @@ from tools.timing.setting import Setting
 from trainer.errors import UserError
 
 AXES = ("slots", "rows", "l0", "concepts")
+# What one measurement of all subjects holds at a time: training states, and [B, S] blocks of the dense baseline in fp32.
+DENSE_COPIES, DENSE_BLOCKS = 2, 5
 
 
 @dataclass
@@ -97,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         args.repeats = min(args.repeats, 2)
 
     rounds = Rounds(args.repeats, time.process_time if args.cpu_time else time.perf_counter)
+    if refusal := setting.refuse(DENSE_COPIES + args.compile, DENSE_BLOCKS):
+        raise UserError(f"the setting {describe(setting)} {refusal}")
     peaks = {}
     if not args.no_memory:  # before anything large lives here
         fast = fast_kernel(setting)
@@ -164,7 +168,7 @@ def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
 
 
 def floor_subjects(setting: Setting, dense: DenseStep) -> Subjects:
-    """The parts of the floor; AdamW works on gradients that a backward pass of `dense` left."""
+    """The parts of the floor; AdamW works on the weights of `dense`."""
     product = EncoderProduct(setting)
     dense.leave_gradients()
     ways = {f"product {i}": Subject(way) for i, way in enumerate(product.ways)}
@@ -179,9 +183,14 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
     subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast, "dense"])}
     for precision in ("bf16", "fp32"):
         subjects[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
+    reason = None
     if compiled:
         compiled_step = DenseStep(setting, compiled=True)
-        subjects["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
+        try:  # torch.compile works where it finds a compiler that it can use
+            compiled_step.step("bf16")
+            subjects["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     times = rounds.measure(subjects, setting.device)
     ours.prepare(fast, sparse=True)
     ours.step(align=False)
@@ -206,12 +215,14 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
         "state_bytes": setting.state_bytes,
     }
     if compiled:
-        figures["dense_bf16_compiled_step_s"] = times["dense_bf16_compiled"]
+        figures["dense_bf16_compiled_step_s"] = reason or times["dense_bf16_compiled"]
     return figures
 
 
 def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
-    """Our step and its floor at one setting."""
+    """Our step and its floor at one setting, or why it was left out."""
+    if refusal := setting.refuse(2, 1):
+        return {"shapes": asdict(setting), "skipped": refusal}
     fast = fast_kernel(setting)
     ours, dense = OurStep(setting), DenseStep(setting)
     subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
@@ -239,6 +250,11 @@ def peer_figures(setting: Setting, python: str, rounds: Rounds) -> dict[str, Any
         raise UserError(f"--peers-python {python} failed: {lines[-1]}")
     times = json.loads(done.stdout.strip().splitlines()[-1])
     return {name: t if isinstance(t, str) else statistics.median(t) for name, t in times.items()}
+
+
+def describe(setting: Setting) -> str:
+    """Its sizes in words."""
+    return f"S={setting.slots + setting.concepts} D={setting.width} B={setting.rows}"
 
 
 def device_name(device: str) -> str:

@@ -27,6 +27,34 @@ def test_quick_bench_writes_every_figure(tmp_path, capsys):
     assert "step / floor (pretrain)" in capsys.readouterr().out
 
 
+def test_sweeps_show_how_cost_grows_and_leave_out_what_does_not_fit(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    sweeps = ["--sweep-slots", "300", "600", "9000000000", "--sweep-rows", "8", "16", "--sweep-concepts", "1", "30"]
+    assert main(["bench", "--quick", "--repeats", "1", "--no-memory", "--json", str(file), *sweeps]) == 0
+    found = json.loads(file.read_text())
+    assert ["skipped" in point for point in found["sweeps"]["slots"]] == [False, False, True]
+    shown = capsys.readouterr().out
+    for line in ("slots 300 -> 600", "rows 8 -> 16", "concepts 1 -> 30", "left out: needs about"):
+        assert line in shown
+
+
+def test_a_setting_that_does_not_fit_is_refused(capsys):
+    assert main(["bench", "--slots", "9000000000", "--no-memory"]) == 2
+    assert "GB are free" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_is_reported(monkeypatch, capsys):
+    def broken(function):
+        def call(*_):
+            raise RuntimeError("no compiler at hand")
+
+        return call
+
+    monkeypatch.setattr("torch.compile", broken)
+    assert main(["bench", "--quick", "--repeats", "1", "--no-memory", "--compile"]) == 0
+    assert "no compiler at hand" in capsys.readouterr().out
+
+
 def test_the_bias_sets_the_density():
     ours = OurStep(Setting(rows=256, width=32, slots=1000, bank_slots=300, l0=20.0))
     ours.prepare("dense", sparse=True)

@@ -17,7 +17,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         "dense kernel / dense bf16 autograd, time (half of all slots active)": step["dense/pretrain"]
         / found["dense_bf16_step_s"],
     }
-    if "dense_bf16_compiled_step_s" in found:
+    if isinstance(found.get("dense_bf16_compiled_step_s"), float):
         out["rows/s over dense bf16 compiled"] = found["dense_bf16_compiled_step_s"] / pretrain
     if "peak_bytes" in found:
         peak = found["peak_bytes"]
@@ -30,7 +30,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
             out[f"rows/s over {name}"] = seconds_or_reason / pretrain
     for axis, points in found.get("sweeps", {}).items():
         stage = "align" if axis == "concepts" else "pretrain"
-        for before, after in itertools.pairwise(points):
+        for before, after in itertools.pairwise(p for p in points if "skipped" not in p):
             # Against each point's own floor where the floor does not change, which takes out the drift of the machine.
             values = [
                 p["step_s"][f"{fast}/{stage}"] / (1 if axis in ("slots", "rows") else p["floor_s"])
@@ -66,5 +66,19 @@ def print_tables(found: dict[str, Any]) -> None:
         print(f"  {name:32s} {shown}")
     for name, value in found.get("peak_bytes", {}).items():
         print(f"  peak {name:27s} {value / 1e9:8.3f} GB, {value / found['state_bytes']:.3f} of the state")
+    for axis, points in found.get("sweeps", {}).items():
+        for point in points:
+            print(f"  {axis + format(point['shapes'][axis], ' g'):17s} {_point(point)}")
     for name, value in found["ratios"].items():
         print(f"  {value:7.3f}  {name}")
+
+
+def _point(point: dict[str, Any]) -> str:
+    """One line of a sweep."""
+    if "skipped" in point:
+        return f"left out: {point['skipped']}"
+    steps = [
+        f"{name} {value:8.4f} s = {value / point['floor_s']:.2f} floors, {point['shapes']['rows'] / value:.0f} rows/s"
+        for name, value in point["step_s"].items()
+    ]
+    return f"floor {point['floor_s']:8.4f} s, " + ", ".join(steps) + f", mean L0 {point['mean_l0']:.1f}"

@@ -1,6 +1,7 @@
 """The sizes of one measurement, the rows it runs on, and how the density is set."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ class Setting:
         matrix = (self.slots + self.concepts) * self.width
         vectors = self.slots + self.concepts + self.width
         return 4 * 4 * (2 * matrix + vectors) + 2 * matrix
+
+    def refuse(self, copies: int, products: int) -> str | None:
+        """Why this setting does not fit into the memory of its device, or None: so many training states, and [B, S] blocks in fp32."""
+        needed = copies * self.state_bytes + products * 4 * self.rows * (self.slots + self.concepts)
+        free = free_memory(self.device)
+        if free is None or needed <= 0.95 * free:
+            return None
+        return f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; take fewer --slots or a smaller --width"
+
+
+def free_memory(device: str) -> int | None:
+    """Bytes that a process can still take on the device; None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def make_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
