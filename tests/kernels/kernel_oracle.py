@@ -83,7 +83,7 @@ def by_kernel(
         code = z_concept.detach()
         perp = PerpStep.standardise(code, reduce(code.new_tensor(float(len(code)))), reduce)
         if pairs is not None:
-            perp.pairs = pairs(perp.concept, len(b_enc), torch.bfloat16 if low else torch.float32)
+            perp.pairs = pairs(perp.concept, perp.rows, len(b_enc), torch.bfloat16 if low else torch.float32)
     step = BankStep(case.x, case.x.bfloat16() if low else None, case.decoder_norm, perp)
     out, sp, value = kernel(W_enc, b_enc, W_dec, recon, step)
     rec = (case.x - out).square().sum()
