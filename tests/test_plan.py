@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,16 @@ def test_snapshots_count_on_cpu_ranks_and_where_saves_are_asynchronous(capsys, t
     gpu, cpu, waiting = ddp(), ddp("--backend", "gloo"), ddp("--backend", "gloo", "checkpoint.asynchronous=false")
     assert gpu["snapshot"] == cpu["snapshot"] > waiting["snapshot"] == 0
     assert gpu["total"] == waiting["total"] == cpu["total"] - cpu["snapshot"]
+
+
+def test_moments_in_bf16_take_half_and_cannot_be_sharded_by_zero():
+    whole = plan.Shape(64, 6, 0, DictionaryConfig(4096, 512), 64, False)
+    half = replace(whole, moment=2)
+    for strategy in ("ddp", "dictionary"):
+        few, many = (plan.estimate(s, strategy, 4, gloo=True, snapshots=True) for s in (half, whole))
+        assert 2 * few.optimizer == many.optimizer and few.weights == many.weights
+        assert few.snapshot / many.snapshot == pytest.approx(8 / 12)
+    assert plan.estimate(half, "zero3", 4) is None and plan.smallest(half, "zero1", 2**40) is None
 
 
 def test_sizes():

@@ -4,7 +4,7 @@
     alignsae plan --scaling > table.md
 
 Width and concepts come from the manifest of data.shards, or from --width and --concepts where the data does not exist yet. Memory is the peak within
-a step: weights, gradients, AdamW's two moments (all fp32), what a strategy gathers or copies, and what the largest bank needs while it is
+a step: weights, gradients, AdamW's two moments (fp32 unless optim.state=bf16), what a strategy gathers or copies, and what the largest bank needs while it is
 computed; or, where that is more, what building the engine takes. `snapshot` is host memory: with checkpoint.asynchronous a rank keeps a copy of
 what it saves (weights and moments of its units). Bytes are what one rank sends in one step; it receives as many. With --backend gloo the
 figures are those of CPU ranks, where a reduce-scatter costs an all-reduce and an all-gather a copy, and snapshots count in the total; the tests
@@ -20,6 +20,7 @@ from tools.planning.estimate import STRATEGIES, Shape, estimate, smallest
 from trainer.config import Config, load_config
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
+from trainer.optimizer import STATE_DTYPES
 from trainer.stream import Manifest
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -99,7 +100,8 @@ def read_shape(args: argparse.Namespace) -> tuple[Config, Shape]:
         raise UserError(f"--width {width}, --concepts {concepts} and --answers {answers} cannot be")
     low = config.run.precision == "bf16"
     rows = -(-config.data.global_batch // config.optim.accumulate)
-    return config, Shape(width, concepts, answers, config.dictionary, rows, low)
+    moment = STATE_DTYPES[config.optim.state].itemsize
+    return config, Shape(width, concepts, answers, config.dictionary, rows, low, moment)
 
 
 def scaling_table(memory: int) -> str:

@@ -14,7 +14,7 @@ MOST_DEVICES = 8192
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that memory and traffic follow from. rows: of the global batch; low: products in bf16."""
+    """Sizes that memory and traffic follow from. rows: of the global batch; low: products in bf16; moment: bytes of a moment of AdamW."""
 
     width: int
     concepts: int
@@ -22,6 +22,7 @@ class Shape:
     dictionary: DictionaryConfig
     rows: int
     low: bool
+    moment: int = FP32
 
     @cached_property
     def bank_slots(self) -> list[int]:
@@ -90,6 +91,8 @@ def estimate(
     """
     if (strategy == "single" and devices > 1) or (strategy == "dictionary" and devices > shape.banks):
         return None
+    if strategy.startswith("zero") and shape.moment != FP32:  # see OptimConfig
+        return None
     if strategy.startswith("zero"):
         found = _zero(shape, strategy, devices, gloo, offload)
     elif strategy == "dictionary":
@@ -103,7 +106,8 @@ def estimate(
 
 def _snapshot(shape: Shape, ranks: int) -> int:
     """Weights and two moments of the units that the busiest of the ranks saves: units are spread evenly, whatever the strategy."""
-    return 3 * FP32 * min(-(-shape.banks // ranks) * shape.bank + shape.shared, shape.free + shape.shared)
+    elements = min(-(-shape.banks // ranks) * shape.bank + shape.shared, shape.free + shape.shared)
+    return (FP32 + 2 * shape.moment) * elements
 
 
 def _local(shape: Shape, strategy: str, data: int, dictionary: int) -> Estimate:
@@ -123,10 +127,10 @@ def _local(shape: Shape, strategy: str, data: int, dictionary: int) -> Estimate:
         data * dictionary,
         weights=FP32 * elements,
         gradients=FP32 * (elements + (shape.bank if data > 1 else 0)),
-        optimizer=2 * FP32 * elements,
+        optimizer=2 * shape.moment * elements,
         buffers=0,
         activations=shape.activations(rows),
-        build=(4 if data > 1 else 3) * FP32 * elements,  # the buckets of DDP are its gradients
+        build=((2 if data > 1 else 1) * FP32 + 2 * shape.moment) * elements,  # the buckets of DDP are its gradients
         sent=sent,
     )
 
