@@ -1,19 +1,24 @@
 """The files of launch/: each is read by the program it is for, and the CPU ones start a run as written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jsonschema
 import pytest
+import torch.distributed.run
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 sys.path.insert(0, str(Path(__file__).parent / "strategies"))
 from pytorchjob_schema import PYTORCH_JOB
 from strategy_runs import ROOT, launch, launcher, metrics, torchrun, write_config, write_shards
 
 from trainer.config import load_config
+from trainer.strategies import ParallelConfig
 
 ACCELERATE = sorted((ROOT / "launch" / "accelerate").glob("*.yaml"))
 # Launch file -> what the run's resolved configuration must say.
@@ -27,6 +32,16 @@ AS_WRITTEN = {
     "single": ("single", 1),
 }
 FAST = ("zero3-cpu", "dictionary-cpu")
+# Files for GPUs: what the configuration of 8 processes must resolve to (strategy, dictionary ranks, offload).
+ON_GPUS = {
+    "ddp": ("ddp", 1, False),
+    "zero1": ("zero1", 1, False),
+    "zero2": ("zero2", 1, False),
+    "zero3": ("zero3", 1, False),
+    "zero3-offload": ("zero3", 1, True),
+    "dictionary": ("dictionary", 8, False),
+    "mesh": ("dictionary", 4, False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +76,23 @@ def test_accelerate_launch_works_as_written(config, tmp_path, name):
     resolved = load_config(run_dir / "config.yaml", [])
     assert (resolved.parallel.strategy, resolved.parallel.dictionary_ranks) == AS_WRITTEN[name]
     assert len(metrics(run_dir)) == 3
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_files_for_gpus_start_what_they_name(monkeypatch, name):
+    """Accelerate does all but start the processes: their number and environment lead to the strategy, without a GPU."""
+    started = []
+    monkeypatch.setattr(torch.distributed.run, "run", lambda args: started.append((args, dict(os.environ))))
+    path = ROOT / "launch" / "accelerate" / f"{name}.yaml"
+    command = ["--config_file", str(path), "-m", "trainer.train", "--config", "configs/large.yaml"]
+    with mock.patch.dict(os.environ):
+        launch_command(launch_command_parser().parse_args(command))
+    ((args, environment),) = started
+    assert int(args.nproc_per_node) == 8 and args.module and args.training_script == "trainer.train"
+    with mock.patch.dict(os.environ, environment, clear=True):
+        found = ParallelConfig().resolve(8, 16)
+    assert (found.strategy, found.dictionary_ranks, found.offload) == ON_GPUS[name]
+    assert set(ON_GPUS) == {p.stem for p in ACCELERATE if not p.stem.endswith("-cpu")} - {"single"}
 
 
 @pytest.mark.slow
