@@ -87,7 +87,7 @@ BF16_LOSS, BF16_GRADIENT = 3e-3, {"sparse": 0.05, "dense": 0.1}
 
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 @pytest.mark.parametrize("bind_on", ["pre", "code"])
-@pytest.mark.parametrize("R", [6, 1000, 1500])
+@pytest.mark.parametrize("R", [6, 64, 1000, 1500])
 def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
     objective = make(48, R, 60, 25, answers=9, bind_on=bind_on, kernel=kernel, precision="bf16")
     rows = make_rows(96, 48, R, answers=9)
@@ -97,6 +97,7 @@ def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
     grads = torch.autograd.grad(expected, list(parameters.values()))
     loss, sums = objective(rows, weights, True, step=1)
     loss.backward()
+    assert (objective.concept_dtype is None) == (R == 6)  # few concepts stay in fp32
     assert loss.dtype == torch.float32 and sums.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=BF16_LOSS, atol=0.0)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):

@@ -17,6 +17,10 @@ from trainer.losses import LossConfig
 from trainer.topology import Topology
 
 
+# With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round for.
+LOW_CONCEPTS = 64
+
+
 @dataclass
 class Rows:
     """The rows that one forward sees, and how many the global batch has.
@@ -61,6 +65,7 @@ class AlignObjective(nn.Module):
         self.topology = topology
         self.choice = KernelChoice(kernel, len(dictionary.owned), topology.device)
         self.low_dtype = torch.bfloat16 if precision == "bf16" else None
+        self.concept_dtype = self.low_dtype if len(dictionary.concept_names) >= LOW_CONCEPTS else None
         self._densities: Tensor | None = None
 
     def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +88,7 @@ class AlignObjective(nn.Module):
         # Asleep, the concept path runs on no rows: every parameter still gets a (zero) gradient, which every engine needs.
         awake = len(x) if align else 0
         concept, answer = rows.concept[:awake], rows.answer[:awake]
-        operand = x if x_low is None else x_low
+        operand = x if x_low is None or self.concept_dtype is None else x_low
         pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
@@ -198,7 +203,7 @@ class AlignObjective(nn.Module):
         head = self.dictionary.value_head
         if head is None:
             return z_concept.new_zeros(())
-        with torch.autocast(z_concept.device.type, self.low_dtype, enabled=self.low_dtype is not None):
+        with torch.autocast(z_concept.device.type, self.concept_dtype, enabled=self.concept_dtype is not None):
             logits = head(z_concept)
         return _summed_cross_entropy(logits.float(), answer)
 
