@@ -18,6 +18,13 @@ def fast_and_all(fast: list, everything: list) -> list:
     return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in everything)]
 
 
+def label(case: tuple) -> str:
+    """`zero3x2` for a layout, `zero3x2-spike` for a variant, `meshx4-to-zero3x2` for a resumed run."""
+    if isinstance(case[0], int):
+        return f"{case[1]}x{case[0]}"
+    return f"{label(case[0])}-{case[1]}" if isinstance(case[1], str) else f"{label(case[0])}-to-{label(case[1])}"
+
+
 def weights(folder: Path) -> torch.Tensor:
     dictionary, _ = load_dictionary(folder)
     return torch.cat([p.flatten() for p in dictionary.parameters()])
@@ -35,7 +42,9 @@ def assert_close_runs(ours: list[dict], theirs: list[dict], names=(*TERMS, "grad
             assert relative(a[name], b[name]) <= (1e-5 if index in EARLY else 1e-4), (index, name, a[name], b[name])
 
 
-@pytest.mark.parametrize("layout", fast_and_all(FAST_PLAIN[1:], [layout for layout in LAYOUTS if layout != SINGLE]))
+@pytest.mark.parametrize(
+    "layout", fast_and_all(FAST_PLAIN[1:], [layout for layout in LAYOUTS if layout != SINGLE]), ids=label
+)
 def test_losses_and_gradients_are_those_of_a_single_process(runs, layout):
     ours, theirs = metrics(runs.plain[layout]), metrics(runs.plain[SINGLE])
     assert len(ours) == STEPS
@@ -46,7 +55,7 @@ def test_losses_and_gradients_are_those_of_a_single_process(runs, layout):
     assert (weights(runs.plain[layout]) - reference).norm() <= 1e-4 * reference.norm()
 
 
-@pytest.mark.parametrize("case", fast_and_all(FAST_VARIANTS, ALL_VARIANTS))
+@pytest.mark.parametrize("case", fast_and_all(FAST_VARIANTS, ALL_VARIANTS), ids=label)
 def test_variants_are_those_of_a_single_process(runs, case):
     """Micro-batches, updates that are skipped, dead slots revived in the live engine, no concepts at all, offload."""
     _, variant = case
@@ -67,7 +76,7 @@ def test_variants_are_those_of_a_single_process(runs, case):
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))
 
 
-@pytest.mark.parametrize("case", fast_and_all(FAST_RESUMED, ALL_RESUMED))
+@pytest.mark.parametrize("case", fast_and_all(FAST_RESUMED, ALL_RESUMED), ids=label)
 def test_a_checkpoint_resumes_under_any_strategy_and_world(runs, case):
     saved, resumed = case
     ended, undisturbed = weights(runs.resumed[case]), weights(runs.plain[saved])
