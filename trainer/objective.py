@@ -16,7 +16,6 @@ from trainer.kernels import BankStep, KernelChoice, PerpStep, RowPairs
 from trainer.losses import LossConfig
 from trainer.topology import Topology
 
-
 # With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round for.
 LOW_CONCEPTS = 64
 
