@@ -85,7 +85,7 @@ class ParallelConfig:
 class UnitState:
     """Everything of one unit (ConceptDictionary.units) that training changes, as whole tensors on the host.
 
-    weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> fp32 tensor.
+    weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> tensor (fp32, or bf16 with optim.state=bf16).
     """
 
     weights: dict[str, Tensor]
