@@ -4,6 +4,7 @@ They are one thing: DistributedDataParallel over the data group, if that has mor
 replicate get the same gradient on each of them, since the partial reconstructions are summed before the loss.
 """
 
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -31,11 +32,15 @@ class LocalStrategy(Strategy):
             self.optimizer.make_state(parameter, updates)
         self.engine: nn.Module = objective
         if self.topology.data_world > 1:
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             self.engine = DistributedDataParallel(
                 objective,
                 process_group=self.topology.data_group,
                 broadcast_buffers=False,  # last_fired differs by rank until it is reduced
                 gradient_as_bucket_view=True,
+                # Otherwise buckets are laid out anew after the first step, and with them the order of sums over more than two ranks:
+                # a resumed run would not end bitwise where an undisturbed one ends.
+                find_unused_parameters=True,
             )
 
     def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
