@@ -76,7 +76,7 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
         )
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     assert total["rows"] == B
-    assert total["rec"] / B == pytest.approx(float(terms["rec"]), rel=1e-5)
+    assert total["rec"] / B == pytest.approx(terms["rec"].item(), rel=1e-5)
     assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
 
 
@@ -113,6 +113,17 @@ def test_unlabelled_batch_gives_no_label_terms():
     _, sums = objective(rows, LossConfig(), True, 1)
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     assert total["bind"] == total["val"] == total["labelled"] == total["bound"] == 0
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
+    objective = make(6, 3, 10, 4, kernel=kernel)
+    rows = make_rows(0, 6, 3)
+    loss, sums = objective(rows, LossConfig(), True, 7)
+    loss.backward()
+    assert float(loss.detach()) == 0 and not sums.any()
+    assert all(not p.grad.any() for p in objective.parameters())
+    assert all(not bank.last_fired.any() for bank in objective.dictionary.free_banks())
 
 
 def test_micro_batches_add_up_to_the_batch_without_orthogonality():

@@ -91,7 +91,7 @@ class AlignObjective(nn.Module):
         pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
-        perp_step = self._perp_step(z_concept.detach(), rows.counts[0]) if use_perp else None
+        perp_step = self._perp_step(z_concept.detach(), rows.counts[0].clamp_min(1)) if use_perp else None
         bank_step = BankStep(x, x_low, self.dictionary.config.decoder_norm, perp_step)
         x_hat, sp, perp = self._visit_banks(bank_step)
         self._note_activity(bank_step, step)
@@ -179,11 +179,13 @@ class AlignObjective(nn.Module):
 
     def settle(self) -> None:
         """Let the kernel choice see the densities of the last forward; called at the next one, and before a save."""
-        if self._densities is not None:
-            active, rows = self._densities.tolist()
+        if self._densities is None:
+            return
+        active, rows = self._densities.tolist()
+        self._densities = None
+        if rows[0]:  # a batch whose rows are all masked says nothing
             sizes = (bank.slots for bank in self.dictionary.free_banks())
-            self.choice.observe([a / (r * n) if r else 0.0 for a, r, n in zip(active, rows, sizes, strict=True)])
-            self._densities = None
+            self.choice.observe([a / (r * n) for a, r, n in zip(active, rows, sizes, strict=True)])
 
     def _meet_dictionary(self, x_hat: Tensor, perp: PerpStep | None) -> tuple[Tensor, Tensor | None]:
         """Add up the partial reconstructions of the dictionary ranks, and the gradients to the concept code, in one reduction."""

@@ -32,16 +32,28 @@ class LocalStrategy(Strategy):
             self.optimizer.make_state(parameter, updates)
         self.engine: nn.Module = objective
         if self.topology.data_world > 1:
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            # Its replacement is not there yet: buffers would still be sent around at the start.
+            warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
             self.engine = DistributedDataParallel(
                 objective,
                 process_group=self.topology.data_group,
                 broadcast_buffers=False,  # last_fired differs by rank until it is reduced
                 gradient_as_bucket_view=True,
-                # Otherwise buckets are laid out anew after the first step, and with them the order of sums over more than two ranks:
-                # a resumed run would not end bitwise where an undisturbed one ends.
-                find_unused_parameters=True,
             )
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """A first backward pass, on no rows, that is the same in every run.
+
+        DDP lays its buckets out anew after the first one, in the order in which gradients came, and sums over more than two ranks depend on
+        the layout: without this a run that resumes in another stage would not end bitwise where an undisturbed one ends.
+        """
+        device = self.topology.device
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        acts = torch.zeros(0, self.objective.dictionary.width, device=device)
+        loss, _ = self.forward(Rows(acts, none, none, torch.zeros(3, device=device)), LossConfig(), False, 0)
+        self.backward(loss, last=True)
+        self.discard()
 
     def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
         return self.engine(rows, weights, align, step)
