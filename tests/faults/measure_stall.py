@@ -97,15 +97,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         Saver.save, Saver._write, Saver._commit = original_save, original_write, original_commit  # type: ignore[method-assign]
     if code:
         raise SystemExit(code)
-    line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     # The first save makes the memory of the snapshot, the last one is written while the loop waits.
     blocked, middle = median(saves[1:-1]), len(saves) - 1
     free = median(seconds for seconds, busy in steps[3:] if not busy)
     slower = [seconds - free for seconds, busy in steps if busy]
     return {
-        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": line["l0"], "saves": len(saves),
+        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": lines[-1]["l0"], "saves": len(saves),
         "step_s": free, "first_save_s": saves[0], "blocked_s": blocked, "steps_beside_a_save": len(slower) / middle,
         "slower_s": sum(slower) / middle, "writing_cpu_s": median(writing[:-1]), "last_save_s": saves[-1],
+        "share_waiting_for_rows": max(line["stall"] for line in lines[1:]),
         "share_at_one_save_per_100_steps": (blocked + sum(slower) / middle) / (100 * free),
     }  # fmt: skip
 
