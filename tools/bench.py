@@ -2,7 +2,8 @@
 
 The floor is what no step can avoid: one bf16 encoder product and one pass of fused AdamW, measured in the same process on the same
 shapes. Timed steps are whole ones (forward, backward, clipping, AdamW with learning rate 0) through the objective and strategy that
-training uses. Repetitions of all subjects are interleaved and medians are reported, so that a busy machine disturbs all of them alike.
+training uses. Repetitions are interleaved and medians are reported, so that a busy machine disturbs all subjects alike; the floor and our sparse
+step take turns first, then the dense steps, whose gigabytes of temporary memory would slow down what runs between them.
 The mean L0 is set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are Gaussian, so
 activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
 """
@@ -180,18 +181,21 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
     fast = fast_kernel(setting)
     ours = OurStep(setting)
     dense = DenseStep(setting)
-    subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast, "dense"])}
+    # Apart: a step that gives gigabytes back to the system slows down for seconds what runs next.
+    light = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
+    heavy = our_subjects(ours, ["dense"])
     for precision in ("bf16", "fp32"):
-        subjects[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
+        heavy[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
+    times = rounds.measure(light, setting.device)
     reason = None
     if compiled:
         compiled_step = DenseStep(setting, compiled=True)
         try:  # torch.compile works where it finds a compiler that it can use
             compiled_step.step("bf16")
-            subjects["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
+            heavy["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    times = rounds.measure(subjects, setting.device)
+    times |= rounds.measure(heavy, setting.device)
     ours.prepare(fast, sparse=True)
     ours.step(align=False)
     product = min(t for name, t in times.items() if name.startswith("product"))
