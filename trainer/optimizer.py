@@ -15,6 +15,7 @@ from trainer.kernels import native
 log = logging.getLogger(__name__)
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's state, in memory and in checkpoints
 
 
 @dataclass
@@ -76,14 +77,14 @@ class ScaledAdamW(torch.optim.AdamW):
         """Moments of 0 after `updates` steps."""
         self.state[parameter] = {
             "step": torch.tensor(float(updates), device=parameter.device),  # torch's fused AdamW wants it there
-            **{key: torch.zeros_like(parameter, dtype=self.state_dtype) for key in ("exp_avg", "exp_avg_sq")},
+            **{key: torch.zeros_like(parameter, dtype=self.state_dtype) for key in MOMENTS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but moments get the dtype of this optimizer."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 state[key] = state[key].to(self.state_dtype)
 
     @torch.no_grad()

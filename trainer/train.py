@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run(load_config(args.config, args.overrides), interrupt)
         except UserError as error:
-            print("trainer.train:", *[f"rank {rank}:"] * (world > 1), f"error: {error}", file=sys.stderr)
+            who = f"rank {rank}: " if world > 1 else ""
+            print(f"trainer.train: {who}error: {error}", file=sys.stderr)
             return 2
 
 

@@ -15,6 +15,7 @@ from trainer.checkpoint.files import digest, read_json
 from trainer.checkpoint.state import RunState, least_bytes, read_state
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError, UserError
+from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
 from trainer.topology import Topology
@@ -144,9 +145,7 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
             with safe_open(folder / "dictionary" / f"{unit}.safetensors", framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             shapes.pop("last_fired", None)
-            _refuse_other_shapes(
-                path, moments, {f"{k}.{n}": s for k in ("exp_avg", "exp_avg_sq") for n, s in shapes.items()}
-            )
+            _refuse_other_shapes(path, moments, {f"{k}.{n}": s for k in MOMENTS for n, s in shapes.items()})
             strategy.write(unit, UnitState({}, _strip(moments, "exp_avg."), _strip(moments, "exp_avg_sq.")))
 
 

@@ -25,22 +25,22 @@ from trainer.checkpoint.restore import saved, verify
 from trainer.checkpoint.state import RunState
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
+from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
 
 log = logging.getLogger(__name__)
 
 _FAILURES = (OSError, DataError, MemoryError)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UnitFiles:
     """The two files of a unit in memory; `state` is that memory."""
 
     def __init__(self, state: UnitState, pinned: bool):
-        moments = {f"{key}.{name}": t for key in _MOMENTS for name, t in getattr(state, key).items()}
+        moments = {f"{key}.{name}": t for key in MOMENTS for name, t in getattr(state, key).items()}
         self.weights, self.moments = TensorFile(state.weights, pinned), TensorFile(moments, pinned)
-        parts = [{n: self.moments.tensors[f"{key}.{n}"] for n in getattr(state, key)} for key in _MOMENTS]
+        parts = [{n: self.moments.tensors[f"{key}.{n}"] for n in getattr(state, key)} for key in MOMENTS]
         self.state = UnitState(self.weights.tensors, *parts)
 
 
@@ -102,11 +102,12 @@ class Saver:
         self.strategy.objective.settle()
         if self.config.asynchronous and not self._last:
             for name in self.strategy.unit_names():
-                self._snapshot |= self._capture(name, self._snapshot.get(name))
+                if files := self._capture(name, self._snapshot.get(name)):
+                    self._snapshot[name] = files
             self._task = self._pool.submit(self._write, list(self._snapshot.items()), self._kernels())
         else:
             self._snapshot.clear()
-            stream = (pair for name in self.strategy.unit_names() for pair in self._capture(name).items())
+            stream = ((name, files) for name in self.strategy.unit_names() if (files := self._capture(name)))
             self._task = self._attempt(self._write, stream, self._kernels())
             for _ in stream:  # reading a unit may be a collective: a rank that cannot write must still take part
                 pass
@@ -179,19 +180,19 @@ class Saver:
         (self._work / "dictionary").mkdir(parents=True, exist_ok=True)
         (self._work / "optimizer").mkdir(exist_ok=True)
 
-    def _capture(self, unit: str, old: "UnitFiles | None" = None) -> "dict[str, UnitFiles]":
-        """{unit: a copy of its state}, on the rank that saves it; in the memory of the last one: new pages cost more than the copy."""
+    def _capture(self, unit: str, old: UnitFiles | None = None) -> UnitFiles | None:
+        """A copy of a unit's state, on the rank that saves it; in the memory of the last one: new pages cost more than the copy."""
         state = self.strategy.read(unit, into=None if old is None else old.state)
         if state is None:
-            return {}
-        return {unit: old or UnitFiles(state, pinned=self.topology.device.type == "cuda")}
+            return None
+        return old or UnitFiles(state, pinned=self.topology.device.type == "cuda")
 
     def _kernels(self) -> dict[str, str]:
         """Kernel of each bank held here at this step."""
         objective = self.strategy.objective
         return {f"bank-{i:05d}": k for i, k in zip(objective.dictionary.owned, objective.choice.names, strict=True)}
 
-    def _write(self, units: "Iterable[tuple[str, UnitFiles]]", kernels: dict[str, str]) -> None:
+    def _write(self, units: Iterable[tuple[str, UnitFiles]], kernels: dict[str, str]) -> None:
         hashes = {}
         for unit, files in units:
             metadata = {"kernel": kernels[unit]} if unit in kernels else {}

@@ -63,10 +63,8 @@ class _Dense(torch.autograd.Function):
         fired = torch.zeros_like(total, dtype=torch.bool)
         active = total.new_zeros(())
         kept = []  # the code of one bank, only while its correlations wait for the global moments
-        square, cross = (
-            torch.zeros_like(total),
-            total.new_zeros(0 if perp is None else perp.concept.shape[1], len(total)),
-        )
+        square = torch.zeros_like(total)
+        cross = total.new_zeros(0 if perp is None else perp.concept.shape[1], len(total))
         for c in chunks:
             z = _code(x, W_enc[c], b_enc[c])
             decoder = _decoder(W_dec[c], norm[c], step.decoder_norm).to(z.dtype)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
-from trainer.optimizer import OptimConfig, build_optimizer, square_norm
+from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer, square_norm
 from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.topology import Topology
 
@@ -99,7 +99,7 @@ class LocalStrategy(Strategy):
         old = into or UnitState({}, {}, {})
         moments = {
             key: {n: on_host(self.optimizer.state[p][key], getattr(old, key).get(n)) for n, p in parameters.items()}
-            for key in ("exp_avg", "exp_avg_sq")
+            for key in MOMENTS
         }
         weights = {name: on_host(t, old.weights.get(name)) for name, t in module.state_dict().items()}
         return UnitState(weights, moments["exp_avg"], moments["exp_avg_sq"])
@@ -114,8 +114,8 @@ class LocalStrategy(Strategy):
                     tensor.copy_(state.weights[name])
             for name, parameter in module.named_parameters():
                 slot = self.optimizer.state[parameter]
-                for key, moments in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-                    if name in moments:
+                for key in MOMENTS:
+                    if name in (moments := getattr(state, key)):
                         slot[key].copy_(moments[name])
 
     def holds(self, unit: str) -> bool:

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
-from trainer.optimizer import OptimConfig, build_optimizer
+from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer
 from trainer.strategies.base import ParallelConfig, Strategy, UnitState, on_host
 from trainer.strategies.deepspeed_settings import engine_config, offloads, read_tuning, sharding_config
 from trainer.topology import Topology
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroStrategy(Strategy):
@@ -144,8 +142,8 @@ class ZeroStrategy(Strategy):
             for name, parameter in module.named_parameters():
                 if name in state.weights:
                     self._write_weight(parameter, state.weights[name])
-                for key, values in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-                    if name in values:
+                for key in MOMENTS:
+                    if name in (values := getattr(state, key)):
                         self._write_moment(parameter, values[name], key)
 
     def _write_weight(self, parameter: Any, whole: Tensor) -> None:
