@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["topology", "stream", "dictionary", "losses", "language_model", "journal"],
+    ["allocator", "topology", "stream", "dictionary", "losses", "language_model", "journal"],
     ["kernels", "evaluation", "guard", "interrupt"],
     ["objective", "optimizer", "interventions", "results"],
     ["curriculum", "metrics"],

@@ -11,11 +11,12 @@ activity is spread evenly over slots. Peak memory is the growth of resident memo
 import argparse
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ import torch
 
 from tools.timing.baselines import DenseStep, EncoderProduct
 from tools.timing.memory import peak_growth
-from tools.timing.ours import OurStep
+from tools.timing.ours import FloorAdamW, OurStep
 from tools.timing.report import print_tables, ratios
 from tools.timing.setting import Setting
+from trainer.allocator import keep_freed_memory
 from trainer.errors import UserError
 
 AXES = ("slots", "rows", "l0", "concepts")
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         if args.device != "cpu" or args.threads > 1:
             raise UserError("--cpu-time works with --device cpu and --threads 1")
         args.threads = 1
+    keep_freed_memory()  # as training does
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(args.rows, args.width, args.slots, args.bank_slots, args.concepts, l0=args.l0, device=args.device)
@@ -125,31 +128,49 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass
+class Timed:
+    """What the repetitions of one subject took, and the pages that the process had to be given meanwhile."""
+
+    seconds: list[float] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass
 class Rounds:
     """How often and by which clock."""
 
     repeats: int
     clock: Callable[[], float]
 
-    def measure(self, subjects: Subjects, device: str) -> dict[str, float]:
-        """Median seconds of each subject; one warm-up round, then rounds in which each runs once."""
-        times: dict[str, list[float]] = {name: [] for name in subjects}
-        for _ in range(self.repeats + 1):
+    def measure(self, subjects: Subjects, device: str) -> dict[str, Timed]:
+        """One warm-up round, then rounds in which each subject runs once."""
+        found = {name: Timed() for name in subjects}
+        for number in range(self.repeats + 1):
             for name, subject in subjects.items():
                 subject.before()
-                times[name].append(self.seconds(subject.run, device))
-        return {name: statistics.median(t[1:]) for name, t in times.items()}
+                seconds, faults = self.once(subject.run, device)
+                if number:
+                    found[name].seconds.append(seconds)
+                    found[name].faults.append(faults)
+        return found
 
-    def seconds(self, run: Callable[[], Any], device: str) -> float:
-        """Of one call."""
-        cuda = device.startswith("cuda")
-        if cuda:
-            torch.cuda.synchronize()
-        began = self.clock()
+    def once(self, run: Callable[[], Any], device: str) -> tuple[float, int]:
+        """Seconds and page faults of one call."""
+        wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        wait()
+        faults, began = _page_faults(), self.clock()
         run()
-        if cuda:
-            torch.cuda.synchronize()
-        return self.clock() - began
+        wait()
+        return self.clock() - began, _page_faults() - faults
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def fast_kernel(setting: Setting) -> str:
@@ -168,25 +189,46 @@ def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
     }
 
 
-def floor_subjects(setting: Setting, dense: DenseStep) -> Subjects:
-    """The parts of the floor; AdamW works on the weights of `dense`."""
-    product = EncoderProduct(setting)
-    dense.leave_gradients()
-    ways = {f"product {i}": Subject(way) for i, way in enumerate(product.ways)}
-    return {**ways, "adam": Subject(dense.optimizer.step, dense.restore_gradients)}
+def floor_subjects(setting: Setting, ours: OurStep) -> Subjects:
+    """The parts of the floor."""
+    ways, adam = EncoderProduct(setting).ways, FloorAdamW(ours)
+    return {
+        **{f"product {i}": Subject(way) for i, way in enumerate(ways)},
+        "adam": Subject(adam.run, adam.prepare),
+    }
+
+
+def light_figures(setting: Setting, rounds: Rounds, ours: OurStep) -> dict[str, Any]:
+    """Our step and its floor, taking turns."""
+    fast = fast_kernel(setting)
+    found = rounds.measure({**floor_subjects(setting, ours), **our_subjects(ours, [fast])}, setting.device)
+    ours.step(align=False)  # for its mean L0, of free slots alone
+    product = min((found[name] for name in found if name.startswith("product")), key=lambda timed: timed.median)
+    adam, steps = found["adam"], {name: timed for name, timed in found.items() if "/" in name}
+    floors = [p + a for p, a in zip(product.seconds, adam.seconds, strict=True)]
+    return {
+        "shapes": asdict(setting),
+        "encoder_product_s": product.median,
+        "adam_s": adam.median,
+        "floor_s": product.median + adam.median,
+        "step_s": {name: timed.median for name, timed in steps.items()},
+        "step_over_floor": {
+            name: [s / f for s, f in zip(timed.seconds, floors, strict=True)] for name, timed in steps.items()
+        },
+        "page_faults": {name: statistics.median(timed.faults) for name, timed in steps.items()},
+        "mean_l0": ours.l0,
+    }
 
 
 def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, Any]:
     """Floor, dense baselines and our step on one setting."""
-    fast = fast_kernel(setting)
     ours = OurStep(setting)
-    dense = DenseStep(setting)
+    figures = light_figures(setting, rounds, ours)
     # Apart: a step that gives gigabytes back to the system slows down for seconds what runs next.
-    light = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
+    dense = DenseStep(setting)
     heavy = our_subjects(ours, ["dense"])
     for precision in ("bf16", "fp32"):
         heavy[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
-    times = rounds.measure(light, setting.device)
     reason = None
     if compiled:
         compiled_step = DenseStep(setting, compiled=True)
@@ -195,49 +237,31 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
             heavy["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-    times |= rounds.measure(heavy, setting.device)
-    ours.prepare(fast, sparse=True)
-    ours.step(align=False)
-    product = min(t for name, t in times.items() if name.startswith("product"))
-    step_s = {name: t for name, t in times.items() if "/" in name}
-    best = step_s[f"{fast}/pretrain"]
-    figures: dict[str, Any] = {
+    found = rounds.measure(heavy, setting.device)
+    for name, timed in found.items():
+        if "/" in name:
+            figures["step_s"][name] = timed.median
+            figures["page_faults"][name] = statistics.median(timed.faults)
+        else:
+            figures[f"{name}_step_s"] = timed.median
+    if reason is not None:
+        figures["dense_bf16_compiled_step_s"] = reason
+    return figures | {
         "device": device_name(setting.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shapes": asdict(setting),
         "repeats": rounds.repeats,
         "clock": rounds.clock.__name__,
-        "encoder_product_s": product,
-        "adam_s": times["adam"],
-        "floor_s": product + times["adam"],
-        "step_s": step_s,
-        "dense_bf16_step_s": times["dense_bf16"],
-        "dense_fp32_step_s": times["dense_fp32"],
-        "rows_per_s": setting.rows / best,
-        "mean_l0": ours.l0,
+        "rows_per_s": setting.rows / figures["step_s"][f"{fast_kernel(setting)}/pretrain"],
         "state_bytes": setting.state_bytes,
     }
-    if compiled:
-        figures["dense_bf16_compiled_step_s"] = reason or times["dense_bf16_compiled"]
-    return figures
 
 
 def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
     """Our step and its floor at one setting, or why it was left out."""
-    if refusal := setting.refuse(2, 1):
+    if refusal := setting.refuse(1, 1):
         return {"shapes": asdict(setting), "skipped": refusal}
-    fast = fast_kernel(setting)
-    ours, dense = OurStep(setting), DenseStep(setting)
-    subjects = {**floor_subjects(setting, dense), **our_subjects(ours, [fast])}
-    times = rounds.measure(subjects, setting.device)
-    floor = min(t for name, t in times.items() if name.startswith("product")) + times["adam"]
-    return {
-        "shapes": asdict(setting),
-        "floor_s": floor,
-        "step_s": {name: t for name, t in times.items() if "/" in name},
-        "mean_l0": ours.l0,
-    }
+    return light_figures(setting, rounds, OurStep(setting))
 
 
 def peer_figures(setting: Setting, python: str, rounds: Rounds) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from trainer import checkpoint, loop
+from trainer.allocator import keep_freed_memory
 from trainer.config import Config, flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.dictionary import ConceptDictionary, bank_sizes
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     rank, _, world = launched_world()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}/{world}: %(message)s"

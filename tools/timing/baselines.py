@@ -12,7 +12,7 @@ class EncoderProduct:
     def __init__(self, setting: Setting):
         x = make_rows(setting)[0].bfloat16()
         size = setting.slots + setting.concepts
-        W = torch.randn(size, setting.width, device=x.device).bfloat16()
+        W = torch.randn(size, setting.width, device=x.device, dtype=torch.bfloat16)
         out = torch.empty(setting.rows * size, dtype=torch.bfloat16, device=x.device)
         tall, wide, columns = out.view(size, setting.rows), out.view(setting.rows, size), x.T.contiguous()
         self.ways = [
@@ -59,12 +59,3 @@ class DenseStep(nn.Module):
     def drop_gradients(self) -> None:
         """As before the first backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
-
-    def leave_gradients(self) -> None:
-        """Any gradients, for the optimizer to be timed alone: a backward pass would need several [B, S]."""
-        self.left = [torch.randn_like(p) for p in self.parameters()]
-
-    def restore_gradients(self) -> None:
-        """The gradients of `leave_gradients` again."""
-        for parameter, gradient in zip(self.parameters(), self.left, strict=True):
-            parameter.grad = gradient

@@ -15,6 +15,7 @@ import torch
 from tools.timing.baselines import DenseStep
 from tools.timing.ours import OurStep
 from tools.timing.setting import Setting
+from trainer.allocator import keep_freed_memory
 from trainer.errors import UserError
 
 STEPS = 3
@@ -59,6 +60,7 @@ def _steps(kind: str, setting: Setting) -> None:
 
 
 def _main(kind: str, setting: Setting) -> int:
+    keep_freed_memory()  # as training does
     # A tiny run first: what libraries load on first use is no part of a step.
     _steps(kind, replace(setting, rows=8, slots=64, bank_slots=32, concepts=min(setting.concepts, 4), l0=4.0))
     gc.collect()

@@ -1,16 +1,14 @@
 """Our training step: the objective and the strategy that a run uses, on synthetic rows."""
 
-from dataclasses import replace
-
 import torch
 
 from tools.timing.setting import Setting, bias_for, make_rows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.kernels import KernelChoice
+from trainer.kernels import KernelChoice, native
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
 from trainer.optimizer import OptimConfig
-from trainer.strategies import ParallelConfig, build_strategy
+from trainer.strategies.local import LocalStrategy
 from trainer.topology import Topology
 
 
@@ -32,7 +30,7 @@ class OurStep:
         dictionary.to(setting.device)
         self.weights = LossConfig()
         self.objective = AlignObjective(dictionary, self.weights, self.topology, kernel=kernel, precision=precision)
-        self.strategy = build_strategy(replace(ParallelConfig(), strategy="single"), self.topology)
+        self.strategy = LocalStrategy(self.topology)
         self.strategy.prepare(self.objective, OptimConfig(), 0)
         self.l0 = 0.0
         bank = next(iter(dictionary.free_banks()))
@@ -54,3 +52,25 @@ class OurStep:
         self.strategy.backward(loss, last=True)
         self.strategy.update(0.0, OptimConfig.clip)
         self.l0 = float(sums[9]) / len(self.rows.acts)
+
+
+class FloorAdamW:
+    """The floor's pass of AdamW: torch's own fused one, on the weights and moments of our step, which costs no second set of them.
+
+    Gradients are 0 and the learning rate is, so that it leaves the weights as they are.
+    """
+
+    def __init__(self, ours: OurStep):
+        self.optimizer = ours.strategy.optimizer
+
+    def prepare(self) -> None:
+        """Gradients, in the buffers that our step uses too."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = native.buffer_like(parameter).zero_()
+
+    def run(self) -> None:
+        """The pass."""
+        torch.optim.AdamW.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)

@@ -64,6 +64,10 @@ def print_tables(found: dict[str, Any]) -> None:
     for name, value in rows:
         shown = value if isinstance(value, str) else f"{value:8.4f} s {shapes['rows'] / value:10.0f} rows/s"
         print(f"  {name:32s} {shown}")
+    for name, ratios_by_round in found["step_over_floor"].items():
+        print(f"  {name} / floor, round by round    {min(ratios_by_round):.2f} to {max(ratios_by_round):.2f}")
+    faults = ", ".join(f"{name} {count:.0f}" for name, count in found["page_faults"].items())
+    print(f"  page faults of a step            {faults}")
     for name, value in found.get("peak_bytes", {}).items():
         print(f"  peak {name:27s} {value / 1e9:8.3f} GB, {value / found['state_bytes']:.3f} of the state")
     for axis, points in found.get("sweeps", {}).items():
