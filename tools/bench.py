@@ -1,11 +1,11 @@
 """Time the training step against its floor and against dense autograd, on synthetic rows.
 
-The floor is what no step can avoid: one bf16 encoder product and one pass of fused AdamW, measured in the same process on the same
-shapes. Timed steps are whole ones (forward, backward, clipping, AdamW with learning rate 0) through the objective and strategy that
-training uses. Repetitions are interleaved and medians are reported, so that a busy machine disturbs all subjects alike; the floor and our sparse
-step take turns first, then the dense steps, whose gigabytes of temporary memory would slow down what runs between them.
-The mean L0 is set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are Gaussian, so
-activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
+The floor is what no step can avoid: one encoder product (bf16, or fp32 on a CPU that emulates bf16) and one pass of fused AdamW, measured
+in the same process on the same shapes. Timed steps are whole ones (forward, backward, clipping, AdamW with learning rate 0) through the
+objective and strategy that training uses. Repetitions are interleaved and medians are reported, so that a busy machine disturbs all
+subjects alike; the floor and our sparse step take turns first, then the dense steps, whose gigabytes of temporary memory would slow down
+what runs between them. The mean L0 is set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are
+Gaussian, so activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
 """
 
 import argparse
@@ -191,9 +191,9 @@ def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
 
 def floor_subjects(setting: Setting, ours: OurStep) -> Subjects:
     """The parts of the floor."""
-    ways, adam = EncoderProduct(setting).ways, FloorAdamW(ours)
+    product, adam = EncoderProduct(setting), FloorAdamW(ours)
     return {
-        **{f"product {i}": Subject(way) for i, way in enumerate(ways)},
+        **{f"product {product.precision} {i}": Subject(way) for i, way in enumerate(product.ways)},
         "adam": Subject(adam.run, adam.prepare),
     }
 
@@ -203,11 +203,13 @@ def light_figures(setting: Setting, rounds: Rounds, ours: OurStep) -> dict[str, 
     fast = fast_kernel(setting)
     found = rounds.measure({**floor_subjects(setting, ours), **our_subjects(ours, [fast])}, setting.device)
     ours.step(align=False)  # for its mean L0, of free slots alone
-    product = min((found[name] for name in found if name.startswith("product")), key=lambda timed: timed.median)
+    best = min((name for name in found if name.startswith("product")), key=lambda name: found[name].median)
+    product = found[best]
     adam, steps = found["adam"], {name: timed for name, timed in found.items() if "/" in name}
     floors = [p + a for p, a in zip(product.seconds, adam.seconds, strict=True)]
     return {
         "shapes": asdict(setting),
+        "precision": best.split()[1],
         "encoder_product_s": product.median,
         "adam_s": adam.median,
         "floor_s": product.median + adam.median,

@@ -22,6 +22,7 @@ from trainer.errors import DataError, UserError
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
+from trainer.kernels import usable_precision
 from trainer.objective import AlignObjective
 from trainer.strategies import Strategy, build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
@@ -136,13 +137,22 @@ def build_objective(
         on_unit=load_and_place,
     )
     dictionary.set_normalisation(manifest.mean, manifest.scale)
+    precision = agreed_precision(config.run.precision, topology)
     objective = AlignObjective(
-        dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=config.run.precision
+        dictionary.to(topology.device), config.loss, topology, kernel=config.kernel, precision=precision
     )
     if resume is not None and not objective.choice.pinned:
         # A checkpoint may come from a machine with another fast kernel.
         objective.choice.names = ["dense" if name == "dense" else objective.choice.fast for name in kernels]
     return objective
+
+
+def agreed_precision(precision: str, topology: Topology) -> str:
+    """What every rank can compute in: ranks that share a dictionary must round alike."""
+    if not topology.any_over_world(usable_precision(precision, topology.device) != precision):
+        return precision
+    log.info("run.precision=%s: this CPU, or that of another rank, would emulate bf16; products are fp32", precision)
+    return "fp32"
 
 
 def summarise(status: str, code: int, built: loop.Run) -> dict[str, object]:

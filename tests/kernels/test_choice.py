@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.kernels import KernelChoice, native
+from trainer.kernels import KernelChoice, native, usable_precision
 from trainer.kernels.choice import LEAVE_DENSE, RETURN_TO_DENSE
 from trainer.kernels.dense import dense_kernel
 from trainer.kernels.sparse import sparse_kernel
@@ -78,3 +78,13 @@ def test_a_killed_build_does_not_block_the_next(tmp_path):
     rest = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate(timeout=300)[0].strip() for p in rest] == ["None", "None"]
     assert len(list(tmp_path.glob("*.so"))) == 1
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_is_fp32_on_a_processor_that_would_emulate_it(monkeypatch, has_bf16):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert usable_precision("bf16", cpu) == ("bf16" if has_bf16 else "fp32")
+    assert usable_precision("fp32", cpu) == usable_precision("fp32", cuda) == "fp32"
+    assert usable_precision("bf16", cuda) == "bf16"

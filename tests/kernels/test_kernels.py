@@ -47,6 +47,23 @@ def test_bf16_products(name: str, bias: float) -> None:
     assert_same(by_kernel(kernel_named(name), case, low=True), by_oracle(case), BF16[name])
 
 
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("rows", [1, 31, 32, 63, 64, 65, 97, 128, 2100])
+@pytest.mark.parametrize("width", [1, 7, 33, 64])
+def test_blocks_of_the_sparse_product(low: bool, rows: int, width: int) -> None:
+    """Rows and widths around the sizes of its blocks, and more rows than a full chunk of slots is for."""
+    case = make_case(rows, 150, 2, width=width, bias=-1.5, seed=1)  # of seed 0 one entry lies within fp32 rounding of 0
+    assert_same(by_kernel(kernel_named("sparse"), case, low=low), by_oracle(case), BF16["sparse"] if low else FP32)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_sparse_without_onednn(low: bool) -> None:
+    """As on processors that torch has no block product for."""
+    case = make_case(70, 150, 2, width=33, bias=-1.5)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_same(by_kernel(kernel_named("sparse"), case, low=low), by_oracle(case), FP32)
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("low", [False, True])
 def test_a_rank_without_rows(name: str, low: bool) -> None:

@@ -4,16 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from tools.timing.setting import Setting, bias_for, make_rows
+from trainer.kernels import usable_precision
 
 
 class EncoderProduct:
-    """x W_enc^T in bf16 into memory that is already there; the fastest of three ways to ask for it."""
+    """x W_enc^T into memory that is already there; the fastest of three ways to ask for it. In bf16 (fp32 on a CPU that emulates bf16)."""
 
     def __init__(self, setting: Setting):
-        x = make_rows(setting)[0].bfloat16()
+        self.precision = usable_precision("bf16", torch.device(setting.device))
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        x = make_rows(setting)[0].to(dtype)
         size = setting.slots + setting.concepts
-        W = torch.randn(size, setting.width, device=x.device, dtype=torch.bfloat16)
-        out = torch.empty(setting.rows * size, dtype=torch.bfloat16, device=x.device)
+        W = torch.randn(size, setting.width, device=x.device, dtype=dtype)
+        out = torch.empty(setting.rows * size, dtype=dtype, device=x.device)
         tall, wide, columns = out.view(size, setting.rows), out.view(setting.rows, size), x.T.contiguous()
         self.ways = [
             lambda: torch.mm(x, W.T, out=wide),

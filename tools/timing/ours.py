@@ -4,7 +4,7 @@ import torch
 
 from tools.timing.setting import Setting, bias_for, make_rows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.kernels import KernelChoice, native
+from trainer.kernels import KernelChoice, native, usable_precision
 from trainer.losses import LossConfig
 from trainer.objective import AlignObjective, Rows
 from trainer.optimizer import OptimConfig
@@ -29,6 +29,7 @@ class OurStep:
             dictionary.concepts.W_dec.normal_().mul_(setting.width**-0.5)
         dictionary.to(setting.device)
         self.weights = LossConfig()
+        precision = usable_precision(precision, self.topology.device)
         self.objective = AlignObjective(dictionary, self.weights, self.topology, kernel=kernel, precision=precision)
         self.strategy = LocalStrategy(self.topology)
         self.strategy.prepare(self.objective, OptimConfig(), 0)

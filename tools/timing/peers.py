@@ -25,8 +25,8 @@ def saelens(setting: dict, autocast: bool):
     return trainer.step
 
 
-def sparsify_topk(setting: dict, fused: bool):
-    """sparsify's TopK coder with k = the mean L0, bf16 autocast, decoder norm control and Adam as its trainer has them, or fused Adam."""
+def sparsify_topk(setting: dict, autocast: bool, fused: bool):
+    """sparsify's TopK coder with k = the mean L0, decoder norm control and Adam as its trainer has them, or fused Adam; bf16 autocast or fp32."""
     if setting["device"] == "cpu":
         os.environ["SPARSIFY_DISABLE_TRITON"] = (
             "1"  # its Triton decoder needs a GPU, and it takes it whenever triton is installed
@@ -40,7 +40,7 @@ def sparsify_topk(setting: dict, fused: bool):
 
     def step(x):
         coder.set_decoder_norm_to_unit_norm()
-        with torch.autocast(setting["device"].split(":")[0], torch.bfloat16):
+        with torch.autocast(setting["device"].split(":")[0], torch.bfloat16, enabled=autocast):
             coder(x).fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
@@ -58,8 +58,9 @@ def main(setting: dict) -> dict:
     makers = {
         "saelens_bf16": lambda: saelens(setting, True),
         "saelens_fp32": lambda: saelens(setting, False),
-        "sparsify_topk_bf16": lambda: sparsify_topk(setting, False),
-        "sparsify_topk_bf16_fused_adam": lambda: sparsify_topk(setting, True),
+        "sparsify_topk_bf16": lambda: sparsify_topk(setting, True, False),
+        "sparsify_topk_bf16_fused_adam": lambda: sparsify_topk(setting, True, True),
+        "sparsify_topk_fp32_fused_adam": lambda: sparsify_topk(setting, False, True),
     }
     found: dict[str, list[float] | str] = {}
     for name, make in makers.items():

@@ -49,7 +49,7 @@ def print_tables(found: dict[str, Any]) -> None:
         f"R={shapes['concepts']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
     )
     rows = [
-        ("encoder product (bf16)", found["encoder_product_s"]),
+        (f"encoder product ({found['precision']})", found["encoder_product_s"]),
         ("fused AdamW", found["adam_s"]),
         ("floor", found["floor_s"]),
     ]

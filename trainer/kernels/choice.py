@@ -1,8 +1,9 @@
-"""Which kernel a bank uses at a step: pinned by configuration, or chosen from the density measured at the last one."""
+"""Which kernel a bank uses at a step, pinned by configuration or chosen from the density at the last one; and whether bf16 products are worth having."""
 
 import importlib.util
 import logging
 import os
+import platform
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,19 @@ NAMES = ("auto", "dense", "sparse", "triton")
 # Share of active entries below which a bank leaves the dense kernel, and above which it returns (docs/performance.md, "Switching point").
 # The gap keeps a bank near the switching point from changing at every step.
 LEAVE_DENSE, RETURN_TO_DENSE = 0.06, 0.09
+
+
+def usable_precision(precision: str, device: torch.device) -> str:
+    """`precision`, fp32 or bf16; but fp32 on a CPU without instructions for bf16, where bf16 products are emulated and many times slower."""
+    if precision != "bf16" or device.type != "cpu" or _multiplies_bf16():
+        return precision
+    return "fp32"
+
+
+def _multiplies_bf16() -> bool:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class KernelChoice:

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <cmath>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -20,11 +22,11 @@ namespace {
 using at::Tensor;
 
 // Row of fp32 weights -> bf16, round to nearest even; returns the sum of squares. The rows after it are asked for meanwhile.
-float to_low(const float* w, uint16_t* out, int64_t size) {
-  constexpr int64_t AHEAD = 2048;  // floats
+float to_low(const float* w, at::BFloat16* out, int64_t size) {
   float sum = 0;
   int64_t i = 0;
 #if defined(WIDE) && defined(__AVX512BF16__)
+  constexpr int64_t AHEAD = 2048;  // floats
   Lane squares{};
   for (; i + LANE <= size; i += LANE) {
     __builtin_prefetch(w + i + AHEAD);
@@ -35,131 +37,181 @@ float to_low(const float* w, uint16_t* out, int64_t size) {
   for (int64_t k = 0; k < LANE; ++k) sum += squares[k];
 #endif
   for (; i < size; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, w + i, 4);
-    out[i] = (w[i] != w[i]) ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out[i] = w[i];
     sum += w[i] * w[i];
   }
   return sum;
 }
 
-// bf16 bits as integers that order like the numbers.
-int16_t ordered(uint16_t bits) { return (bits & 0x8000) ? int16_t(bits ^ 0x7fff) : int16_t(bits); }
-
-int16_t ordered_below(float value) {  // the largest bf16 not above value
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  uint16_t high = bits >> 16;
-  if ((bits & 0xffff) && (bits >> 31)) ++high;  // cutting a negative number raises it
-  return ordered(high);
-}
-
+// Places of a row of products that `threshold` does not rule out; what is not a number is not ruled out.
 template <typename F>
-void scan(const uint16_t* product, int64_t rows, float threshold, F&& hit) {
-  const int16_t limit = ordered_below(threshold);
+void scan(const float* product, int64_t rows, float threshold, F&& hit) {
   int64_t b = 0;
 #ifdef WIDE
-  const __m512i least = _mm512_set1_epi16(limit), flip = _mm512_set1_epi16(0x7fff);
+  const __m512 most = _mm512_set1_ps(threshold);
   for (; b + 32 <= rows; b += 32) {
-    __m512i v = _mm512_loadu_si512(product + b);
-    v = _mm512_xor_si512(v, _mm512_and_si512(_mm512_srai_epi16(v, 15), flip));
-    for (uint32_t mask = _mm512_cmpgt_epi16_mask(v, least); mask; mask &= mask - 1) hit(b + __builtin_ctz(mask));
+    const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(product + b), most, _CMP_NLE_UQ),
+                   high = _mm512_cmp_ps_mask(_mm512_loadu_ps(product + b + 16), most, _CMP_NLE_UQ);
+    for (uint32_t mask = low | (high << 16); mask; mask &= mask - 1) hit(b + __builtin_ctz(mask));
+  }
+#else
+  for (; b + 32 <= rows; b += 32) {
+    int any = 0;  // a loop that compilers turn into vector code; few blocks hold a candidate
+    for (int64_t k = b; k < b + 32; ++k) any |= !(product[k] <= threshold);
+    if (!any) continue;
+    for (int64_t k = b; k < b + 32; ++k)
+      if (!(product[k] <= threshold)) hit(k);
   }
 #endif
   for (; b < rows; ++b)
-    if (ordered(product[b]) > limit) hit(b);
+    if (!(product[b] <= threshold)) hit(b);
 }
 
-template <typename F>
-void scan(const float* product, int64_t rows, float threshold, F&& hit) {
-  for (int64_t b = 0; b < rows; ++b)
-    if (product[b] > threshold) hit(b);
+// out [slots, rows] = weights [slots, width] times one block of rows of x: fp32 [width, rows], or bf16 [width / 2, rows, 2], where the numbers
+// of a pair are neighbours in a row of x, which is how the processor takes them.
+template <typename T>
+void multiply(int64_t slots, int64_t rows, int64_t width, const T* weights, const T* block, float* out, int64_t stride) {
+  constexpr bool low = std::is_same<T, at::BFloat16>::value;
+  at::native::cpublas::brgemm(slots, rows, width, width, rows, stride, false, weights, block, out, low);
+}
+
+// Whether torch has its block product for T here: not where oneDNN is missing, switched off, or held to an older instruction set.
+template <typename T>
+bool has_blocks() {
+  if (!at::globalContext().userEnabledMkldnn()) return false;
+  static const bool found = [] {
+    std::vector<T> ones(32, 1.0f);
+    std::vector<float> out(16);
+    try {
+      multiply<T>(1, 16, 2, ones.data(), ones.data(), out.data(), 16);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return out[0] == 2.0f;
+  }();
+  return found;
+}
+
+// Whether bf16 products run on this machine; without them the product is fp32, since emulated ones would be slower.
+bool low_products() {
+#if defined(__AVX512BF16__)
+  return has_blocks<at::BFloat16>();
+#else
+  return false;
+#endif
+}
+
+// `multiply` for fp32 where torch has no block product.
+void multiply_plainly(int64_t slots, int64_t rows, int64_t width, const float* weights, const float* block, float* out, int64_t stride) {
+  auto matrix = [](const float* data, int64_t height, int64_t columns, int64_t step) {
+    return at::from_blob(const_cast<float*>(data), {height, columns}, {step, 1}, at::kFloat);
+  };
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  Tensor product = matrix(out, slots, rows, stride);
+  at::mm_out(product, matrix(weights, slots, width, width), matrix(block, width, rows, rows));
 }
 
 struct Scratch {  // of one thread, kept for good: fresh pages for every bank would cost more than the scan of the product
-  Tensor weights, product;
-  std::vector<float> threshold;
+  std::vector<at::BFloat16> weights;
+  std::vector<float> product, threshold;
+  std::vector<int32_t> row, slot;  // of the candidates of one chunk
 };
 
 struct Found {  // in one chunk of slots, slot by slot
-  std::vector<int32_t> row, slot;
+  std::vector<int32_t> row;
   std::vector<float> z;
 };
 
-Tensor shaped(Tensor& buffer, int64_t a, int64_t b, at::ScalarType type) {
-  if (!buffer.defined() || buffer.scalar_type() != type || buffer.numel() < a * b) buffer = at::empty({a * b}, type);
-  return buffer.narrow(0, 0, a * b).view({a, b});
-}
+// What all chunks of a bank share.
+struct Bank {
+  const float *weights, *bias, *rows;
+  const void* blocks;
+  int64_t B, D, words, block_rows, count;  // count: of blocks
+  float reach;
+  bool plain;  // no block product
+};
 
 // Slots c .. c + size. An entry is a candidate when the product does not rule it out (margin: `error` of the product's arithmetic);
 // its pre-activation is then computed again in fp32, and kept where it is above 0.
 template <typename T>
-void find(const Tensor& W_enc, const float* bias, const float* rows, int64_t B, const Tensor& columns, float reach, float error,
-          int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
-  constexpr bool low = std::is_same<T, uint16_t>::value;
-  const int64_t D = W_enc.size(1);
-  const float* w = W_enc.const_data_ptr<float>() + c * D;
-  Tensor weights = low ? shaped(scratch.weights, size, D, at::kBFloat16) : W_enc.narrow(0, c, size);
-  uint16_t* w_low = low ? (uint16_t*)weights.mutable_data_ptr() : nullptr;
-  scratch.threshold.resize(size);
+void find(const Bank& bank, float error, int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
+  constexpr bool low = std::is_same<T, at::BFloat16>::value;
+  const int64_t B = bank.B, D = bank.D, width = low ? 2 * bank.words : D, rows = bank.block_rows;
+  const int64_t stride = bank.count * bank.block_rows + 16;  // not a power of two, which would put all slots into the same sets of the cache
+  const float* w = bank.weights + c * D;
+  auto& threshold = scratch.threshold;
+  threshold.resize(size);
+  scratch.product.resize(size * stride);
+  if (low) scratch.weights.resize(size * width);
   for (int64_t j = 0; j < size; ++j) {
-    const float square = low ? to_low(w + j * D, w_low + j * D, D) : dot(w + j * D, w + j * D, D);
-    const float t = -bias[c + j] - error * (std::abs(bias[c + j]) + 2 * reach * std::sqrt(square / D));
-    scratch.threshold[j] = std::isfinite(t) ? t : -INFINITY;  // not a number: everything is looked at again
+    float square;
+    if constexpr (low) {
+      T* copy = scratch.weights.data() + j * width;
+      square = to_low(w + j * D, copy, D);
+      if (width > D) copy[D] = 0.0f;
+    } else {
+      square = dot(w + j * D, w + j * D, D);
+    }
+    const float bias = bank.bias[c + j], t = -bias - error * (std::abs(bias) + 2 * bank.reach * std::sqrt(square / D));
+    threshold[j] = std::isfinite(t) ? t : -INFINITY;  // not a number: everything is looked at again
   }
-  Tensor product = shaped(scratch.product, size, B, columns.scalar_type());
-  at::mm_out(product, weights, columns);
-  const T* p = (const T*)product.const_data_ptr();
-  auto &row = found.row, &slot = found.slot;
+  for (int64_t k = 0; k < bank.count; ++k) {
+    float* out = scratch.product.data() + k * rows;
+    const T* block = (const T*)bank.blocks + k * rows * width;
+    if constexpr (low) multiply<T>(size, rows, width, scratch.weights.data(), block, out, stride);
+    else if (bank.plain) multiply_plainly(size, rows, width, w, block, out, stride);
+    else multiply<T>(size, rows, width, w, block, out, stride);
+  }
+  auto &row = scratch.row, &slot = scratch.slot;
+  int64_t candidates = 0;
   for (int64_t j = 0; j < size; ++j) {
-    auto candidate = [&](int64_t b) { row.push_back(b), slot.push_back(j); };
-    if (scratch.threshold[j] == -INFINITY)
-      for (int64_t b = 0; b < B; ++b) candidate(b);
-    else
-      scan(p + j * B, B, scratch.threshold[j], candidate);
+    if ((int64_t)row.size() < candidates + B) row.resize(2 * candidates + B), slot.resize(2 * candidates + B);
+    int32_t *row_out = row.data() + candidates, *slot_out = slot.data() + candidates;
+    scan(scratch.product.data() + j * stride, B, threshold[j], [&](int64_t b) { *row_out++ = b, *slot_out++ = j; });
+    candidates = row_out - row.data();
   }
-  size_t kept = 0;
-  for (size_t e = 0; e < row.size(); ++e) {
-    if (e + 1 < row.size()) fetch_ahead(rows + row[e + 1] * D, D), fetch_ahead(w + slot[e + 1] * D, D);
+  for (int64_t e = 0; e < candidates; ++e) {
+    if (e + 1 < candidates) fetch_ahead(bank.rows + row[e + 1] * D, D), fetch_ahead(w + slot[e + 1] * D, D);
     const int64_t j = slot[e];
-    const float pre = dot(w + j * D, rows + row[e] * D, D) + bias[c + j];
+    const float pre = dot(w + j * D, bank.rows + row[e] * D, D) + bank.bias[c + j];
     if (pre <= 0) continue;  // a pre-activation that is not a number goes on, to be seen in the loss
-    row[kept++] = row[e];
+    found.row.push_back(row[e]);
     found.z.push_back(pre);
     ++start[c + j + 1];
   }
-  row.resize(kept);
 }
 
-constexpr int64_t CHUNK_ENTRIES = 1 << 19;  // of the product: half a MiB in bf16, so that one thread's piece stays in its own cache
+// Slots of a chunk: enough for the product to be fast, and few enough for it and the weights to stay in one core's cache.
+constexpr int64_t MOST_SLOTS = 64, LEAST_SLOTS = 16, CHUNK_ENTRIES = 1 << 17;
 
-// -> start [n + 1] int64, row [E] int32, z [E]. columns [D, B] is x transposed, in bf16 or fp32; reach is the largest norm of a row of x.
+// -> start [n + 1] int64, row [E] int32, z [E]. blocks [count, words, block_rows], contiguous, is x in blocks of rows as `multiply` takes them, the
+// last one padded with zeros: words are fp32 numbers or (int32) pairs of bf16 ones. reach is the largest norm of a row of x.
 // Every thread takes chunks of slots on its own: weights to bf16, product, scan, all on one core's cache, and no thread waits.
-std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_enc, const Tensor& x, const Tensor& columns,
-                                          double reach) {
+std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_enc, const Tensor& x, const Tensor& blocks, double reach) {
   static auto* scratch = new std::vector<Scratch>;
   static std::mutex guard;
   std::lock_guard<std::mutex> lock(guard);
+  const bool low = blocks.scalar_type() == at::kInt;
   const int64_t n = W_enc.size(0), B = x.size(0), threads = at::get_num_threads();
-  const int64_t size = std::max<int64_t>(64, std::min(n, CHUNK_ENTRIES / std::max<int64_t>(B, 1)));
+  TORCH_CHECK(blocks.is_contiguous() && blocks.size(0) * blocks.size(2) >= B, "encode needs blocks of all rows");
+  const Bank bank{W_enc.const_data_ptr<float>(), b_enc.const_data_ptr<float>(), x.const_data_ptr<float>(), blocks.const_data_ptr(),
+                  B, W_enc.size(1), blocks.size(1), blocks.size(2), blocks.size(0), float(reach), !low && !has_blocks<float>()};
+  const int64_t size = std::clamp(CHUNK_ENTRIES / std::max<int64_t>(B, 1), LEAST_SLOTS, MOST_SLOTS);
   const int64_t chunks = B > 0 ? (n + size - 1) / size : 0;
   if ((int64_t)scratch->size() < threads) scratch->resize(threads);
   std::vector<Found> found(chunks);
   Tensor start = at::zeros({n + 1}, at::kLong);
   int64_t* s = start.mutable_data_ptr<int64_t>();
   std::atomic<int64_t> next{0};
-  const float *bias = b_enc.const_data_ptr<float>(), *rows = x.const_data_ptr<float>();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;
     for (int64_t me = begin; me < end; ++me)
       for (int64_t k = next++; k < chunks; k = next++) {
         const int64_t c = k * size, here = std::min(size, n - c);
-        Scratch& mine = (*scratch)[me];
-        if (columns.scalar_type() == at::kBFloat16)
-          find<uint16_t>(W_enc, bias, rows, B, columns, reach, 0x1p-8f, c, here, mine, found[k], s);
-        else
-          find<float>(W_enc, bias, rows, B, columns, reach, 0x1p-18f, c, here, mine, found[k], s);
+        if (low) find<at::BFloat16>(bank, 0x1p-8f, c, here, (*scratch)[me], found[k], s);
+        else find<float>(bank, 0x1p-18f, c, here, (*scratch)[me], found[k], s);
       }
+    at::native::cpublas::brgemm_release(low);
   });
   for (int64_t j = 0; j < n; ++j) s[j + 1] += s[j];
   Tensor row = at::empty({s[n]}, at::kInt), z = at::empty({s[n]}, at::kFloat);
@@ -173,4 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
 }
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(alignsae, m) { m.def("encode", &encode); }
+TORCH_LIBRARY_FRAGMENT(alignsae, m) {
+  m.def("encode", &encode);
+  m.def("low_products", &low_products);
+}

@@ -75,16 +75,18 @@ class BankStep:
     decoder_norm: str
     perp: PerpStep | None
     stats: list[BankStats] = field(default_factory=list)
+    _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def operand(self) -> Tensor:
         """x [B, D] in the dtype of the products."""
         return self.x if self.x_low is None else self.x_low
 
-    @cached_property
-    def columns(self) -> Tensor:
-        """The operand transposed [D, B], laid out so: the right side of an encoder product whose rows are slots."""
-        return self.operand.T.contiguous()
+    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What a kernel computes from the rows at its first bank, and finds again at the others."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
 
     @cached_property
     def reach(self) -> float:
