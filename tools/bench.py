@@ -11,12 +11,10 @@ Gaussian, so activity is spread evenly over slots. Peak memory is the growth of 
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,24 +25,15 @@ from tools.timing.baselines import DenseStep, EncoderProduct
 from tools.timing.memory import peak_growth
 from tools.timing.ours import FloorAdamW, OurStep
 from tools.timing.report import print_tables, ratios
+from tools.timing.rounds import Rounds, Subject, Subjects
 from tools.timing.setting import Setting
 from trainer.allocator import keep_freed_memory
 from trainer.errors import UserError
+from trainer.kernels import usable_precision
 
 AXES = ("slots", "rows", "l0", "concepts")
 # What one measurement of all subjects holds at a time: training states, and [B, S] blocks of the dense baseline in fp32.
 DENSE_COPIES, DENSE_BLOCKS = 2, 5
-
-
-@dataclass
-class Subject:
-    """What is timed, and what is done before each repetition, off the clock."""
-
-    run: Callable[[], Any]
-    before: Callable[[], Any] = lambda: None
-
-
-Subjects = dict[str, Subject]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     peaks = {}
     if not args.no_memory:  # before anything large lives here
         fast = fast_kernel(setting)
-        kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", "dense_bf16"]
+        kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", f"dense_{precisions(setting)[0]}"]
         peaks = {kind: peak_growth(kind, setting) for kind in kinds}
     found = base_figures(setting, rounds, args.compile)
     if peaks:
@@ -127,50 +116,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass
-class Timed:
-    """What the repetitions of one subject took, and the pages that the process had to be given meanwhile."""
-
-    seconds: list[float] = field(default_factory=list)
-    faults: list[int] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-
-@dataclass
-class Rounds:
-    """How often and by which clock."""
-
-    repeats: int
-    clock: Callable[[], float]
-
-    def measure(self, subjects: Subjects, device: str) -> dict[str, Timed]:
-        """One warm-up round, then rounds in which each subject runs once."""
-        found = {name: Timed() for name in subjects}
-        for number in range(self.repeats + 1):
-            for name, subject in subjects.items():
-                subject.before()
-                seconds, faults = self.once(subject.run, device)
-                if number:
-                    found[name].seconds.append(seconds)
-                    found[name].faults.append(faults)
-        return found
-
-    def once(self, run: Callable[[], Any], device: str) -> tuple[float, int]:
-        """Seconds and page faults of one call."""
-        wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-        wait()
-        faults, began = _page_faults(), self.clock()
-        run()
-        wait()
-        return self.clock() - began, _page_faults() - faults
-
-
-def _page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def precisions(setting: Setting) -> list[str]:
+    """What dense steps are timed in: bf16 (left out on a CPU that emulates it, where it takes minutes) and fp32."""
+    return list(dict.fromkeys([usable_precision("bf16", torch.device(setting.device)), "fp32"]))
 
 
 def fast_kernel(setting: Setting) -> str:
@@ -229,14 +177,14 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
     # Apart: a step that gives gigabytes back to the system slows down for seconds what runs next.
     dense = DenseStep(setting)
     heavy = our_subjects(ours, ["dense"])
-    for precision in ("bf16", "fp32"):
+    for precision in precisions(setting):
         heavy[f"dense_{precision}"] = Subject(partial(dense.step, precision), dense.drop_gradients)
-    reason = None
+    reason, best = None, precisions(setting)[0]
     if compiled:
         compiled_step = DenseStep(setting, compiled=True)
         try:  # torch.compile works where it finds a compiler that it can use
-            compiled_step.step("bf16")
-            heavy["dense_bf16_compiled"] = Subject(lambda: compiled_step.step("bf16"))
+            compiled_step.step(best)
+            heavy[f"dense_{best}_compiled"] = Subject(lambda: compiled_step.step(best))
         except Exception as error:
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
     found = rounds.measure(heavy, setting.device)
@@ -247,7 +195,7 @@ def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, 
         else:
             figures[f"{name}_step_s"] = timed.median
     if reason is not None:
-        figures["dense_bf16_compiled_step_s"] = reason
+        figures[f"dense_{best}_compiled_step_s"] = reason
     return figures | {
         "device": device_name(setting.device),
         "threads": torch.get_num_threads(),
@@ -269,7 +217,10 @@ def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
 def peer_figures(setting: Setting, python: str, rounds: Rounds) -> dict[str, Any]:
     """Median seconds per step of other trainers, or why one could not be timed."""
     threads, clock = torch.get_num_threads(), rounds.clock.__name__
-    wanted = {**asdict(setting), "threads": threads, "repeats": rounds.repeats, "clock": clock}
+    wanted = {
+        **asdict(setting),
+        **{"threads": threads, "repeats": rounds.repeats, "clock": clock, "precisions": precisions(setting)},
+    }
     command = [python, str(Path(__file__).with_name("timing") / "peers.py"), json.dumps(wanted)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)

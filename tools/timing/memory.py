@@ -27,6 +27,7 @@ KINDS = {
     "triton/align": ("triton", True, True),
     "dense/pretrain": ("dense", False, False),
     "dense_bf16": (None, False, False),
+    "dense_fp32": (None, False, False),
 }
 
 
@@ -51,7 +52,7 @@ def _steps(kind: str, setting: Setting) -> None:
     if kernel is None:
         dense = DenseStep(setting)
         for _ in range(STEPS):
-            dense.step("bf16")
+            dense.step(kind.removeprefix("dense_"))
     else:
         ours = OurStep(setting)
         ours.prepare(kernel, sparse)

@@ -9,22 +9,24 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     fast = "triton" if "triton/pretrain" in found["step_s"] else "sparse"
     step, state = found["step_s"], found["state_bytes"]
     pretrain = step[f"{fast}/pretrain"]
-    out = {
-        "step / floor (pretrain)": pretrain / found["floor_s"],
-        "rows/s over dense bf16 autograd": found["dense_bf16_step_s"] / pretrain,
-        "rows/s over dense fp32 autograd": found["dense_fp32_step_s"] / pretrain,
+    best = "bf16" if "dense_bf16_step_s" in found else "fp32"
+    out = {"step / floor (pretrain)": pretrain / found["floor_s"]}
+    for name in ("bf16", "fp32"):
+        if f"dense_{name}_step_s" in found:
+            out[f"rows/s over dense {name} autograd"] = found[f"dense_{name}_step_s"] / pretrain
+    out |= {
         "align / pretrain": step[f"{fast}/align"] / pretrain,
-        "dense kernel / dense bf16 autograd, time (half of all slots active)": step["dense/pretrain"]
-        / found["dense_bf16_step_s"],
+        f"dense kernel / dense {best} autograd, time (half of all slots active)": step["dense/pretrain"]
+        / found[f"dense_{best}_step_s"],
     }
-    if isinstance(found.get("dense_bf16_compiled_step_s"), float):
-        out["rows/s over dense bf16 compiled"] = found["dense_bf16_compiled_step_s"] / pretrain
+    if isinstance(found.get(f"dense_{best}_compiled_step_s"), float):
+        out[f"rows/s over dense {best} compiled"] = found[f"dense_{best}_compiled_step_s"] / pretrain
     if "peak_bytes" in found:
         peak = found["peak_bytes"]
         out["peak / state (pretrain)"] = peak[f"{fast}/pretrain"] / state
         out["peak / state (align)"] = peak[f"{fast}/align"] / state
-        beyond = max(peak["dense_bf16"] - state, 1)
-        out["dense kernel / dense bf16 autograd, memory beyond state"] = (peak["dense/pretrain"] - state) / beyond
+        beyond = max(peak[f"dense_{best}"] - state, 1)
+        out[f"dense kernel / dense {best} autograd, memory beyond state"] = (peak["dense/pretrain"] - state) / beyond
     for name, seconds_or_reason in found.get("peers_s", {}).items():
         if not isinstance(seconds_or_reason, str):
             out[f"rows/s over {name}"] = seconds_or_reason / pretrain
