@@ -15,7 +15,7 @@ from trainer.kernels.interface import BankKernel
 NAMES = ("auto", "dense", "sparse", "triton")
 # Share of active entries below which a bank leaves the dense kernel, and above which it returns (docs/performance.md, "Switching point").
 # The gap keeps a bank near the switching point from changing at every step.
-LEAVE_DENSE, RETURN_TO_DENSE = 0.06, 0.09
+LEAVE_DENSE, RETURN_TO_DENSE = 0.05, 0.07
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
