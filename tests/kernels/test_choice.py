@@ -14,6 +14,8 @@ from trainer.kernels import KernelChoice, native, usable_precision
 from trainer.kernels.choice import LEAVE_DENSE, RETURN_TO_DENSE
 from trainer.kernels.dense import dense_kernel
 from trainer.kernels.sparse import sparse_kernel
+from trainer.topology import Topology
+from trainer.train import agreed_precision
 
 
 @pytest.fixture
@@ -88,3 +90,11 @@ def test_bf16_is_fp32_on_a_processor_that_would_emulate_it(monkeypatch, has_bf16
     assert usable_precision("bf16", cpu) == ("bf16" if has_bf16 else "fp32")
     assert usable_precision("fp32", cpu) == usable_precision("fp32", cuda) == "fp32"
     assert usable_precision("bf16", cuda) == "bf16"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ranks_agree_on_fp32_when_one_would_emulate_bf16(monkeypatch, elsewhere):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(Topology, "any_over_world", lambda self, own: own or elsewhere)
+    assert agreed_precision("bf16", Topology()) == ("fp32" if elsewhere else "bf16")

@@ -56,6 +56,7 @@ def test_blocks_of_the_sparse_product(low: bool, rows: int, width: int) -> None:
     assert_same(by_kernel(kernel_named("sparse"), case, low=low), by_oracle(case), BF16["sparse"] if low else FP32)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own switch warns of another of its settings
 @pytest.mark.parametrize("low", [False, True])
 def test_sparse_without_onednn(low: bool) -> None:
     """As on processors that torch has no block product for."""
