@@ -29,7 +29,7 @@ class RunConfig:
 
     dir: str = "runs/default"
     seed: int = 0
-    precision: str = "bf16"  # bf16: bf16 products on fp32 masters | fp32
+    precision: str = "bf16"  # bf16: bf16 products on fp32 masters (fp32 ones on a CPU that would emulate them) | fp32
     log_every: int = 20  # steps
     wall_minutes: float = (
         0.0  # after which the run saves and leaves with the code that asks for a requeue; 0 = no limit
