@@ -139,9 +139,9 @@ def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
 
 def floor_subjects(setting: Setting, ours: OurStep) -> Subjects:
     """The parts of the floor."""
-    product, adam = EncoderProduct(setting), FloorAdamW(ours)
+    ways, adam = EncoderProduct(setting).ways, FloorAdamW(ours)
     return {
-        **{f"product {product.precision} {i}": Subject(way) for i, way in enumerate(product.ways)},
+        **{f"product {i}": Subject(way) for i, way in enumerate(ways)},
         "adam": Subject(adam.run, adam.prepare),
     }
 
@@ -151,13 +151,12 @@ def light_figures(setting: Setting, rounds: Rounds, ours: OurStep) -> dict[str, 
     fast = fast_kernel(setting)
     found = rounds.measure({**floor_subjects(setting, ours), **our_subjects(ours, [fast])}, setting.device)
     ours.step(align=False)  # for its mean L0, of free slots alone
-    best = min((name for name in found if name.startswith("product")), key=lambda name: found[name].median)
-    product = found[best]
+    product = min((found[name] for name in found if name.startswith("product")), key=lambda timed: timed.median)
     adam, steps = found["adam"], {name: timed for name, timed in found.items() if "/" in name}
     floors = [p + a for p, a in zip(product.seconds, adam.seconds, strict=True)]
     return {
         "shapes": asdict(setting),
-        "precision": best.split()[1],
+        "precision": precisions(setting)[0],
         "encoder_product_s": product.median,
         "adam_s": adam.median,
         "floor_s": product.median + adam.median,
@@ -217,11 +216,8 @@ def sweep_point(setting: Setting, rounds: Rounds) -> dict[str, Any]:
 def peer_figures(setting: Setting, python: str, rounds: Rounds) -> dict[str, Any]:
     """Median seconds per step of other trainers, or why one could not be timed."""
     threads, clock = torch.get_num_threads(), rounds.clock.__name__
-    wanted = {
-        **asdict(setting),
-        **{"threads": threads, "repeats": rounds.repeats, "clock": clock, "precisions": precisions(setting)},
-    }
-    command = [python, str(Path(__file__).with_name("timing") / "peers.py"), json.dumps(wanted)]
+    how = {"threads": threads, "repeats": rounds.repeats, "clock": clock, "precisions": precisions(setting)}
+    command = [python, str(Path(__file__).with_name("timing") / "peers.py"), json.dumps(asdict(setting) | how)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:

@@ -19,6 +19,7 @@ def test_quick_bench_writes_every_figure(tmp_path, capsys):
     found = json.loads(file.read_text())
     for key in ("floor_s", "encoder_product_s", "adam_s", "dense_fp32_step_s", "rows_per_s"):
         assert found[key] > 0, key
+    assert found[f"dense_{found['precision']}_step_s"] > 0
     assert (found["precision"] == "bf16") == ("dense_bf16_step_s" in found)
     assert {"device", "shapes", "state_bytes", "mean_l0", "ratios"} <= set(found)
     assert {"sparse/pretrain", "sparse/align", "dense/pretrain", "dense/align"} <= set(found["step_s"])

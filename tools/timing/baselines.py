@@ -11,8 +11,8 @@ class EncoderProduct:
     """x W_enc^T into memory that is already there; the fastest of three ways to ask for it. In bf16 (fp32 on a CPU that emulates bf16)."""
 
     def __init__(self, setting: Setting):
-        self.precision = usable_precision("bf16", torch.device(setting.device))
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        low = usable_precision("bf16", torch.device(setting.device)) == "bf16"
+        dtype = torch.bfloat16 if low else torch.float32
         x = make_rows(setting)[0].to(dtype)
         size = setting.slots + setting.concepts
         W = torch.randn(size, setting.width, device=x.device, dtype=dtype)

@@ -9,7 +9,7 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     fast = "triton" if "triton/pretrain" in found["step_s"] else "sparse"
     step, state = found["step_s"], found["state_bytes"]
     pretrain = step[f"{fast}/pretrain"]
-    best = "bf16" if "dense_bf16_step_s" in found else "fp32"
+    best = found["precision"]
     out = {"step / floor (pretrain)": pretrain / found["floor_s"]}
     for name in ("bf16", "fp32"):
         if f"dense_{name}_step_s" in found:

@@ -138,7 +138,7 @@ template <typename T>
 void find(const Bank& bank, float error, int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
   constexpr bool low = std::is_same<T, at::BFloat16>::value;
   const int64_t B = bank.B, D = bank.D, width = low ? 2 * bank.words : D, rows = bank.block_rows;
-  const int64_t stride = bank.count * bank.block_rows + 16;  // not a power of two, which would put all slots into the same sets of the cache
+  const int64_t stride = bank.count * rows + 16;  // not a power of two, which would put all slots into the same sets of the cache
   const float* w = bank.weights + c * D;
   auto& threshold = scratch.threshold;
   threshold.resize(size);
@@ -154,7 +154,7 @@ void find(const Bank& bank, float error, int64_t c, int64_t size, Scratch& scrat
       square = dot(w + j * D, w + j * D, D);
     }
     const float bias = bank.bias[c + j], t = -bias - error * (std::abs(bias) + 2 * bank.reach * std::sqrt(square / D));
-    threshold[j] = std::isfinite(t) ? t : -INFINITY;  // not a number: everything is looked at again
+    threshold[j] = std::isfinite(t) ? t : NAN;  // which rules nothing out: everything is looked at again
   }
   for (int64_t k = 0; k < bank.count; ++k) {
     float* out = scratch.product.data() + k * rows;
