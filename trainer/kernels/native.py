@@ -16,7 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 SOURCES = [Path(__file__).with_name(name) for name in ("encode.cpp", "sparse.cpp", "buffers.cpp", "adamw.cpp")]
-HEADERS = [Path(__file__).with_name("lanes.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("lanes.h", "product.h")]
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-std=c++20", "-Wno-psabi"]
 
 

@@ -14,8 +14,8 @@ from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scal
 from trainer.kernels.pairs import RowPairs
 
 ops = torch.ops.alignsae
-# Rows in a block of the encoder product, where it is fastest: bf16 on AVX-512, fp32 on AVX2.
-BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32}
+# Rows in a block of the encoder product, where it is fastest: bf16 on AVX-512, fp32 and int16 on AVX2.
+BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 
 def sparse_kernel(
@@ -77,14 +77,25 @@ class _Sparse(torch.autograd.Function):
 
 
 def _blocks(step: BankStep) -> Tensor:
-    """The rows as `encode` multiplies with them: [blocks, words, rows of a block], words of one fp32 number or (as int32) of two bf16 ones."""
-    x = step.operand if ops.low_products() else step.x
-    rows, low = BLOCK_ROWS[x.dtype], x.dtype == torch.bfloat16
+    """The rows as `encode` multiplies with them: [blocks, words, rows of a block], a word one fp32 number, or two neighbours of bf16 or int16."""
+    x = _operand(step)
+    rows, narrow = BLOCK_ROWS[x.dtype], x.element_size() == 2
     count = -(-len(x) // rows)
-    words = F.pad(x, (0, x.shape[1] % 2 if low else 0, 0, count * rows - len(x)))
-    if low:
+    words = F.pad(x, (0, x.shape[1] % 2 if narrow else 0, 0, count * rows - len(x)))
+    if narrow:
         words = words.view(torch.int32)
-    return words.view(count, rows, words.shape[1]).transpose(1, 2).contiguous()
+    blocks = words.view(count, rows, words.shape[1]).transpose(1, 2)
+    return blocks.clone(memory_format=torch.contiguous_format).view(x.dtype)
+
+
+def _operand(step: BankStep) -> Tensor:
+    """x [B, D] in the arithmetic of the encoder product: bf16 where the run and the CPU have it, else the faster of int16 and fp32."""
+    if step.x_low is not None and ops.low_products():
+        return step.x_low
+    if not ops.short_products():
+        return step.x
+    scale = ops.short_norm() / step.reach if step.reach > 0 else 0.0
+    return (step.x * scale).round().to(torch.int16)
 
 
 def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
