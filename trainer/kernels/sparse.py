@@ -1,7 +1,7 @@
 """The sparse kernel for CPU: one encoder product, and everything else on the active entries.
 
-Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16: it only says where to look;
-the pre-activations that count are computed again in fp32 (trainer/kernels/encode.cpp, sparse.cpp). What is kept for backward is O(active).
+Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16 or int16: it only says where to
+look; the pre-activations that count are computed again in fp32 (trainer/kernels/encode.cpp, sparse.cpp). What is kept for backward is O(active).
 """
 
 from typing import Any
@@ -31,7 +31,8 @@ class _Sparse(torch.autograd.Function):
         ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
     ) -> tuple[Tensor, Tensor, Tensor]:
         unit = step.decoder_norm == "unit"
-        start, row, z = ops.encode(W_enc, b_enc, step.x, step.once("blocks", lambda: _blocks(step)), step.reach)
+        blocks = step.once("blocks", lambda: in_blocks(_operand(step)))
+        start, row, z = ops.encode(W_enc, b_enc, step.x, blocks, step.reach)
         by_row = ops.by_row(start, row, len(step.x))
         recon, sp = ops.decode(W_dec, recon.contiguous(), z, *by_row, unit)
         fired = start.diff() > 0
@@ -76,9 +77,8 @@ class _Sparse(torch.autograd.Function):
         return *grads, g_recon, None
 
 
-def _blocks(step: BankStep) -> Tensor:
-    """The rows as `encode` multiplies with them: [blocks, words, rows of a block], a word one fp32 number, or two neighbours of bf16 or int16."""
-    x = _operand(step)
+def in_blocks(x: Tensor) -> Tensor:
+    """Rows [B, D] of fp32, bf16 or int16 as `encode` multiplies with them: [blocks, words, rows of a block], a word one number of fp32, or two others."""
     rows, narrow = BLOCK_ROWS[x.dtype], x.element_size() == 2
     count = -(-len(x) // rows)
     words = F.pad(x, (0, x.shape[1] % 2 if narrow else 0, 0, count * rows - len(x)))
@@ -88,14 +88,16 @@ def _blocks(step: BankStep) -> Tensor:
     return blocks.clone(memory_format=torch.contiguous_format).view(x.dtype)
 
 
+def in_int16(x: Tensor, reach: float) -> Tensor:
+    """Rows [B, D] of norm at most `reach` as int16 numbers; trainer/kernels/product.h says why in this scale."""
+    return (x * (ops.short_norm() / reach if reach > 0 else 0.0)).round().to(torch.int16)
+
+
 def _operand(step: BankStep) -> Tensor:
-    """x [B, D] in the arithmetic of the encoder product: bf16 where the run and the CPU have it, else the faster of int16 and fp32."""
+    """The rows in the arithmetic of the encoder product: bf16 where the run and the CPU have it, else the faster of int16 and fp32."""
     if step.x_low is not None and ops.low_products():
         return step.x_low
-    if not ops.short_products():
-        return step.x
-    scale = ops.short_norm() / step.reach if step.reach > 0 else 0.0
-    return (step.x * scale).round().to(torch.int16)
+    return in_int16(step.x, step.reach) if ops.short_products() else step.x
 
 
 def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
