@@ -5,8 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#ifdef __AVX__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define WIDE 1
 #endif
 
@@ -64,9 +66,13 @@ inline void set_zero(float* out, int64_t size) {
 
 // Writes a row that nobody reads before it has left the cache: past the cache, so that it is not fetched first.
 inline void stream_out(float* out, const float* a, int64_t size) {
-#ifdef WIDE
+#if defined(WIDE) || defined(__AVX__)
   if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-    for (int64_t i = 0; i < size; i += LANE) _mm512_stream_ps(out + i, _mm512_loadu_ps(a + i));
+#ifdef WIDE
+    for (int64_t i = 0; i < size; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(a + i));
+#else
+    for (int64_t i = 0; i < size; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(a + i));
+#endif
     return;
   }
 #endif
@@ -74,9 +80,13 @@ inline void stream_out(float* out, const float* a, int64_t size) {
 }
 
 inline void stream_zero(float* out, int64_t size) {
-#ifdef WIDE
+#if defined(WIDE) || defined(__AVX__)
   if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-    for (int64_t i = 0; i < size; i += LANE) _mm512_stream_ps(out + i, _mm512_setzero_ps());
+#ifdef WIDE
+    for (int64_t i = 0; i < size; i += 16) _mm512_stream_ps(out + i, _mm512_setzero_ps());
+#else
+    for (int64_t i = 0; i < size; i += 8) _mm256_stream_ps(out + i, _mm256_setzero_ps());
+#endif
     return;
   }
 #endif
