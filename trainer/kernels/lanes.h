@@ -1,4 +1,4 @@
-// Vector loops on rows of floats. Plain loops and GCC vector types; AVX-512 intrinsics only where the machine has them.
+// Vector loops on rows of floats. Plain loops and GCC vector types; intrinsics only where the machine has them.
 #pragma once
 
 #include <cmath>
@@ -66,13 +66,9 @@ inline void set_zero(float* out, int64_t size) {
 
 // Writes a row that nobody reads before it has left the cache: past the cache, so that it is not fetched first.
 inline void stream_out(float* out, const float* a, int64_t size) {
-#if defined(WIDE) || defined(__AVX__)
-  if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-#ifdef WIDE
-    for (int64_t i = 0; i < size; i += 16) _mm512_stream_ps(out + i, _mm512_loadu_ps(a + i));
-#else
+#ifdef __AVX__
+  if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {  // whole cache lines
     for (int64_t i = 0; i < size; i += 8) _mm256_stream_ps(out + i, _mm256_loadu_ps(a + i));
-#endif
     return;
   }
 #endif
@@ -80,15 +76,18 @@ inline void stream_out(float* out, const float* a, int64_t size) {
 }
 
 inline void stream_zero(float* out, int64_t size) {
-#if defined(WIDE) || defined(__AVX__)
+#ifdef __AVX__
   if (size % LANE == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
-#ifdef WIDE
-    for (int64_t i = 0; i < size; i += 16) _mm512_stream_ps(out + i, _mm512_setzero_ps());
-#else
     for (int64_t i = 0; i < size; i += 8) _mm256_stream_ps(out + i, _mm256_setzero_ps());
-#endif
     return;
   }
 #endif
   std::memset(out, 0, size * sizeof(float));
+}
+
+// What was written past the cache by this thread, other threads see from here on.
+inline void stream_end() {
+#ifdef __AVX__
+  _mm_sfence();
+#endif
 }

@@ -16,10 +16,6 @@
 
 #include "lanes.h"
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 namespace {
 
 // Row of fp32 weights -> bf16, round to nearest even; returns the sum of squares. The rows after it are asked for meanwhile.

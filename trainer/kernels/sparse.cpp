@@ -268,9 +268,7 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
       stream_out(gd + j * D, dec.data(), D);
     }
     squares[part] = {enc_square, dec_square};
-#ifdef WIDE
-    _mm_sfence();
-#endif
+    stream_end();
   });
   double enc_square = 0, dec_square = 0;
   for (const auto& part : squares) enc_square += part.first, dec_square += part.second;
