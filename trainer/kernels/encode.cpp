@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
   const int64_t pair = type == at::kFloat ? 1 : 2;
   const int64_t n = W_enc.size(0), B = x.size(0), threads = at::get_num_threads();
   const Bank bank{W_enc.const_data_ptr<float>(), b_enc.const_data_ptr<float>(), x.const_data_ptr<float>(), blocks.const_data_ptr(),
-                  B, W_enc.size(1), blocks.size(1) * pair, blocks.size(2) / pair, blocks.size(0), float(reach), !has_blocks<float>()};
+                  B, W_enc.size(1), blocks.size(1) * pair, blocks.size(2) / pair, blocks.size(0), float(reach), type == at::kFloat && !has_blocks<float>()};
   TORCH_CHECK(blocks.is_contiguous() && bank.count * bank.block_rows >= B, "encode needs blocks of all rows");
   int64_t size = std::clamp(CHUNK_ENTRIES / std::max<int64_t>(B, 1), LEAST_SLOTS, MOST_SLOTS);
   if (type == at::kShort) size -= size % SHORT_SLOTS;

@@ -168,8 +168,8 @@ inline bool low_products() {
 #endif
 }
 
-// Whether int16 products are faster than fp32 ones. Not with AVX-512, where a product and its sum are two instructions of which one is started a
-// cycle, as of fp32's.
+// Whether int16 products are faster than fp32 ones. With AVX-512 they should not be: product and sum are two instructions there for what two of
+// fp32 do, on the same pipes.
 inline bool short_products() {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return true;
