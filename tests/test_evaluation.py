@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 
-from trainer import evaluation
+from trainer.analysis import evaluation
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
-from trainer.evaluation import (
+from trainer.analysis.evaluation import (
     activation_blocks,
     binding,
     concept_means,

@@ -12,7 +12,7 @@ import webdataset
 
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
-from trainer.language_model import capture, encode_prompts, load_language_model, read_prompts
+from trainer.analysis.language_model import capture, encode_prompts, load_language_model, read_prompts
 from trainer.stream import Manifest
 
 TEXTS = ["Ada works in Oslo.", "Ben was born.", "Cem studied law in Lima and in Rome for years.", "Dan."]

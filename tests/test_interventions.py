@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import UserError
-from trainer.interventions import (
+from trainer.analysis.interventions import (
     Swap,
     answer_loss,
     answer_sets,
@@ -33,7 +33,7 @@ from trainer.interventions import (
     steering,
     swap_pairs,
 )
-from trainer.language_model import Prompt
+from trainer.analysis.language_model import Prompt
 
 LAYER = 1  # the last block: what is written there alone decides the next token
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tools.lm_training.models import build_model, build_tokenizer
 from trainer.errors import UserError
-from trainer.language_model import (
+from trainer.analysis.language_model import (
     answer_matches,
     capture,
     edit_residual,

@@ -14,7 +14,7 @@ from tools import plots
 from tools.cli import main
 from tools.summary import collect, compare, read_bars
 from trainer.errors import UserError
-from trainer.results import read_metrics, write_result
+from trainer.analysis.results import read_metrics, write_result
 
 SUMMARY_KEYS = {
     "lm_answer_accuracy",

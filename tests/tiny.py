@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.language_model import Prompt, capture, encode_prompts, hook_point, last_token
+from trainer.analysis.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.stream import ShardWriter
 from trainer.train import main as train
 

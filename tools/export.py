@@ -25,7 +25,7 @@ from torch import Tensor
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary, decoder_rows
 from trainer.errors import UserError
-from trainer.results import write_result
+from trainer.analysis.results import write_result
 from trainer.stream import Manifest
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tools import plots
-from trainer.results import read_json, read_metrics, run_config, write_result
+from trainer.analysis.results import read_json, read_metrics, run_config, write_result
 from trainer.tracking import add_artifacts
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
-from trainer.evaluation import concept_slot_means
-from trainer.interventions import hook_layer, steering
-from trainer.language_model import edit_residual, generate_answers, load_language_model
-from trainer.results import rows_of, run_shards
+from trainer.analysis.evaluation import concept_slot_means
+from trainer.analysis.interventions import hook_layer, steering
+from trainer.analysis.language_model import edit_residual, generate_answers, load_language_model
+from trainer.analysis.results import rows_of, run_shards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainer.errors import UserError
-from trainer.results import read_json, write_result
+from trainer.analysis.results import read_json, write_result
 
 EXTRA = ("swaps", "concepts", "l0_share")  # for the bars only, not in summary.json
 

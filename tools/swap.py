@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
-from trainer.evaluation import concept_means, concept_slot_means
-from trainer.interventions import (
+from trainer.analysis.evaluation import concept_means, concept_slot_means
+from trainer.analysis.interventions import (
     Edit,
     Swap,
     SwapScore,
@@ -33,8 +33,8 @@ from trainer.interventions import (
     slot_swap,
     swap_pairs,
 )
-from trainer.language_model import answer_matches, encode_answer, generate_answers, load_language_model, read_prompts
-from trainer.results import rows_of, run_shards, write_result
+from trainer.analysis.language_model import answer_matches, encode_answer, generate_answers, load_language_model, read_prompts
+from trainer.analysis.results import rows_of, run_shards, write_result
 
 EXAMPLES = 20  # of each kind of failure
 

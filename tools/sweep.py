@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.results import read_metrics, write_result
+from trainer.analysis.results import read_metrics, write_result
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 

@@ -7,8 +7,8 @@ import pytest
 
 from trainer import train
 from trainer.checkpoint import load_dictionary
-from trainer.evaluation import evaluate_split
-from trainer.results import rows_of
+from trainer.analysis.evaluation import evaluate_split
+from trainer.analysis.results import rows_of
 from trainer.stream import ShardWriter
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.language_model import Prompt, capture, encode_prompts, last_token, read_prompts, read_texts
+from trainer.analysis.language_model import Prompt, capture, encode_prompts, last_token, read_prompts, read_texts
 
 SPLITS = ("train", "heldout")
 # Prompts are sorted by length within runs of this many batches, which keeps padding small and memory bounded.

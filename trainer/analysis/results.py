@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
-from trainer.evaluation import RowSource
+from trainer.analysis.evaluation import RowSource
 from trainer.stream import DataConfig, Manifest
 from trainer.stream.manifest import write_atomically
 from trainer.stream.shards import from_stored

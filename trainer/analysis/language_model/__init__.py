@@ -1,6 +1,6 @@
 """Causal language models: loading, prompts to token batches, residual capture and edits, greedy answers."""
 
-from trainer.language_model.prompts import (
+from trainer.analysis.language_model.prompts import (
     Prompt,
     answer_matches,
     encode_answer,
@@ -10,7 +10,7 @@ from trainer.language_model.prompts import (
     read_prompts,
     read_texts,
 )
-from trainer.language_model.residual import (
+from trainer.analysis.language_model.residual import (
     capture,
     check_layers,
     edit_residual,

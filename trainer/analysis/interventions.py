@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
-from trainer.evaluation import bank_code
-from trainer.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
+from trainer.analysis.evaluation import bank_code
+from trainer.analysis.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
 
 Edit = Callable[[Tensor], Tensor]
 WriteBack = Literal["add", "replace"]

@@ -1,0 +1,1 @@
+"""Reads what was trained: evaluation, interventions on a language model, results of a run. Training imports nothing from here."""
