@@ -12,14 +12,16 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["allocator", "topology", "stream", "dictionary", "losses", "journal"],
-    ["kernels", "guard", "interrupt"],
+    ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
+    ["losses", "guard", "interrupt"],
+    ["kernels"],
     ["objective", "optimizer"],
-    ["curriculum", "metrics"],
+    ["curriculum", "metrics", "waking"],
     ["strategies", "tracking"],
     ["checkpoint", "revival"],
     ["analysis", "config"],
     ["loop"],
+    ["assembly"],
     ["train"],
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -31,7 +33,7 @@ HOMES = {
     "mlflow": {"tracking"},
     "triton": {"kernels"},
     "transformers": {"analysis", "tools"},
-    "trainer.config": {"loop", "train", "tools"},  # rooms own their configuration
+    "trainer.config": {"loop", "assembly", "train", "tools"},  # rooms own their configuration
 }
 LONG, TOO_LONG = 300, 320  # lines
 

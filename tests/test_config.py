@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from trainer.assembly import Inputs, open_tracker
 from trainer.config import flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.errors import UserError
+from trainer.losses import StageWeights
+from trainer.run_folder import RunFolder
+from trainer.strategies import Layout
 from trainer.stream import Manifest
 from trainer.topology import Topology
-from trainer.train import open_tracker
 
 CONFIGS = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "bars" not in p.name)
 
@@ -37,7 +40,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         [DATA, "dictionary.free_slots=20", "stages.0.epochs=5", "optim.betas=[0.8,0.9]", "stages.0.loss={sp: 0.2}"],
     )
     assert config.dictionary.free_slots == 20
-    assert config.stages[0].epochs == 5 and config.stages[0].loss == {"sp": 0.2}
+    assert config.stages[0].epochs == 5 and config.stages[0].loss == StageWeights(sp=0.2)
     assert tuple(config.optim.betas) == (0.8, 0.9)
 
 
@@ -83,7 +86,33 @@ def test_what_is_kept_carries_no_credentials(tmp_path):
     manifest = Manifest(2, "float32", "m", "layer-00", [0.0, 0.0], 1.0, [], [], 0, ())
     shards = "https://user:secret@host/data?X-Signature=private"
     config = load_config(write(tmp_path, ""), [f"data.shards={shards}", "tracking.uri=off"])
-    open_tracker(config, tmp_path / "run", manifest, 0, Topology()).close("finished")
+    inputs = Inputs(config, Layout("single"), manifest, None, None, config.dictionary.form(2))
+    open_tracker(inputs, RunFolder(tmp_path / "run"), 0, Topology()).close("finished")
     kept = (tmp_path / "run" / "config.yaml").read_text()
     assert "https://host/data" in kept and "secret" not in kept and "private" not in kept
     assert config.data.shards == shards
+
+
+@pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3"])
+def test_weights_of_a_stage_are_numbers(tmp_path, text):
+    path = write(tmp_path, f"stages: [{{name: pretrain, epochs: 2, loss: {{sp: {text}}}}}]\n")
+    assert load_config(path, [DATA]).stages[0].loss.sp == 0.001
+    assert load_config(path, [DATA, f"stages.0.loss.sp={text}"]).stages[0].loss.sp == 0.001
+
+
+@pytest.mark.parametrize("key", ["bind_on", "sp_warmup"])
+def test_a_stage_may_not_change_the_form_of_the_loss(tmp_path, key):
+    path = write(tmp_path, f"stages: [{{name: pretrain, epochs: 2, loss: {{{key}: 5}}}}]\n")
+    with pytest.raises(UserError, match=rf"one for the whole run.*set loss\.{key}"):
+        load_config(path, [DATA])
+    plain = write(tmp_path, "stages: [{name: pretrain, epochs: 2}]\n")
+    with pytest.raises(UserError, match=rf"one for the whole run.*set loss\.{key}"):
+        load_config(plain, [DATA, f"stages.0.loss.{key}=5"])
+
+
+@pytest.mark.parametrize("value", ["null", "[1]", "many", "{a: 1}"])
+def test_a_weight_that_is_no_number_is_refused_in_one_line(tmp_path, value):
+    path = write(tmp_path, "stages: [{name: pretrain, epochs: 2}]\n")
+    with pytest.raises(UserError) as caught:
+        load_config(path, [DATA, f"loss.sp={value}"])
+    assert "\n" not in str(caught.value) and "sp" in str(caught.value)

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from trainer.curriculum import ClassMeans, Curriculum, StageConfig, class_means, concept_slots
+from trainer.curriculum import Curriculum, StageConfig
 from trainer.errors import UserError
-from trainer.losses import LossConfig
+from trainer.losses import LossConfig, StageWeights
 from trainer.optimizer import OptimConfig
 from trainer.topology import Topology
+from trainer.waking import ClassMeans, class_means, concept_weights
 
 
 def curriculum(warmup=0, decay=0.0, **loss):
-    stages = [StageConfig("pretrain", epochs=2), StageConfig("align", steps=6, loss={"sp": 0.5})]
+    stages = [StageConfig("pretrain", epochs=2), StageConfig("align", steps=6, loss=StageWeights(sp=0.5))]
     return Curriculum(stages, LossConfig(**loss), OptimConfig(lr=1.0, warmup=warmup, decay=decay), steps_per_epoch=5)
 
 
@@ -46,7 +47,9 @@ def test_sparsity_warms_up_once():
         ([StageConfig("align")], "exactly one"),
         ([StageConfig("align", steps=1, epochs=1)], "exactly one"),
         ([StageConfig("align", steps=0)], "at least 1"),
-        ([StageConfig("align", steps=1, loss={"ortho": 1.0})], "'ortho' is unknown"),
+        ([StageConfig("align", epochs=float("inf"))], "finite"),
+        ([StageConfig("align", epochs=float("nan"))], "finite"),
+        ([StageConfig("align", steps=1, loss=StageWeights(perp=-1.0))], r"stages.0.loss.perp=-1.0"),
     ],
 )
 def test_impossible_stages_are_refused(stages, message):
@@ -64,7 +67,7 @@ def test_class_means_ignore_unlabelled_rows():
 def test_slots_wake_up_alive_on_their_own_concept():
     torch.manual_seed(0)
     means = torch.randn(5, 16)
-    weights = concept_slots(ClassMeans(means, torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0])))
+    weights = concept_weights(ClassMeans(means, torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0])))
     pre = means[:4] @ weights["W_enc"].T + weights["b_enc"]
     torch.testing.assert_close(pre.diagonal(), torch.ones(4), rtol=1e-4, atol=1e-5)
     assert (pre.argmax(dim=1) == torch.arange(4)).all()

@@ -3,26 +3,26 @@
 import pytest
 import torch
 
-from trainer.dictionary import ConceptDictionary, DictionaryConfig, bank_sizes
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import UserError
 
 
 def test_banks_are_equal_but_for_the_last():
-    assert bank_sizes(20, 8) == [8, 8, 4]
-    assert bank_sizes(16, 8) == [8, 8]
-    assert bank_sizes(3, 8) == [3]
+    assert DictionaryConfig(20, 8).bank_sizes == [8, 8, 4]
+    assert DictionaryConfig(16, 8).bank_sizes == [8, 8]
+    assert DictionaryConfig(3, 8).bank_sizes == [3]
 
 
 @pytest.mark.parametrize("initial_l0,expected", [(None, 64), (16, 16), (2048, 1024)])
 def test_rows_activate_as_many_slots_as_asked_for(initial_l0, expected):
-    dictionary = ConceptDictionary(64, [], DictionaryConfig(2048, 512, initial_l0=initial_l0))
+    dictionary = ConceptDictionary(DictionaryConfig(2048, 512).form(64), initial_l0=initial_l0)
     x = torch.nn.functional.normalize(torch.randn(256, 64, generator=torch.Generator().manual_seed(0)), dim=1)
     assert (dictionary.encode(x) > 0).sum(dim=1).float().mean() == pytest.approx(expected, rel=0.1)
 
 
 def test_a_bank_starts_alike_wherever_it_lives():
-    whole = ConceptDictionary(8, ["a"], DictionaryConfig(20, 8), seed=3)
-    part = ConceptDictionary(8, ["a"], DictionaryConfig(20, 8), seed=3, owned=[2])
+    whole = ConceptDictionary(DictionaryConfig(20, 8).form(8, ["a"]), seed=3)
+    part = ConceptDictionary(DictionaryConfig(20, 8).form(8, ["a"]), seed=3, owned=[2])
     assert list(part.units()) == ["concepts", "output", "bank-00002"]
     torch.testing.assert_close(part.banks["00002"].W_enc, whole.banks["00002"].W_enc, rtol=0, atol=0)
 
@@ -36,14 +36,14 @@ def test_units_are_handed_out_one_by_one_before_the_next_is_made():
         for parameter in unit.parameters():
             parameter.data = parameter.data.new_empty(0)  # as an engine that shards does
 
-    dictionary = ConceptDictionary(8, ["a"], DictionaryConfig(20, 8), answers=2, owned=[0, 2], on_unit=on_unit)
+    dictionary = ConceptDictionary(DictionaryConfig(20, 8).form(8, ["a"], 2), owned=[0, 2], on_unit=on_unit)
     assert seen == dictionary.units()
     assert [bank.slots for bank in dictionary.free_banks()] == [8, 4]
 
 
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 def test_decode_is_linear_in_the_code_and_undoes_the_normalisation(decoder_norm):
-    dictionary = ConceptDictionary(8, ["a", "b"], DictionaryConfig(20, 8, decoder_norm=decoder_norm))
+    dictionary = ConceptDictionary(DictionaryConfig(20, 8, decoder_norm=decoder_norm).form(8, ["a", "b"]))
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -69,4 +69,4 @@ def test_decode_is_linear_in_the_code_and_undoes_the_normalisation(decoder_norm)
 )
 def test_impossible_sizes_are_refused(config):
     with pytest.raises(UserError, match="dictionary"):
-        ConceptDictionary(8, [], config)
+        config.validate()

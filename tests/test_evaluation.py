@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from tiny import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 
 from trainer.analysis import evaluation
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.errors import DataError
 from trainer.analysis.evaluation import (
     activation_blocks,
     binding,
@@ -23,6 +21,8 @@ from trainer.analysis.evaluation import (
     predicted_slots,
     reconstruct,
 )
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.errors import DataError
 
 
 def rows_of(acts, concept, batch=7):
@@ -162,7 +162,7 @@ def test_exact_dictionary_has_no_unexplained_variance_and_sleeping_concept_slots
 def test_rows_without_labels_have_a_reconstruction_and_nothing_else(sample):
     acts, _ = sample
     unlabelled = torch.full((len(acts),), -1, dtype=torch.int32)
-    dictionary = ConceptDictionary(WIDTH, [], DictionaryConfig(free_slots=8, bank_slots=8))
+    dictionary = ConceptDictionary(DictionaryConfig(8, 8).form(WIDTH))
     found = evaluate_split(dictionary, rows_of(acts, unlabelled), [])
     assert set(found) == {"rows", "reconstruction"}
     constant = torch.ones(5, WIDTH)

@@ -18,8 +18,6 @@ from tiny import (
 )
 from torch.nn.functional import cross_entropy
 
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.errors import UserError
 from trainer.analysis.interventions import (
     Swap,
     answer_loss,
@@ -34,13 +32,15 @@ from trainer.analysis.interventions import (
     swap_pairs,
 )
 from trainer.analysis.language_model import Prompt
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.errors import UserError
 
 LAYER = 1  # the last block: what is written there alone decides the next token
 
 
 def writing_dictionary() -> ConceptDictionary:
     """Slot r is always active and writes the unembedding of the word `rome`, `art` or `acme`, scaled far above h."""
-    dictionary = ConceptDictionary(WIDTH, CONCEPTS, DictionaryConfig(free_slots=4, bank_slots=4))
+    dictionary = ConceptDictionary(DictionaryConfig(4, 4).form(WIDTH, CONCEPTS))
     unembedding = tiny_model().lm_head.weight
     with torch.no_grad():
         dictionary.concepts.b_enc.fill_(1)

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tools.lm_training.models import build_model, build_tokenizer
-from trainer.errors import UserError
 from trainer.analysis.language_model import (
     answer_matches,
     capture,
@@ -26,6 +25,7 @@ from trainer.analysis.language_model import (
     read_prompts,
     read_texts,
 )
+from trainer.errors import UserError
 
 PROMPTS = ["Q: Who?\nA:", "Q: Where does Ada work today?\nA:", "Q: a\nA:", "Q: What did Ben Ash study?\nA:"]
 LAYERS = 3

@@ -7,22 +7,21 @@ import pytest
 import torch
 
 from trainer import losses
-from trainer.dictionary import ConceptDictionary, DictionaryConfig, decoder_rows
-from trainer.losses import LossConfig
-from trainer.objective import SUMS, AlignObjective, Rows
+from trainer.dictionary import BankWeights, ConceptDictionary, DictionaryConfig
+from trainer.losses import LossWeights
+from trainer.objective import SUMS, AlignObjective, MicroBatch
 from trainer.topology import Topology
 
 
 def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="dense", precision="fp32"):
     torch.manual_seed(D * 100 + R)
     names = [f"c{i}" for i in range(R)]
-    dictionary = ConceptDictionary(
-        D, names, DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7), answers=answers
-    )
+    config = DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7)
+    dictionary = ConceptDictionary(config.form(D, names, answers))
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    return AlignObjective(dictionary, LossConfig(bind_on=bind_on), Topology(), kernel=kernel, precision=precision)
+    return AlignObjective(dictionary, Topology(), bind_on=bind_on, kernel=kernel, precision=precision)
 
 
 def make_rows(B, D, R, answers=5, unlabelled=0.3):
@@ -30,26 +29,22 @@ def make_rows(B, D, R, answers=5, unlabelled=0.3):
     concept[torch.rand(B) < unlabelled] = -1
     answer = torch.where(concept >= 0, torch.randint(0, answers, (B,)), -1)
     counts = torch.tensor([B, (concept >= 0).sum(), (answer >= 0).sum()], dtype=torch.float32)
-    return Rows(torch.randn(B, D), concept, answer, counts)
+    return MicroBatch(torch.randn(B, D), concept, answer, counts)
 
 
-def oracle(objective, rows, weights, align):
+def oracle(objective, batch, weights, align):
     d = objective.dictionary
-    x = d.normalise(rows.acts)
-    pre = x @ d.concepts.W_enc.T + d.concepts.b_enc
-    zc = torch.relu(pre)
-    z = torch.cat([torch.relu(x @ b.W_enc.T + b.b_enc) for b in d.free_banks()], dim=1)
-    decoder = torch.cat([decoder_rows(b.W_dec, d.config.decoder_norm) for b in d.free_banks()])
-    x_hat = z @ decoder + d.output.b_dec
-    terms = {"sp": losses.sparsity(z, decoder), "bind": 0.0, "perp": 0.0, "val": 0.0}
-    if align:
-        x_hat = x_hat + zc @ d.concepts.W_dec
-        if zc.shape[1]:
-            terms["bind"] = losses.binding(pre if objective.bind_on == "pre" else zc, rows.concept)
-            terms["perp"] = losses.orthogonality(zc, z)
-            terms["val"] = losses.value(d.value_head(zc), rows.answer) if d.value_head is not None else 0.0
-    terms["rec"] = losses.reconstruction(x, x_hat)
-    return sum(getattr(weights, name) * term for name, term in terms.items()), terms
+    banks = [bank.weights() for bank in d.free_banks()]
+    free = BankWeights(
+        torch.cat([bank.W_enc for bank in banks]),
+        torch.cat([bank.b_enc for bank in banks]),
+        torch.cat([bank.W_dec for bank in banks]),
+        decoder_norm=d.form.decoder_norm,
+    )
+    plain = losses.PlainDictionary(free, d.concepts.weights(), d.output.b_dec, d.value_head)
+    x = d.normalise(batch.acts)
+    terms = losses.plain_objective(plain, x, batch.concept, batch.answer, align, objective.bind_on)
+    return losses.weighted(terms, weights), terms
 
 
 SHAPES = [(7, 3, 20, 8, 11), (16, 1, 33, 33, 1), (5, 12, 9, 4, 40), (8, 0, 10, 4, 6), (24, 6, 64, 16, 33)]
@@ -62,7 +57,7 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     D, R, K, bank, B = shape
     objective = make(D, R, K, bank, decoder_norm=decoder_norm, bind_on=bind_on)
     rows = make_rows(B, D, R)
-    weights = LossConfig(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4, bind_on=bind_on)
+    weights = LossWeights(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4)
     expected, terms = oracle(objective, rows, weights, align)
     parameters = dict(objective.named_parameters())
     grads = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
@@ -91,13 +86,13 @@ BF16_LOSS, BF16_GRADIENT = 3e-3, {"sparse": 0.05, "dense": 0.1}
 def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
     objective = make(48, R, 60, 25, answers=9, bind_on=bind_on, kernel=kernel, precision="bf16")
     rows = make_rows(96, 48, R, answers=9)
-    weights = LossConfig(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4, bind_on=bind_on)
+    weights = LossWeights(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4)
     expected, _ = oracle(objective, rows, weights, True)
     parameters = dict(objective.named_parameters())
     grads = torch.autograd.grad(expected, list(parameters.values()))
     loss, sums = objective(rows, weights, True, step=1)
     loss.backward()
-    assert (objective.concept_dtype is None) == (R == 6)  # few concepts stay in fp32
+    assert (objective.concept_dtype == torch.float32) == (R == 6)  # few concepts stay in fp32
     assert loss.dtype == torch.float32 and sums.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=BF16_LOSS, atol=0.0)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
@@ -110,7 +105,7 @@ def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
 def test_unlabelled_batch_gives_no_label_terms():
     objective = make(6, 3, 10, 4)
     rows = make_rows(9, 6, 3, unlabelled=1.1)
-    _, sums = objective(rows, LossConfig(), True, 1)
+    _, sums = objective(rows, LossWeights(), True, 1)
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     assert total["bind"] == total["val"] == total["labelled"] == total["bound"] == 0
 
@@ -119,7 +114,7 @@ def test_unlabelled_batch_gives_no_label_terms():
 def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
     objective = make(6, 3, 10, 4, kernel=kernel)
     rows = make_rows(0, 6, 3)
-    loss, sums = objective(rows, LossConfig(), True, 7)
+    loss, sums = objective(rows, LossWeights(), True, 7)
     loss.backward()
     assert float(loss.detach()) == 0 and not sums.any()
     assert all(not p.grad.any() for p in objective.parameters())
@@ -129,13 +124,13 @@ def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
 def test_micro_batches_add_up_to_the_batch_without_orthogonality():
     """Gradient accumulation changes nothing but memory for every term but perp, whose correlation needs all rows at once."""
     objective = make(8, 3, 20, 6)
-    rows, weights = make_rows(12, 8, 3), LossConfig(perp=0.0)
+    rows, weights = make_rows(12, 8, 3), LossWeights(perp=0.0)
     loss, _ = objective(rows, weights, True, 1)
     loss.backward()
     whole = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
     for part in (slice(0, 5), slice(5, 12)):
-        micro = Rows(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
+        micro = MicroBatch(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
         objective(micro, weights, True, 1)[0].backward()
     for a, p in zip(whole, objective.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
@@ -148,8 +143,8 @@ def test_micro_batches_of_many_concepts_are_alike_in_every_kernel():
         objective = make(8, 60, 200, 100, kernel=kernel)
         rows = make_rows(16, 8, 60)
         for part in (slice(0, 8), slice(8, 16)):
-            micro = Rows(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
-            objective(micro, LossConfig(perp=1.0), True, 1)[0].backward()
+            micro = MicroBatch(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
+            objective(micro, LossWeights(perp=1.0), True, 1)[0].backward()
         found.append([p.grad for p in objective.parameters()])
     for dense, sparse in zip(*found, strict=True):
         torch.testing.assert_close(dense, sparse, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
@@ -174,6 +169,6 @@ def test_slots_that_fire_are_noted():
     objective = make(6, 2, 10, 4)
     with torch.no_grad():
         next(objective.dictionary.free_banks()).b_enc.fill_(-1e6)
-    objective(make_rows(9, 6, 2), LossConfig(), False, step=17)
+    objective(make_rows(9, 6, 2), LossWeights(), False, step=17)
     first, second, _ = objective.dictionary.free_banks()
     assert (first.last_fired == 0).all() and (second.last_fired == 17).any()

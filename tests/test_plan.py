@@ -35,10 +35,17 @@ def measured(world: int, strategy: str, **sizes: int | str) -> list[dict]:
     return [json.loads(found) for found in re.findall(r'\{"rank".*?\}', result.output)]
 
 
-def shape(**sizes: int) -> plan.Shape:
+def workload(**sizes: int) -> plan.Workload:
     """The sizes of `measured`, as the plan sees them."""
     s = {**SIZES, **sizes}
-    return plan.Shape(s["width"], s["concepts"], 0, DictionaryConfig(s["slots"], s["bank-slots"]), s["rows"], False)
+    return make_workload(s["width"], s["concepts"], 0, DictionaryConfig(s["slots"], s["bank-slots"]), s["rows"])
+
+
+def make_workload(
+    width: int, concepts: int, answers: int, chosen: DictionaryConfig, rows: int, bf16: bool = False
+) -> plan.Workload:
+    """A workload whose concepts are numbered."""
+    return plan.Workload(chosen.form(width, [str(i) for i in range(concepts)], answers), rows, bf16)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +55,8 @@ def single() -> dict:
 
 @pytest.mark.slow
 def test_memory_of_one_process_is_within_15_percent(single):
-    assert plan.estimate(shape(), "single", 1).total == pytest.approx(single["peak_bytes"], rel=0.15)
-    assert plan.estimate(shape(), "single", 1).build == pytest.approx(single["build_bytes"], rel=0.15)
+    assert plan.estimate(workload(), "single", 1).total == pytest.approx(single["peak_bytes"], rel=0.15)
+    assert plan.estimate(workload(), "single", 1).build == pytest.approx(single["build_bytes"], rel=0.15)
 
 
 @pytest.mark.slow
@@ -60,17 +67,17 @@ def test_memory_and_traffic_are_within_15_percent(single, strategy):
     assert len(ranks) == 4
     peak = max(rank["peak_bytes"] for rank in ranks)
     sent = max(rank["sent_per_step"] for rank in ranks)
-    expected = plan.estimate(shape(), strategy, 4, gloo=True)
+    expected = plan.estimate(workload(), strategy, 4, gloo=True)
     assert expected.total == pytest.approx(peak, rel=0.15)
     assert expected.build == pytest.approx(max(rank["build_bytes"] for rank in ranks), rel=0.15)
     assert sum(expected.sent.values()) == pytest.approx(sent, rel=0.15)
-    saving = plan.estimate(shape(), strategy, 4, gloo=True, snapshots=True)
+    saving = plan.estimate(workload(), strategy, 4, gloo=True, snapshots=True)
     assert saving.snapshot == pytest.approx(max(rank["snapshot_bytes"] for rank in ranks), rel=0.15)
     assert saving.total == expected.total + saving.snapshot
     if strategy in ("zero3", "dictionary"):
         assert peak <= {"zero3": 0.40, "dictionary": 0.30}[strategy] * single["peak_bytes"]
     for rank in ranks if strategy == "zero3" else []:  # the shard and at most two banks, and what is no bank
-        assert rank["gathered_elements"] <= 2 * rank["bank_elements"] + shape().shared
+        assert rank["gathered_elements"] <= 2 * rank["bank_elements"] + workload().shared
         shard = rank["state_bytes"] / 4 / 4
         assert rank["placed_bytes"] <= shard + 2 * 4 * rank["bank_elements"] + 2**20  # no rank ever held all weights
 
@@ -84,37 +91,37 @@ def test_dictionary_moves_the_reconstruction_and_little_else():
         assert 1024 * 768 * 4 <= rank["received_per_step"] <= 1.1 * 1024 * 768 * 4
 
 
-SHAPES = st.builds(
-    plan.Shape,
+WORKLOADS = st.builds(
+    make_workload,
     width=st.integers(1, 8192),
     concepts=st.integers(0, 2000),
     answers=st.integers(0, 1000),
-    dictionary=st.builds(DictionaryConfig, st.integers(1, 2**21), st.integers(2**10, 2**14)),
+    chosen=st.builds(DictionaryConfig, st.integers(1, 2**21), st.integers(2**10, 2**14)),
     rows=st.integers(1, 2**16),
-    low=st.booleans(),
+    bf16=st.booleans(),
 )
 
 
 @settings(max_examples=50, deadline=None)
-@given(SHAPES, st.sampled_from(["ddp", "zero1", "zero2", "zero3", "dictionary"]), st.integers(1, 9))
-def test_more_devices_never_need_more_state_each(shape, strategy, power):
-    few, many = (plan.estimate(shape, strategy, 2**p) for p in (power - 1, power))
+@given(WORKLOADS, st.sampled_from(["ddp", "zero1", "zero2", "zero3", "dictionary"]), st.integers(1, 9))
+def test_more_devices_never_need_more_state_each(work, strategy, power):
+    few, many = (plan.estimate(work, strategy, 2**p) for p in (power - 1, power))
     if few is None or many is None:
-        assert strategy == "dictionary" and shape.banks < 2**power
+        assert strategy == "dictionary" and work.form.banks < 2**power
         return
     assert many.weights + many.optimizer <= few.weights + few.optimizer
     assert few.total >= max(few.weights + few.gradients + few.optimizer + few.buffers + few.activations, few.build)
 
 
 @settings(max_examples=25, deadline=None)
-@given(SHAPES, st.sampled_from(plan.STRATEGIES), st.integers(2**30, 2**37))
-def test_the_smallest_device_count_fits_and_half_of_it_does_not(shape, strategy, memory):
-    fewest = plan.smallest(shape, strategy, memory)
+@given(WORKLOADS, st.sampled_from(plan.STRATEGIES), st.integers(2**30, 2**37))
+def test_the_smallest_device_count_fits_and_half_of_it_does_not(work, strategy, memory):
+    fewest = plan.smallest(work, strategy, memory)
     if fewest is None:
         return
-    assert plan.estimate(shape, strategy, fewest).total <= memory
-    half = plan.estimate(shape, strategy, fewest // 2) if fewest > 1 and fewest % 2 == 0 else None
-    assert half is None or half.total > memory or fewest == shape.banks
+    assert plan.estimate(work, strategy, fewest).total <= memory
+    half = plan.estimate(work, strategy, fewest // 2) if fewest > 1 and fewest % 2 == 0 else None
+    assert half is None or half.total > memory or fewest == work.form.banks
 
 
 def test_the_command_prints_every_strategy(capsys, tmp_path):
@@ -167,7 +174,7 @@ def test_snapshots_count_on_cpu_ranks_and_where_saves_are_asynchronous(capsys, t
 
 
 def test_moments_in_bf16_take_half_and_cannot_be_sharded_by_zero():
-    whole = plan.Shape(64, 6, 0, DictionaryConfig(4096, 512), 64, False)
+    whole = make_workload(64, 6, 0, DictionaryConfig(4096, 512), 64)
     half = replace(whole, moment=2)
     for strategy in ("ddp", "dictionary"):
         few, many = (plan.estimate(s, strategy, 4, gloo=True, snapshots=True) for s in (half, whole))

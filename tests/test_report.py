@@ -13,8 +13,8 @@ from tiny import CONCEPTS, tiny_run  # noqa: F401  (a fixture)
 from tools import plots
 from tools.cli import main
 from tools.summary import collect, compare, read_bars
-from trainer.errors import UserError
 from trainer.analysis.results import read_metrics, write_result
+from trainer.errors import UserError
 
 SUMMARY_KEYS = {
     "lm_answer_accuracy",

@@ -45,15 +45,15 @@ def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
     """Run `action` right before the update of that step, once."""
-    original = loop.update
+    original = loop.to_micro_batch
 
-    def update(run, rows, point):
+    def to_micro_batch(run, rows):
         if run.state.step == step:
-            monkeypatch.setattr(loop, "update", original)
+            monkeypatch.setattr(loop, "to_micro_batch", original)
             action()
-        return original(run, rows, point)
+        return original(run, rows)
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(loop, "to_micro_batch", to_micro_batch)
 
 
 def die() -> None:

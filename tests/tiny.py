@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.analysis.language_model import Prompt, capture, encode_prompts, hook_point, last_token
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.stream import ShardWriter
 from trainer.train import main as train
 
@@ -76,7 +76,7 @@ def random_dictionary(
     """Dictionary with random weights everywhere, the normalisation included."""
     generator = torch.Generator().manual_seed(seed)
     dictionary = ConceptDictionary(
-        WIDTH, CONCEPTS, DictionaryConfig(free_slots=free_slots, bank_slots=bank_slots, decoder_norm=decoder_norm)
+        DictionaryConfig(free_slots, bank_slots, decoder_norm=decoder_norm).form(WIDTH, CONCEPTS)
     )
     with torch.no_grad():
         for parameter in dictionary.parameters():
@@ -87,7 +87,7 @@ def random_dictionary(
 
 def exact_dictionary() -> ConceptDictionary:
     """Dictionary that reconstructs every activation exactly: free slots read +e_i and -e_i and write them back."""
-    dictionary = ConceptDictionary(WIDTH, CONCEPTS, DictionaryConfig(free_slots=2 * WIDTH, bank_slots=WIDTH))
+    dictionary = ConceptDictionary(DictionaryConfig(2 * WIDTH, WIDTH).form(WIDTH, CONCEPTS))
     with torch.no_grad():
         for bank, sign in zip(dictionary.banks.values(), (1, -1), strict=True):
             bank.W_enc.copy_(sign * torch.eye(WIDTH))

@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.checkpoint import load_dictionary
-from trainer.errors import UserError
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.interventions import hook_layer, loss_recovered
 from trainer.analysis.language_model import load_language_model, read_prompts
 from trainer.analysis.results import rows_of, run_shards, write_result
+from trainer.checkpoint import load_dictionary
+from trainer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoint import load_dictionary
-from trainer.dictionary import ConceptDictionary, decoder_rows
-from trainer.errors import UserError
 from trainer.analysis.results import write_result
+from trainer.checkpoint import load_dictionary
+from trainer.dictionary import ConceptDictionary, normalisation
+from trainer.errors import UserError
 from trainer.stream import Manifest
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
@@ -67,23 +67,12 @@ def run(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def fold(dictionary: ConceptDictionary) -> dict[str, Tensor]:
-    """W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D] that act on raw activations.
-
-    From x = (h - mean) / scale and h_hat = scale x_hat + mean: the encoder is divided by scale, its bias takes up the mean,
-    the decoder is multiplied by scale. Codes stay what they are.
-    """
+    """W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D] that act on raw activations."""
     mean, scale = dictionary.mean, dictionary.scale
-    banks = list(dictionary.all_banks())
-    norm = dictionary.config.decoder_norm
-    decoders = [dictionary.concepts.W_dec, *(decoder_rows(bank.W_dec, norm) for bank in banks[1:])]
-    W_enc = torch.cat([bank.W_enc for bank in banks]) / scale
-    # One product in fp64: the mean of a residual stream can be far larger than what is left after subtracting it.
-    shift = torch.cat([bank.W_enc.double() @ mean.double() for bank in banks]) / scale
+    banks = [normalisation.fold(bank.weights(), mean, scale) for bank in dictionary.all_banks()]
     return {
-        "W_enc": W_enc,
-        "b_enc": (torch.cat([bank.b_enc for bank in banks]) - shift).float(),
-        "W_dec": torch.cat(decoders) * scale,
-        "b_dec": dictionary.output(torch.zeros_like(mean)) * scale + mean,
+        **{name: torch.cat([getattr(bank, name) for bank in banks]) for name in ("W_enc", "b_enc", "W_dec")},
+        "b_dec": normalisation.fold_output(dictionary.output(torch.zeros_like(mean)), mean, scale),
     }
 
 

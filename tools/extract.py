@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from tools.extraction.identity import identity
 from tools.extraction.sources import SPLITS, Source, prompt_source, text_source
-from trainer.errors import UserError
 from trainer.analysis.language_model import check_layers, hook_point, load_language_model
+from trainer.errors import UserError
 from trainer.stream import Manifest, ShardWriter
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
 

@@ -29,8 +29,8 @@ from tools.lm_training import checkpoint
 from tools.lm_training.batches import Example, Shuffled, encode_question, encode_text
 from tools.lm_training.models import build_model, build_tokenizer
 from tools.lm_training.score import answer_accuracy, known_answers, predicted_logits
-from trainer.errors import UserError
 from trainer.analysis.language_model import Prompt, load_language_model, read_prompts, read_texts
+from trainer.errors import UserError
 
 # What a checkpoint must agree on to be continued.
 SETTINGS = (

@@ -16,11 +16,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.planning.estimate import STRATEGIES, Shape, estimate, smallest
+from tools.planning.estimate import Workload, estimate, smallest
 from trainer.config import Config, load_config
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
 from trainer.optimizer import STATE_DTYPES
+from trainer.strategies import STRATEGIES
 from trainer.stream import Manifest
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -55,20 +56,20 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.config:
         raise UserError("--config is missing; give a YAML file, or --scaling for the general table")
-    config, shape = read_shape(args)
+    config, work = read_workload(args)
     how = {"gloo": args.backend == "gloo", "offload": config.parallel.offload}
     how["snapshots"] = config.checkpoint.asynchronous and config.checkpoint.every > 0
-    found = [(s, estimate(shape, s, args.devices, **how)) for s in STRATEGIES]
-    elements = shape.free + shape.shared
+    found = [(s, estimate(work, s, args.devices, **how)) for s in STRATEGIES]
+    form, elements = work.form, work.free() + work.shared
     print(
-        f"{shape.dictionary.free_slots:,} free slots in {shape.banks} banks, {shape.concepts} concepts, width {shape.width}: "
-        f"{elements:,} parameters; {shape.rows} rows a step on {args.devices} devices of {args.device_memory}\n"
+        f"{form.free_slots:,} free slots in {form.banks} banks, {len(form.concepts)} concepts, width {form.width}: "
+        f"{elements:,} parameters; {work.rows} rows a step on {args.devices} devices of {args.device_memory}\n"
     )
     widths = [max(13, len(heading) + 2) for heading in COLUMNS.values()]
     head = "".join(f"{heading:>{width}}" for heading, width in zip(COLUMNS.values(), widths, strict=True))
     print(f"{'strategy':<11}{head}{'sent/step':>13}{'fits':>6}{'fits from':>11}")
     for strategy, e in found:
-        fewest = smallest(shape, strategy, memory, **how)
+        fewest = smallest(work, strategy, memory, **how)
         if e is None:
             cells, fits, sent = ["-"] * len(COLUMNS), "-", "-"
         else:
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_shape(args: argparse.Namespace) -> tuple[Config, Shape]:
+def read_workload(args: argparse.Namespace) -> tuple[Config, Workload]:
     """Sizes from configuration and manifest. Raises UserError when there is neither a manifest nor --width."""
     config = load_config(args.config, args.overrides)
     if args.width is None:
@@ -98,10 +99,10 @@ def read_shape(args: argparse.Namespace) -> tuple[Config, Shape]:
         width, concepts, answers = args.width, args.concepts, args.answers
     if width < 1 or concepts < 0 or answers < 0:
         raise UserError(f"--width {width}, --concepts {concepts} and --answers {answers} cannot be")
-    low = config.run.precision == "bf16"
+    form = config.dictionary.form(width, [str(number) for number in range(concepts)], answers)
     rows = -(-config.data.global_batch // config.optim.accumulate)
     moment = STATE_DTYPES[config.optim.state].itemsize
-    return config, Shape(width, concepts, answers, config.dictionary, rows, low, moment)
+    return config, Workload(form, rows, config.run.precision == "bf16", moment)
 
 
 def scaling_table(memory: int) -> str:
@@ -113,14 +114,15 @@ def scaling_table(memory: int) -> str:
     ]
     for slots in (100_000, 2**20, 2**24):
         for width in (768, 2048, 4096, 8192):
-            shape = Shape(width, 100, 1000, DictionaryConfig(slots, 8192), 8192, True)
-            alone = estimate(shape, "single", 1)
-            fewest = [smallest(shape, s, memory) or "never" for s in ("zero3", "dictionary")]
+            form = DictionaryConfig(slots).form(width, [str(number) for number in range(100)], 1000)
+            work = Workload(form, 8192, True)
+            alone = estimate(work, "single", 1)
+            fewest = [smallest(work, s, memory) or "never" for s in ("zero3", "dictionary")]
             for devices in (8, 64, 512):
-                found = {s: estimate(shape, s, devices) for s in ("ddp", "zero3", "dictionary")}
+                found = {s: estimate(work, s, devices) for s in ("ddp", "zero3", "dictionary")}
                 cells = [human(e.total) if e else "more ranks than banks" for e in found.values()]
                 sent = human(sum(found["dictionary"].sent.values())) if found["dictionary"] else "-"
-                head = f"| {slots:,} | {width} | {(shape.free + shape.shared) / 1e9:.2f} G | {human(alone.total) if alone else '-'} "
+                head = f"| {slots:,} | {width} | {(work.free() + work.shared) / 1e9:.2f} G | {human(alone.total) if alone else '-'} "
                 lines.append(f"{head}| {devices} | {' | '.join(cells)} | {sent} | {fewest[0]} / {fewest[1]} |")
     return "\n".join(lines)
 

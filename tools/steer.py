@@ -10,12 +10,12 @@ import argparse
 from difflib import get_close_matches
 from pathlib import Path
 
-from trainer.checkpoint import load_dictionary
-from trainer.errors import UserError
 from trainer.analysis.evaluation import concept_slot_means
 from trainer.analysis.interventions import hook_layer, steering
 from trainer.analysis.language_model import edit_residual, generate_answers, load_language_model
 from trainer.analysis.results import rows_of, run_shards
+from trainer.checkpoint import load_dictionary
+from trainer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.errors import UserError
 from trainer.analysis.results import read_json, write_result
+from trainer.errors import UserError
 
 EXTRA = ("swaps", "concepts", "l0_share")  # for the bars only, not in summary.json
 

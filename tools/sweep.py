@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.analysis.results import read_metrics, write_result
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.analysis.results import read_metrics, write_result
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 

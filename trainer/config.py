@@ -1,10 +1,13 @@
-"""The configuration of a run: composes what each room owns. YAML < command line; unknown keys are errors; reading has no side effects."""
+"""The configuration of a run: composes what each room owns.
+
+YAML < command line; unknown keys are errors; reading has no side effects.
+"""
 
 import difflib
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,9 +34,17 @@ class RunConfig:
     seed: int = 0
     precision: str = "bf16"  # bf16: bf16 products on fp32 masters (fp32 ones on a CPU that would emulate them) | fp32
     log_every: int = 20  # steps
-    wall_minutes: float = (
-        0.0  # after which the run saves and leaves with the code that asks for a requeue; 0 = no limit
-    )
+    # After which the run saves and leaves with the code that asks for a requeue; 0 = no limit.
+    wall_minutes: float = 0.0
+
+    def validate(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"run.precision={self.precision!r} is unknown; use fp32 or bf16")
+        if not self.wall_minutes >= 0:
+            raise UserError(f"run.wall_minutes={self.wall_minutes} must not be negative")
+        if self.log_every < 1:
+            raise UserError(f"run.log_every={self.log_every} must be at least 1")
 
 
 @dataclass
@@ -57,7 +68,8 @@ class Config:
 def load_config(path: str | Path, overrides: list[str]) -> Config:
     """Read a YAML file, apply `key=value` overrides, check every key and value.
 
-    Raises UserError, one line: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file.
+    Raises UserError, one line: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file. What
+    needs the data or the launch is checked by trainer.assembly.
     """
     schema = OmegaConf.structured(Config)
     try:
@@ -68,36 +80,22 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
         raise UserError(f"configuration {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, dict):
         raise UserError(f"configuration {path} must be a mapping of sections")
-    known = _known_keys()
-    _refuse_unknown(loaded, known, str(path))
+    _refuse_unknown(loaded, str(path))
     try:
         merged = OmegaConf.merge(schema, loaded)
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator:
                 raise UserError(f"override {override!r} is not key=value")
-            _refuse_unknown(_nested(key), known, "the command line")
+            _refuse_unknown(_nested(key), "the command line")
             OmegaConf.update(merged, key, _read_yaml(text), merge=True)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         where = getattr(error, "full_key", None) or path
         raise UserError(f"configuration {where}: {str(error).splitlines()[0]}") from error
-    for part in (
-        config.data,
-        config.dictionary,
-        config.loss,
-        config.optim,
-        config.revival,
-        config.guard,
-        config.checkpoint,
-    ):
-        part.validate()
-    if config.run.precision not in ("fp32", "bf16"):
-        raise UserError(f"run.precision={config.run.precision!r} is unknown; use fp32 or bf16")
-    if not config.run.wall_minutes >= 0:
-        raise UserError(f"run.wall_minutes={config.run.wall_minutes} must not be negative")
-    if config.run.log_every < 1:
-        raise UserError(f"run.log_every={config.run.log_every} must be at least 1")
+    for section in vars(config).values():
+        if hasattr(section, "validate"):
+            section.validate()
     return config
 
 
@@ -141,32 +139,40 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def _known_keys() -> set[str]:
-    keys = {f"stages.{field.name}" for field in fields(StageConfig)}
-    for section, value in vars(Config()).items():
-        keys.add(section)
-        if is_dataclass(value):
-            keys |= {f"{section}.{field.name}" for field in fields(value)}
+def _refuse_unknown(values: Any, where: str, schema: type = Config, prefix: str = "") -> None:
+    """Raise UserError, with the nearest known key, for a key that is not in the dataclass; nested sections and lists of them too."""
+    hints = get_type_hints(schema)
+    for element in values if isinstance(values, list) else [values]:
+        for name, inner in element.items() if isinstance(element, dict) else ():
+            if name not in hints:
+                raise UserError(_unknown(f"{prefix}{name}", where))
+            for section in (hints[name], *get_args(hints[name])):
+                if is_dataclass(section):
+                    _refuse_unknown(inner, where, section, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _unknown(key: str, where: str) -> str:
+    last = key.rpartition(".")[2]
+    if key.startswith("stages.loss.") and last in get_type_hints(LossConfig):
+        return f"{key!r} in {where} is one for the whole run, a stage has weights of its own alone; set loss.{last}"
+    nearest = difflib.get_close_matches(key, sorted(_known_keys()), n=1, cutoff=0.0)
+    return f"unknown configuration key {key!r} in {where}; the nearest known one is {nearest[0]!r}"
+
+
+def _known_keys(schema: type = Config, prefix: str = "") -> set[str]:
+    """Dotted names of all keys; an element of a list has the name of the list."""
+    keys = set()
+    for name, kind in get_type_hints(schema).items():
+        keys.add(f"{prefix}{name}")
+        for section in (kind, *get_args(kind)):
+            if is_dataclass(section):
+                keys |= _known_keys(section, f"{prefix}{name}.")  # type: ignore[arg-type]
     return keys
 
 
 def _nested(key: str) -> dict[str, Any]:
-    """a.b -> {a: {b: None}}; list indices in between are dropped."""
-    parts = [part for part in key.replace("[", ".").replace("]", "").split(".") if not part.isdigit()]
+    """a.b.c -> {a: {b: {c: None}}}; list indices in between are dropped."""
     nested: Any = None
-    for part in reversed(parts[:2]):
+    for part in reversed([part for part in key.replace("[", ".").replace("]", "").split(".") if not part.isdigit()]):
         nested = {part: nested}
     return nested
-
-
-def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
-    for section, inner in values.items():
-        names = [section]
-        elements = inner if isinstance(inner, list) else [inner]
-        names += [f"{section}.{name}" for element in elements if isinstance(element, dict) for name in element]
-        for name in names:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-                raise UserError(
-                    f"unknown configuration key {name!r} in {where}; the nearest known one is {nearest[0]!r}"
-                )

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,18 @@ from tqdm import tqdm
 from trainer import revival
 from trainer.checkpoint import RunState, Saver
 from trainer.config import Config
-from trainer.curriculum import Curriculum, Point, class_means, concept_slots
+from trainer.curriculum import Curriculum, StepSettings
+from trainer.dictionary.units import CONCEPTS
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
-from trainer.metrics import Metrics, StepSums, loss_terms, weighted
-from trainer.objective import Rows
+from trainer.losses import weighted
+from trainer.metrics import Metrics, StepSums, batch_means
+from trainer.objective import MicroBatch
+from trainer.run_folder import RunFolder
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Batch, Manifest, Plan, RowDigest, Stream, lanes_of_rank
 from trainer.tracking import Tracker
+from trainer.waking import class_means, concept_weights
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +35,10 @@ WAKE_BATCHES = 256
 
 @dataclass
 class Run:
-    """All that the loop works with; built by trainer.train, the same on all ranks but for the tracker (main rank only)."""
+    """All that the loop works with; built by trainer.assembly, the same on all ranks but for the tracker (main rank only)."""
 
     config: Config
-    folder: Path
+    folder: RunFolder
     manifest: Manifest
     plan: Plan
     curriculum: Curriculum
@@ -61,34 +64,42 @@ def train(run: Run) -> int:
 
     Returns 0, or the exit code of trainer.interrupt.
     """
-    config, state, curriculum, saver = run.config, run.state, run.curriculum, run.saver
+    config, state, curriculum, saver, strategy = run.config, run.state, run.curriculum, run.saver, run.strategy
+    topology = strategy.topology
     began, logged, code = time.perf_counter(), state.step, 0
-    is_main = run.strategy.topology.is_main
     with (
         run.stream(state.step) as stream,
-        tqdm(total=curriculum.total, initial=state.step, unit="step", disable=not is_main, dynamic_ncols=True) as bar,
+        tqdm(
+            total=curriculum.total, initial=state.step, unit="step", disable=not topology.is_main, dynamic_ncols=True
+        ) as bar,
     ):
         while state.step < curriculum.total and not code:
-            point = curriculum.at(state.step)
-            if point.wakes and (code := wake_concepts(run)):
+            settings = curriculum.at(state.step)
+            if settings.wakes and (code := wake_concepts(run)):
                 break
-            batch = next(stream)
-            rows = to_rows(batch, run)
+            rows = next(stream)
+            batch = to_micro_batch(run, rows)
             if config.revival.due(state.step, curriculum.total):
-                revive(run, rows, point)
+                revive(run, batch, settings)
 
-            done, failed, *stops = update(run, rows, point)
-            run.digest.update(batch.row_ids, batch.positions)
+            sums = StepSums(topology, config.optim.accumulate)
+            for number, part in enumerate(batch.split(config.optim.accumulate), start=1):
+                loss, part_sums = strategy.forward(part, settings.weights, settings.align, state.step + 1)
+                strategy.backward(loss, last=number == config.optim.accumulate)
+                sums.add(part_sums)
+            total, (done, failed, *stops) = sums.reduce([*saver.votes(), *run.interrupt.votes()])
+            clip_and_update(run, total, settings)
+
+            run.digest.update(rows.row_ids, rows.positions)
             state.step += 1
-            state.stage = point.stage
+            state.stage = settings.stage
             state.stream = stream.state()
             bar.update()
-
             saver.advance(done, failed)
             code = run.interrupt.code(*stops)
             if state.step % config.run.log_every == 0 or state.step == curriculum.total:
                 seconds = time.perf_counter() - began
-                record(run, stream, point, seconds, state.step - logged, bar)
+                record(run, stream, settings, seconds, state.step - logged, bar)
                 stream.stall_seconds, began, logged = 0.0, time.perf_counter(), state.step
             if saver.due(state.step) or code or state.step == curriculum.total:
                 save(run, stream)
@@ -98,57 +109,35 @@ def train(run: Run) -> int:
     return code
 
 
-def to_rows(batch: Batch, run: Run) -> Rows:
-    """A batch on the device with the counts of the global batch; masked rows are left out."""
+def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
+    """Rows of this rank on the device, with the counts of the global batch; masked rows are left out."""
     topology = run.strategy.topology
-    moved = batch.to(topology.device, non_blocking=True)
+    moved = rows.to(topology.device, non_blocking=True)
     acts, concept, answer = moved.acts, moved.concept, moved.answer
-    if not bool(batch.valid.all()):
+    if not bool(rows.valid.all()):
         keep = moved.valid
         acts, concept, answer = acts[keep], concept[keep], answer[keep]
     counts = torch.stack([torch.ones_like(concept).sum(), (concept >= 0).sum(), (answer >= 0).sum()]).float()
-    return Rows(acts, concept, answer, topology.sum_over_data(counts))
+    return MicroBatch(acts, concept, answer, topology.sum_over_data(counts))
 
 
-def update(run: Run, rows: Rows, point: Point) -> list[float]:
-    """One step of the optimizer from one batch, in `optim.accumulate` micro-batches, unless the guard says no.
-
-    Returns the votes of all ranks, summed: save phase done, save phase failed, stop and requeue, stop for good.
-    """
-    strategy, optim, state, guard = run.strategy, run.config.optim, run.state, run.guard
-    parts = list(micro_batches(rows, optim.accumulate))
-    sums = StepSums(strategy.topology, len(parts))
-    for number, part in enumerate(parts):
-        loss, part_sums = strategy.forward(part, point.weights, point.align, state.step + 1)
-        strategy.backward(loss, last=number == len(parts) - 1)
-        sums.add(part_sums)
-    total, votes = sums.reduce([*run.saver.votes(), *run.interrupt.votes()])
-
-    global_loss, norm = weighted(loss_terms(total, 1), point.weights), math.nan
-    problem = guard.problem(global_loss, point.stage)
+def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -> None:
+    """The optimizer's step from the gradients that were accumulated, unless the guard says no. `total`: sums of the global batch."""
+    strategy, guard, norm = run.strategy, run.guard, math.nan
+    loss = weighted(batch_means(total), settings.weights)
+    problem = guard.problem(loss, settings.stage)
     if problem:
         strategy.discard()
     else:
-        norm = strategy.update(point.lr, optim.clip)
+        norm = strategy.update(settings.lr, run.config.optim.clip)
         problem = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
     if problem:
-        guard.skip(state.step, problem, global_loss, norm)
-        return votes
-    guard.accept(global_loss)
+        guard.skip(run.state.step, problem, loss, norm)
+        return
+    guard.accept(loss)
     run.metrics.add(total)
     run.grad_norm = norm
-    state.updates += 1
-    return votes
-
-
-def micro_batches(rows: Rows, parts: int) -> Iterator[Rows]:
-    """`parts` slices of the rows, with the counts of the whole batch: means do not depend on the slicing."""
-    if parts == 1:
-        yield rows
-        return
-    pieces = zip(*(torch.tensor_split(t, parts) for t in (rows.acts, rows.concept, rows.answer)), strict=True)
-    for acts, concept, answer in pieces:
-        yield Rows(acts, concept, answer, rows.counts)
+    run.state.updates += 1
 
 
 def wake_concepts(run: Run) -> int:
@@ -176,21 +165,20 @@ def wake_concepts(run: Run) -> int:
     missing = [name for name, n in zip(manifest.concepts, classes.counts.tolist(), strict=True) if n == 0]
     if missing and strategy.topology.is_main:
         log.warning("no row of the training data is labelled %s; these slots stay asleep", ", ".join(missing[:10]))
-    strategy.write("concepts", UnitState({k: v.cpu() for k, v in concept_slots(classes).items()}, {}, {}))
+    woken = {name: value.cpu() for name, value in concept_weights(classes).items()}
+    strategy.write(CONCEPTS, UnitState(woken, {}, {}))
     return 0
 
 
-def revive(run: Run, rows: Rows, point: Point) -> None:
+def revive(run: Run, batch: MicroBatch, settings: StepSettings) -> None:
     """Resample dead slots and say how many."""
-    settings = run.config.revival
-    revived = revival.resample(
-        run.strategy, rows.acts, point.align, run.state.step, settings.dead_after, run.config.run.seed
-    )
+    dead_after, seed = run.config.revival.dead_after, run.config.run.seed
+    revived = revival.resample(run.strategy, batch.acts, settings.align, run.state.step, dead_after, seed)
     if revived and run.strategy.topology.is_main:
         tqdm.write(f"step {run.state.step}: {revived} dead slots got new weights")
 
 
-def record(run: Run, stream: Stream, point: Point, seconds: float, steps: int, bar: Any) -> None:
+def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, steps: int, bar: Any) -> None:
     """Write the figures of the last `steps` steps to JSONL, MLflow and the progress bar."""
     dead = revival.count_dead(run.strategy, run.state.step, run.config.revival.dead_after)
     tally(run, stream)
@@ -198,13 +186,13 @@ def record(run: Run, stream: Stream, point: Point, seconds: float, steps: int, b
         return
     line = {
         "step": run.state.step,
-        "stage": point.stage,
+        "stage": settings.stage,
         "epoch": run.state.step / run.plan.steps_per_epoch,
         "rows": run.state.step * run.config.data.global_batch,
-        **run.metrics.read(point.weights),
+        **run.metrics.read(settings.weights),
         "dead": dead / run.config.dictionary.free_slots,
         "grad_norm": run.grad_norm,
-        "lr": point.lr,
+        "lr": settings.lr,
         "rows_per_s": steps * run.config.data.global_batch / seconds,
         "stall": stream.stall_seconds / seconds,
         "save_stall": run.saver.take_seconds() / seconds,
@@ -217,7 +205,7 @@ def record(run: Run, stream: Stream, point: Point, seconds: float, steps: int, b
     run.tracker.log(line, run.state.step)
     shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")}
     bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
-    bar.set_description(point.stage, refresh=False)
+    bar.set_description(settings.stage, refresh=False)
 
 
 def tally(run: Run, stream: Stream) -> None:

@@ -1,50 +1,166 @@
-"""Every term of the objective on a whole code, in plain PyTorch: short, obvious, and the oracle that the fused objective is tested against.
+"""The loss: its table of terms, their weights and form, and the whole objective in plain PyTorch.
 
-Shapes: B rows, D width, R concepts, K free slots, A answers. Means run over the rows given; a row with label -1 counts for no label term.
+What is plain here is short, obvious, and the oracle that the fused objective is tested against. A new term is a row of TERMS, a
+field of LossWeights and of StageWeights, a function and its line in `plain_objective`; and its fused form in objective.py.
+
+Shapes: B rows, D width, R concepts, K free slots, A answers. Means run over the rows given; a row with label -1 counts for no label
+term.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainer.dictionary import BankWeights
 from trainer.errors import UserError
 
 # A slot whose variance is below this share of its mean square is constant for fp32: its correlation is 0, not noise.
 CONSTANT_SHARE = 1e-6
 
+STAGES = ("pretrain", "align")  # in pretrain the concept slots sleep
+COUNTS = ("rows", "labelled", "answered")  # what a mean may run over, beside the steps of a log interval
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss.
+
+    name: of its weight and of its figure `loss/NAME`. mean_over: one of COUNTS, or "steps" for a figure of the whole batch.
+    stages: in which it counts.
+    """
+
+    name: str
+    mean_over: str
+    stages: tuple[str, ...] = STAGES
+
+    def counts_in(self, stage: str) -> bool:
+        """Whether the term is part of the loss of a stage."""
+        return stage in self.stages
+
+
+TERMS = (
+    Term("rec", "rows"),
+    Term("sp", "rows"),
+    Term("bind", "labelled", ("align",)),
+    Term("perp", "steps", ("align",)),
+    Term("val", "answered", ("align",)),
+)
+
 
 @dataclass
-class LossConfig:
-    """Weights of the five terms and their form; a stage may override each of them."""
+class LossWeights:
+    """Weight of each term."""
 
     rec: float = 1.0
     sp: float = 0.05
     bind: float = 1.0
     perp: float = 0.01
     val: float = 0.1
-    bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
-    sp_warmup: int = 0  # steps over which the sparsity weight rises linearly from 0
 
     def validate(self) -> None:
-        """Raise UserError for a negative weight or an unknown word."""
-        for name in TERMS:
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name}={getattr(self, name)} must not be negative")
+        """Raise UserError for a weight that cannot be."""
+        for term in TERMS:
+            _check_weight(f"loss.{term.name}", getattr(self, term.name))
+
+    def override(self, stage: "StageWeights") -> "LossWeights":
+        """These weights, where the stage does not name others."""
+        return replace(self, **{name: value for name, value in vars(stage).items() if value is not None})
+
+
+@dataclass
+class StageWeights:
+    """Weights that differ from `loss` in one stage; what is unset stays."""
+
+    rec: float | None = None
+    sp: float | None = None
+    bind: float | None = None
+    perp: float | None = None
+    val: float | None = None
+
+    def validate(self, where: str) -> None:
+        """Raise UserError for a weight that cannot be; `where` names the stage."""
+        for name, value in vars(self).items():
+            if value is not None:
+                _check_weight(f"{where}.loss.{name}", value)
+
+
+@dataclass
+class LossConfig(LossWeights):
+    """The section `loss`: weights, which a stage may override, and the form of the loss, which is one for the whole run."""
+
+    bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
+    sp_warmup: int = 0  # steps from the start of the run over which the sparsity weight rises linearly from 0
+
+    def validate(self) -> None:
+        """Raise UserError for a weight, word or number of steps that cannot be."""
+        super().validate()
         if self.bind_on not in ("pre", "code"):
             raise UserError(f"loss.bind_on={self.bind_on!r} is unknown; use pre or code")
+        if self.sp_warmup < 0:
+            raise UserError(f"loss.sp_warmup={self.sp_warmup} must not be negative")
 
-    def override(self, values: dict[str, float]) -> "LossConfig":
-        """A copy with some fields replaced; unknown names raise UserError."""
-        known = [f.name for f in fields(self)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise UserError(f"stage loss override {unknown[0]!r} is unknown; known: {', '.join(known)}")
-        return replace(self, **values)  # type: ignore[arg-type]
+    def weights(self) -> LossWeights:
+        """The weights alone."""
+        return LossWeights(**{field.name: getattr(self, field.name) for field in fields(LossWeights)})
 
 
-TERMS = ("rec", "sp", "bind", "perp", "val")
+def _check_weight(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{name}={value} must be a finite number, not negative")
+
+
+Number = TypeVar("Number", Tensor, float)
+
+
+def term_means(sums: Mapping[str, Number], counts: Mapping[str, Number]) -> dict[str, Number]:
+    """Each term's mean, from its sum and the counts that means run over (one per Term.mean_over, above 0)."""
+    return {term.name: sums[term.name] / counts[term.mean_over] for term in TERMS}
+
+
+def weighted(means: Mapping[str, Number], weights: LossWeights) -> Number:
+    """The loss: the weighted sum of the terms' means."""
+    total: Any = 0.0
+    for name, mean in means.items():
+        total = total + getattr(weights, name) * mean
+    return total
+
+
+@dataclass
+class PlainDictionary:
+    """What the plain objective needs of a dictionary: all free slots as one bank, the concept slots, b_dec [D], V or None."""
+
+    free: BankWeights
+    concepts: BankWeights
+    b_dec: Tensor
+    value_head: nn.Module | None = None
+
+
+def plain_objective(
+    dictionary: PlainDictionary, x: Tensor, concept: Tensor, answer: Tensor, align: bool, bind_on: str = "pre"
+) -> dict[str, Tensor]:
+    """The mean of every term on normalised activations x [B, D], concept [B], answer [B]; `weighted` makes the loss of them.
+
+    Without `align` the concept slots sleep, and the terms of stage align are 0.
+    """
+    z = dictionary.free.encode(x)
+    x_hat = dictionary.free.decode(z) + dictionary.b_dec
+    means = {term.name: x.new_zeros(()) for term in TERMS}
+    means["sp"] = sparsity(z, dictionary.free.decoder())
+    if align:
+        pre = dictionary.concepts.pre_activations(x)
+        z_concept = dictionary.concepts.encode(x)
+        x_hat = x_hat + dictionary.concepts.decode(z_concept)
+        if z_concept.shape[1]:
+            means["bind"] = binding(pre if bind_on == "pre" else z_concept, concept)
+            means["perp"] = orthogonality(z_concept, z)
+        if dictionary.value_head is not None:
+            means["val"] = value(dictionary.value_head(z_concept), answer)
+    means["rec"] = reconstruction(x, x_hat)
+    return means
 
 
 def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:

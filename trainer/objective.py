@@ -1,9 +1,10 @@
 """AlignObjective: the fused top-level loss module. Its forward takes rows and returns the loss, bank by bank, never holding a whole code.
 
-Shapes: B rows of this rank, G of the global batch, D width, R concepts, n slots of a bank, A answers. Formulas: docs/design.md, "The numbers".
+Shapes: B rows of this rank, G of the global batch, D width, R concepts, n slots of a bank, A answers. Formulas: docs/design.md,
+"The numbers".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.dictionary import ConceptDictionary
-from trainer.kernels import BankStep, KernelChoice, PerpStep, RowPairs
-from trainer.losses import LossConfig
+from trainer.dictionary import BankWeights, ConceptDictionary, apply_gate, bank_unit
+from trainer.kernels import KernelChoice, Orthogonality, RowPairs, StepContext
+from trainer.losses import COUNTS, TERMS, LossWeights, term_means, weighted
 from trainer.topology import Topology
 
 # With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round for.
-LOW_CONCEPTS = 64
+BF16_CONCEPTS = 64
 
 
 @dataclass
-class Rows:
+class MicroBatch:
     """The rows that one forward sees, and how many the global batch has.
 
     acts [B, D] raw activations; concept [B] and answer [B] int64, -1 = none;
-    counts [3] fp32: rows, labelled rows and answered rows of the global batch (all ranks, all micro-batches).
+    counts [3] fp32: losses.COUNTS of the global batch (all ranks, all micro-batches).
     """
 
     acts: Tensor
@@ -33,9 +34,19 @@ class Rows:
     answer: Tensor
     counts: Tensor
 
+    def split(self, parts: int) -> Iterator["MicroBatch"]:
+        """The rows in `parts` slices, with the counts of the whole batch: means do not depend on the slicing."""
+        if parts == 1:
+            yield self
+            return
+        pieces = zip(*(torch.tensor_split(t, parts) for t in (self.acts, self.concept, self.answer)), strict=True)
+        for acts, concept, answer in pieces:
+            yield MicroBatch(acts, concept, answer, self.counts)
 
-# Sums over rows that add up over ranks and micro-batches to the figures of the global batch.
-SUMS = ("rows", "labelled", "answered", "rec", "sp", "bind", "perp", "val", "variance", "active", "bound")
+
+# Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the terms of the
+# loss, and x^2, active entries, and labelled rows whose largest concept logit is their concept's.
+SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "bound")
 
 
 class AlignObjective(nn.Module):
@@ -43,156 +54,145 @@ class AlignObjective(nn.Module):
 
     Args:
         dictionary: weights; under dictionary parallelism it holds only this rank's free banks.
-        config: form of the loss (weights come with each call, since they follow the curriculum).
         topology: where this rank stands in the mesh.
+        bind_on: see LossConfig (weights come with each call, since they follow the curriculum).
         kernel: auto, or the name of one kernel (trainer/kernels).
         precision: fp32, or bf16 for bf16 products on fp32 masters.
+        kernels: kernel of each bank held here to go on with; None: those of a new dictionary.
     """
 
     def __init__(
         self,
         dictionary: ConceptDictionary,
-        config: LossConfig,
         topology: Topology,
         *,
+        bind_on: str = "pre",
         kernel: str = "auto",
         precision: str = "fp32",
+        kernels: list[str] | None = None,
     ):
         super().__init__()
         self.dictionary = dictionary
-        self.bind_on = config.bind_on
+        self.bind_on = bind_on
         self.topology = topology
-        self.choice = KernelChoice(kernel, len(dictionary.owned), topology.device)
-        self.low_dtype = torch.bfloat16 if precision == "bf16" else None
-        self.concept_dtype = self.low_dtype if len(dictionary.concept_names) >= LOW_CONCEPTS else None
-        self._densities: Tensor | None = None
+        sizes = [bank.slots for bank in dictionary.free_banks()]
+        self.choice = KernelChoice(kernel, sizes, topology.device, kernels)
+        self.product_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        many = len(dictionary.concept_names) >= BF16_CONCEPTS
+        self.concept_dtype = self.product_dtype if many else torch.float32
 
-    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
         """Loss of one (micro-)batch.
 
         Args:
-            rows: see Rows.
-            weights: the five weights at this step.
+            batch: see MicroBatch.
+            weights: the weight of each term at this step.
             align: whether the concept slots are awake (stage align).
             step: global step, noted by slots that fire.
 
         Returns:
             loss, a scalar for backward, scaled so that its gradient averaged over data ranks is that of the global loss; and
-            sums [11] fp64, this rank's share of SUMS, without gradient.
+            sums [len(SUMS)] fp64, this rank's share of SUMS, without gradient.
         """
-        self.settle()
         topology = self.topology
-        x = self.dictionary.normalise(rows.acts)
-        x_low = None if self.low_dtype is None else x.to(self.low_dtype)
+        x = self.dictionary.normalise(batch.acts)
+        x_bf16 = x.to(self.product_dtype) if self.product_dtype == torch.bfloat16 else None
         # Asleep, the concept path runs on no rows: every parameter still gets a (zero) gradient, which every engine needs.
         awake = len(x) if align else 0
-        concept, answer = rows.concept[:awake], rows.answer[:awake]
-        operand = x if x_low is None or self.concept_dtype is None else x_low
+        concept, answer = batch.concept[:awake], batch.answer[:awake]
+        operand = x if x_bf16 is None or self.concept_dtype == torch.float32 else x_bf16
         pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
-        perp_step = self._perp_step(z_concept.detach(), rows.counts[0].clamp_min(1)) if use_perp else None
-        bank_step = BankStep(x, x_low, self.dictionary.config.decoder_norm, perp_step)
-        x_hat, sp, perp = self._visit_banks(bank_step)
-        self._note_activity(bank_step, step)
-        x_hat, concept_gradient = self._meet_dictionary(x_hat, perp_step)
+        orthogonality = self._orthogonality(z_concept.detach(), batch.counts[0].clamp_min(1)) if use_perp else None
+        context = StepContext(x, x_bf16, orthogonality)
+        x_hat, sp, perp = self._visit_banks(context)
+        self._note_activity(context, step)
+        x_hat, concept_gradient = self._meet_dictionary(x_hat, orthogonality)
         if align:
             x_hat = x_hat + x_hat_concept
         x_hat = self.dictionary.output(x_hat)
 
-        rec = (x - x_hat).square().sum()
         logits = pre if self.bind_on == "pre" else z_concept
-        bind = _summed_cross_entropy(logits, concept)
-        val = self._value(z_concept, answer)
-        world = topology.data_world
-        total, labelled, answered = rows.counts.clamp_min(1).unbind()
-        loss = (weights.rec * rec + weights.sp * sp) * (world / total)
-        loss = loss + weights.bind * bind * (world / labelled) + weights.val * val * (world / answered)
-        if concept_gradient is not None:
-            loss = loss + weights.perp * world * (perp + _Attach.apply(z_concept, concept_gradient))
-        if not align:
-            loss = loss + 0.0 * x_hat_concept.sum()
+        sums = {
+            "rec": (x - x_hat).square().sum(),
+            "sp": sp,
+            "bind": _summed_cross_entropy(logits, concept),
+            "perp": perp,
+            "val": self._value(z_concept, answer),
+        }
+        figures = {
+            "rows": len(x),
+            "labelled": (batch.concept >= 0).sum(),
+            "answered": (batch.answer >= 0).sum(),
+            "variance": x.square().sum(),
+            "active": (z_concept > 0).sum(),
+            "bound": (logits.argmax(dim=1) == concept).sum() if logits.shape[1] else 0,
+        }
+        share = self._share({**sums, **figures}, sum(stats.active for stats in context.stats))
 
-        with torch.no_grad():
-            bound = (logits.argmax(dim=1) == concept).sum() if logits.shape[1] else 0
-            shared = {  # dictionary ranks compute these alike
-                "rows": len(x),
-                "labelled": (rows.concept >= 0).sum(),
-                "answered": (rows.answer >= 0).sum(),
-                "rec": rec,
-                "bind": bind,
-                "val": val,
-                "variance": x.square().sum(),
-                "bound": bound,
-                "active": (z_concept > 0).sum(),
-            }
-            own = {"sp": sp, "active": sum(s.active for s in bank_step.stats)}
-            if topology.data_rank == 0:  # a figure of the global batch, the same on every data rank
-                own["perp"] = perp
-            return loss, self._share(shared, own, x)
+        if concept_gradient is not None:
+            sums["perp"] = perp + _Attach.apply(z_concept, concept_gradient)
+        counts = dict(zip(COUNTS, batch.counts.clamp_min(1).unbind(), strict=True), steps=x.new_ones(()))
+        # Engines average gradients over data ranks, while these sums are shares of the global batch.
+        loss = topology.data_world * weighted(term_means(sums, counts), weights)
+        return loss if align else loss + 0.0 * x_hat_concept.sum(), share
 
     @staticmethod
-    def _concept_path(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations [B, R], code [B, R] and part of the reconstruction [B, D] of the concept slots: fp32, from products in the dtype of x."""
-        # The bias is added in fp32: what is trained in it would be lost in the rounding of a bf16 sum.
-        pre = (x @ W_enc.to(x.dtype).T).float() + b_enc
-        z = torch.relu(pre)
-        return pre, z, (z.to(x.dtype) @ W_dec.to(x.dtype)).float()
+    def _concept_path(weights: BankWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations [B, R], code [B, R] and share of the reconstruction [B, D] of the concept slots, all fp32."""
+        pre = weights.pre_activations(x)
+        z = apply_gate(pre, weights.threshold)
+        return pre, z, weights.decode(z.to(x.dtype))
 
-    def _perp_step(self, z: Tensor, total: Tensor) -> PerpStep:
+    def _orthogonality(self, z: Tensor, total: Tensor) -> Orthogonality:
         """What banks need of the concept code [B, R]."""
-        perp = PerpStep.standardise(z, total, self.topology.sum_over_data)
+        found = Orthogonality.standardise(z, total, self.topology.sum_over_data)
         if self.topology.data_world == 1:
             slots = sum(bank.slots for bank in self.dictionary.free_banks())
-            perp.pairs = RowPairs(perp.concept, total, slots, self.low_dtype or torch.float32)
-        return perp
+            found.pairs = RowPairs(found.concept, total, slots, self.product_dtype)
+        return found
 
-    def _visit_banks(self, bank_step: BankStep) -> tuple[Tensor, Tensor, Tensor]:
+    def _visit_banks(self, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
         """The chain of free banks: reconstruction [B, D], and the sums of sp and perp over banks."""
-        x_hat = torch.zeros_like(bank_step.x)
+        x_hat = torch.zeros_like(context.x)
         sp = perp = x_hat.new_zeros(())
-        for number, bank in enumerate(self.dictionary.free_banks()):
-            x_hat, bank_sp, bank_perp = bank(self.choice.kernel(number), x_hat, bank_step)
+        for kernel, bank in zip(self.choice.kernels(), self.dictionary.free_banks(), strict=True):
+            x_hat, bank_sp, bank_perp = bank(kernel, x_hat, context)
             sp, perp = sp + bank_sp, perp + bank_perp
         return x_hat, sp, perp
 
-    def _note_activity(self, bank_step: BankStep, step: int) -> None:
-        """Which slots fired at this step, and the densities that the next choice of kernels sees."""
-        for bank, stats in zip(self.dictionary.free_banks(), bank_step.stats, strict=True):
+    @torch.no_grad()
+    def _note_activity(self, context: StepContext, step: int) -> None:
+        """Which slots fired at this step, and the active entries that the next choice of kernels is made by."""
+        for bank, stats in zip(self.dictionary.free_banks(), context.stats, strict=True):
             bank.last_fired.masked_fill_(stats.fired, step)
         if not self.choice.pinned:
             # Every data rank must choose alike, since kernels reduce over data ranks in backward too.
-            active = torch.stack([s.active for s in bank_step.stats])
-            self._densities = self.topology.sum_over_data(
-                torch.stack([active, torch.full_like(active, len(bank_step.x))])
-            )
+            active = torch.stack([stats.active for stats in context.stats])
+            rows = torch.full_like(active, len(context.x))
+            self.choice.note(self.topology.sum_over_data(torch.stack([active, rows])))
+
+    def bank_kernels(self) -> dict[str, str]:
+        """Name of the kernel that each bank held here is computed with next: unit -> kernel."""
+        return {bank_unit(i): name for i, name in zip(self.dictionary.owned, self.choice.names(), strict=True)}
 
     @torch.no_grad()
     def reconstruct(self, acts: Tensor, align: bool) -> tuple[Tensor, Tensor]:
-        """Normalised activations x and their reconstruction in fp32, [B, D] each, of raw activations [B, D]. Called on all dictionary ranks."""
+        """Normalised activations x and their reconstruction in fp32, [B, D] each, of raw activations [B, D].
+
+        Called on all dictionary ranks.
+        """
         x = self.dictionary.normalise(acts)
-        x_hat, _, _ = self._visit_banks(BankStep(x, None, self.dictionary.config.decoder_norm, None))
+        x_hat, _, _ = self._visit_banks(StepContext(x, None, None))
         x_hat = self.topology.sum_over_dictionary(x_hat)
         if align:
             x_hat = x_hat + self.dictionary.concepts(self._concept_path, x)[2]
         return x, self.dictionary.output(x_hat)
 
-    def settle(self) -> None:
-        """Let the kernel choice see the densities of the last forward; called at the next one, and before a save."""
-        if self._densities is None:
-            return
-        active, rows = self._densities.tolist()
-        self._densities = None
-        if rows[0]:  # a batch whose rows are all masked says nothing
-            sizes = (bank.slots for bank in self.dictionary.free_banks())
-            self.choice.observe([a / (r * n) for a, r, n in zip(active, rows, sizes, strict=True)])
-
-    def _meet_dictionary(self, x_hat: Tensor, perp: PerpStep | None) -> tuple[Tensor, Tensor | None]:
+    def _meet_dictionary(self, x_hat: Tensor, perp: Orthogonality | None) -> tuple[Tensor, Tensor | None]:
         """Add up the partial reconstructions of the dictionary ranks, and the gradients to the concept code, in one reduction."""
-        gradient = None
-        if perp is not None:
-            perp.settle()
-            gradient = perp.grad_concept
+        gradient = None if perp is None else perp.concept_gradient()
         if self.topology.dictionary_group is None:
             return x_hat, gradient
         parts = x_hat if gradient is None else torch.cat([x_hat, gradient], dim=1)
@@ -204,19 +204,23 @@ class AlignObjective(nn.Module):
         head = self.dictionary.value_head
         if head is None:
             return z_concept.new_zeros(())
-        with torch.autocast(z_concept.device.type, self.concept_dtype, enabled=self.concept_dtype is not None):
+        bf16 = self.concept_dtype == torch.bfloat16
+        with torch.autocast(z_concept.device.type, torch.bfloat16, enabled=bf16):
             logits = head(z_concept)
         return _summed_cross_entropy(logits.float(), answer)
 
-    def _share(self, shared: dict[str, Any], own: dict[str, Any], like: Tensor) -> Tensor:
-        """This rank's share of SUMS [11] fp64; `shared` counts on the first dictionary rank only."""
-        once = 1.0 if self.topology.dictionary_rank == 0 else 0.0
-        values = [
-            once * torch.as_tensor(shared.get(name, 0.0), dtype=torch.float64, device=like.device)
-            + torch.as_tensor(own.get(name, 0.0), dtype=torch.float64, device=like.device)
-            for name in SUMS
-        ]
-        return torch.stack(values)
+    @torch.no_grad()
+    def _share(self, sums: dict[str, Any], active: Tensor | int) -> Tensor:
+        """This rank's share of SUMS, fp64; `active` counts the active entries of its free banks.
+
+        What dictionary ranks compute alike counts on the first of them only, and perp, a figure of the global batch, on one data rank.
+        """
+        device = self.topology.device
+        once = dict.fromkeys(SUMS, self.topology.dictionary_rank == 0)
+        once |= {"sp": True, "perp": self.topology.data_rank == 0}
+        values = {n: torch.as_tensor(sums[n] if once[n] else 0.0, dtype=torch.float64, device=device) for n in SUMS}
+        values["active"] = values["active"] + active
+        return torch.stack(list(values.values()))
 
 
 def _summed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

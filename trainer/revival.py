@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.dictionary import bank_unit
 from trainer.errors import UserError
 from trainer.strategies import Strategy
 from trainer.topology import Topology
@@ -101,10 +102,10 @@ def _directions(x: Tensor, picks: Tensor, topology: Topology) -> Tensor:
 def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float]:
     """Dead slots of every free bank, int64 [banks], and the mean encoder norm of living slots; of the whole dictionary."""
     dictionary, topology = strategy.objective.dictionary, strategy.topology
-    figures = torch.zeros(len(dictionary.sizes) + 2, dtype=torch.float64, device=topology.device)
+    figures = torch.zeros(dictionary.form.banks + 2, dtype=torch.float64, device=topology.device)
     for index, bank in zip(dictionary.owned, dictionary.free_banks(), strict=True):
         dead = _dead(bank.last_fired, step, dead_after)
-        norms = bank(lambda W_enc, b_enc, W_dec: W_enc.detach().norm(dim=1))
+        norms = bank(lambda weights: weights.W_enc.detach().norm(dim=1))
         figures[index] = dead.sum()
         figures[-2] += norms[~dead].double().sum()
         figures[-1] += (~dead).sum()
@@ -115,7 +116,7 @@ def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor
 
 def _revive_bank(strategy: Strategy, index: int, rows: Tensor, norm: float, step: int, dead_after: int) -> None:
     """rows [dead, D] are the new directions of the dead slots of one bank."""
-    unit = f"bank-{index:05d}"
+    unit = bank_unit(index)
     state = strategy.read(unit, everywhere=True)
     if state is None:
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from trainer.errors import UserError
 from trainer.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,11 @@ class TrackingConfig:
     uri: str | None = None  # None: MLFLOW_TRACKING_URI, else a SQLite file beside the run folder; "off": JSONL only
     experiment: str = "alignsae"
     run_name: str | None = None  # None: the name of the run folder
+
+    def validate(self) -> None:
+        """Raise UserError for a name that cannot be."""
+        if not self.experiment:
+            raise UserError("tracking.experiment is empty; name an experiment")
 
 
 class Tracker:

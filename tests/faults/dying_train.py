@@ -20,8 +20,8 @@ def die(*_: object, **__: object) -> None:
 def arm(where: str, step: int) -> None:
     """Patch the place to die."""
     if where == "step":
-        update = loop.update
-        loop.update = lambda run, *rest: die() if run.state.step == step else update(run, *rest)
+        original = loop.to_micro_batch
+        loop.to_micro_batch = lambda run, rows: die() if run.state.step == step else original(run, rows)
     elif where == "wake":
         loop.class_means = die
     elif where in ("write", "rename", "complete", "latest"):

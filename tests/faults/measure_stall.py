@@ -19,6 +19,7 @@ import torch
 from trainer import loop, train
 from trainer.checkpoint import Saver
 from trainer.dictionary import SlotBank
+from trainer.objective import MicroBatch
 from trainer.stream import ShardWriter
 
 CONCEPTS = [f"c{i}" for i in range(6)]
@@ -51,7 +52,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         writer.write(rows, torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64))
     (folder / "run.yaml").write_text("stages: [{name: pretrain, steps: %d}]" % args.steps)  # noqa: UP031
 
-    original_bank, original_update, original_save = SlotBank.__init__, loop.update, Saver.save
+    original_bank, original_save = SlotBank.__init__, Saver.save
+    original_begin, original_update = loop.to_micro_batch, loop.clip_and_update
     original_write, original_commit = Saver._write, Saver._commit
     steps: list[tuple[float, bool]] = []  # seconds of each step's work, and whether a save was being written
     saves: list[float] = []  # seconds that the loop stood still
@@ -62,11 +64,16 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         with torch.no_grad():
             self.b_enc.fill_(-3.1 * width**-0.5)  # one slot in a thousand fires on a random row
 
-    def timed_update(run: loop.Run, *rest: object) -> list[float]:
-        began, busy = time.perf_counter(), run.saver.pending
-        votes = original_update(run, *rest)  # type: ignore[arg-type]
+    begun: list[tuple[float, bool]] = []
+
+    def timed_begin(run: loop.Run, *rest: object) -> MicroBatch:
+        begun.append((time.perf_counter(), run.saver.pending))
+        return original_begin(run, *rest)  # type: ignore[arg-type]
+
+    def timed_update(run: loop.Run, *rest: object) -> None:
+        original_update(run, *rest)  # type: ignore[arg-type]
+        began, busy = begun.pop()
         steps.append((time.perf_counter() - began, busy))
-        return votes
 
     def timed_save(self: Saver, *rest: object, **options: object) -> None:
         began = time.perf_counter()
@@ -83,7 +90,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         original_commit(self)
         writing[-1] += time.thread_time() - cpu
 
-    SlotBank.__init__, loop.update = quiet_bank, timed_update  # type: ignore[method-assign, assignment]
+    SlotBank.__init__ = quiet_bank  # type: ignore[method-assign, assignment]
+    loop.to_micro_batch, loop.clip_and_update = timed_begin, timed_update
     Saver.save, Saver._write, Saver._commit = timed_save, timed_write, timed_commit  # type: ignore[method-assign, assignment]
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
@@ -93,7 +101,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     try:
         code = train.main(["--config", str(folder / "run.yaml"), *(f"{k}={v!s}" for k, v in settings.items())])
     finally:
-        SlotBank.__init__, loop.update = original_bank, original_update  # type: ignore[method-assign]
+        SlotBank.__init__ = original_bank  # type: ignore[method-assign]
+        loop.to_micro_batch, loop.clip_and_update = original_begin, original_update
         Saver.save, Saver._write, Saver._commit = original_save, original_write, original_commit  # type: ignore[method-assign]
     if code:
         raise SystemExit(code)

@@ -27,13 +27,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def between(monkeypatch: pytest.MonkeyPatch, actions: dict[int, object]) -> None:
     """Run actions before the updates of these steps."""
-    original = loop.update
+    original = loop.to_micro_batch
 
-    def update(run, rows, point):
+    def to_micro_batch(run, rows):
         actions.pop(run.state.step, lambda: None)()
-        return original(run, rows, point)
+        return original(run, rows)
 
-    monkeypatch.setattr(loop, "update", update)
+    monkeypatch.setattr(loop, "to_micro_batch", to_micro_batch)
 
 
 def fill(disk: Path) -> None:

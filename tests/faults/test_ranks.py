@@ -94,8 +94,8 @@ def test_second_interrupt_ends_at_once(small_data: Path, tmp_path: Path) -> None
     program = tmp_path / "hanging.py"
     program.write_text(
         "import threading\nfrom trainer import loop, train\nlock = threading.Lock()\n"
-        "def update(*_):\n    open('hanging', 'w').close()\n    lock.acquire()\n    lock.acquire()\n"
-        "loop.update = update\ntrain.exit_with(train.main())\n"
+        "def hang(*_):\n    open('hanging', 'w').close()\n    lock.acquire()\n    lock.acquire()\n"
+        "loop.to_micro_batch = hang\ntrain.exit_with(train.main())\n"
     )
     process = subprocess.Popen(
         command(1, arguments(tmp_path, small_data), program), env=quiet_environment(), cwd=tmp_path,

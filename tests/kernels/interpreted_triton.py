@@ -4,12 +4,12 @@ import pytest
 import torch
 from kernel_oracle import assert_same, by_kernel, by_oracle, make_case
 
-from trainer.kernels import BankStep, KernelChoice
+from trainer.kernels import KernelChoice, StepContext
 
 
 @pytest.fixture(scope="module")
 def kernel():
-    return KernelChoice("triton", 1).kernel(0)
+    return KernelChoice("triton", [1]).kernels()[0]
 
 
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
@@ -41,5 +41,5 @@ def test_weights_that_are_not_numbers_reach_the_loss(kernel):
     case = make_case(4, 10, 0, bias=-3.0)
     case.W_enc[3, 5] = float("nan")
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = kernel(W_enc, b_enc, W_dec, recon, BankStep(case.x, None, "free", None))
+    out, _, _ = kernel(W_enc, b_enc, W_dec, recon, StepContext(case.x, None, "free", None))
     assert not torch.isfinite(out).all()

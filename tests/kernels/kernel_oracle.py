@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer import losses
-from trainer.dictionary import decoder_rows
-from trainer.kernels import BankKernel, BankStep, PerpStep, RowPairs
+from trainer.dictionary import BankWeights
+from trainer.kernels import BankKernel, Orthogonality, RowPairs, StepContext
 
 WEIGHTS = (1.0, 0.3, 0.7)  # of rec, sp and perp in the scalar that is differentiated
 
@@ -58,8 +58,9 @@ def by_oracle(case: Case) -> dict[str, Tensor]:
     """recon, sp, perp and the gradients of their weighted sum, from losses.py on the whole code, in double."""
     W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves(torch.float64)
     x = case.x.double()
+    # Spelled out, in double: BankWeights computes in fp32.
     z = torch.relu(x @ W_enc.T + b_enc)
-    decoder = decoder_rows(W_dec, case.decoder_norm)
+    decoder = BankWeights(W_enc, b_enc, W_dec, None, case.decoder_norm).decoder()
     out = recon + z @ decoder
     sp = losses.sparsity(z, decoder) * len(case.x)
     perp = losses.orthogonality(z_concept, z) if z_concept.shape[1] else z.new_zeros(())
@@ -81,18 +82,17 @@ def by_kernel(
     perp = None
     if z_concept.shape[1]:
         code = z_concept.detach()
-        perp = PerpStep.standardise(code, reduce(code.new_tensor(float(len(code)))), reduce)
+        perp = Orthogonality.standardise(code, reduce(code.new_tensor(float(len(code)))), reduce)
         if pairs is not None:
             perp.pairs = pairs(perp.concept, perp.rows, len(b_enc), torch.bfloat16 if low else torch.float32)
-    step = BankStep(case.x, case.x.bfloat16() if low else None, case.decoder_norm, perp)
-    out, sp, value = kernel(W_enc, b_enc, W_dec, recon, step)
+    context = StepContext(case.x, case.x.bfloat16() if low else None, perp)
+    out, sp, value = kernel(BankWeights(W_enc, b_enc, W_dec, None, case.decoder_norm), recon, context)
     rec = (case.x - out).square().sum()
     (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value).backward()
     if perp is not None:
-        perp.settle()
-        z_concept.grad = WEIGHTS[2] * perp.grad_concept
-    figures = _figures(out, sp, value, [_grad(t) for t in leaves], step.stats[0].active)
-    assert torch.equal(step.stats[0].fired, figures["grad b_enc"] != 0) or low or not len(case.x)
+        z_concept.grad = WEIGHTS[2] * perp.concept_gradient()
+    figures = _figures(out, sp, value, [_grad(t) for t in leaves], context.stats[0].active)
+    assert torch.equal(context.stats[0].fired, figures["grad b_enc"] != 0) or low or not len(case.x)
     return figures
 
 

@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
+from trainer.assembly import agreed_precision
 from trainer.errors import UserError
 from trainer.kernels import KernelChoice, native, usable_precision
 from trainer.kernels.choice import LEAVE_DENSE, RETURN_TO_DENSE
 from trainer.kernels.dense import dense_kernel
 from trainer.kernels.sparse import sparse_kernel
 from trainer.topology import Topology
-from trainer.train import agreed_precision
 
 
 @pytest.fixture
@@ -28,43 +28,48 @@ def no_compiler(monkeypatch, tmp_path):
     native.load.cache_clear()
 
 
+def observe(choice: KernelChoice, densities: list[float]) -> None:
+    """Show densities of banks of one slot at a step of 1,000 rows."""
+    choice.note(torch.tensor([[1000.0 * density for density in densities], [1000.0] * len(densities)]))
+
+
 def test_auto_follows_the_density_of_each_bank_and_does_not_flicker():
-    choice = KernelChoice("auto", 3)
-    assert choice.names == ["dense"] * 3
-    choice.observe([0.5, LEAVE_DENSE / 2, (LEAVE_DENSE + RETURN_TO_DENSE) / 2])
-    assert choice.names == ["dense", "sparse", "dense"]
-    assert choice.kernel(0) is dense_kernel and choice.kernel(1) is sparse_kernel
+    choice = KernelChoice("auto", [1, 1, 1])
+    assert choice.names() == ["dense"] * 3
+    observe(choice, [0.5, LEAVE_DENSE / 2, (LEAVE_DENSE + RETURN_TO_DENSE) / 2])
+    assert choice.names() == ["dense", "sparse", "dense"]
+    assert choice.kernels() == [dense_kernel, sparse_kernel, dense_kernel]
     between = (LEAVE_DENSE + RETURN_TO_DENSE) / 2
-    choice.observe([between] * 3)
-    assert choice.names == ["dense", "sparse", "dense"]
-    choice.observe([0.0, RETURN_TO_DENSE * 1.1, 0.0])
-    assert choice.names == ["sparse", "dense", "sparse"]
+    observe(choice, [between] * 3)
+    assert choice.names() == ["dense", "sparse", "dense"]
+    observe(choice, [0.0, RETURN_TO_DENSE * 1.1, 0.0])
+    assert choice.names() == ["sparse", "dense", "sparse"]
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
 def test_a_pinned_kernel_stays(name):
-    choice = KernelChoice(name, 2)
+    choice = KernelChoice(name, [1, 1])
     for density in (0.0, 1.0):
-        choice.observe([density] * 2)
-        assert choice.names == [name] * 2
+        observe(choice, [density] * 2)
+        assert choice.names() == [name] * 2
 
 
 def test_unknown_names_and_wrong_devices_are_refused():
     with pytest.raises(UserError, match="'fast' is unknown"):
-        KernelChoice("fast", 1)
+        KernelChoice("fast", [1])
     with pytest.raises(UserError, match="sparse is for CPU"):
-        KernelChoice("sparse", 1, torch.device("cuda"))
+        KernelChoice("sparse", [1], torch.device("cuda"))
     with pytest.raises(UserError, match="kernel=triton cannot run here"):
-        KernelChoice("triton", 1, torch.device("cpu"))
+        KernelChoice("triton", [1], torch.device("cpu"))
 
 
 def test_without_a_compiler_auto_stays_dense_and_says_so(no_compiler, caplog):
-    choice = KernelChoice("auto", 2)
-    choice.observe([0.0, 0.0])
-    assert choice.names == ["dense", "dense"]
+    choice = KernelChoice("auto", [1, 1])
+    observe(choice, [0.0, 0.0])
+    assert choice.names() == ["dense", "dense"]
     assert sum("every bank stays on the dense kernel" in record.message for record in caplog.records) == 1
     with pytest.raises(UserError, match="compiler"):
-        KernelChoice("sparse", 1)
+        KernelChoice("sparse", [1])
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from trainer import train
-from trainer.checkpoint import load_dictionary
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.results import rows_of
+from trainer.checkpoint import load_dictionary
 from trainer.stream import ShardWriter
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

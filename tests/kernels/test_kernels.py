@@ -6,7 +6,8 @@ import pytest
 import torch
 from kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
 
-from trainer.kernels import BankKernel, BankStep, KernelChoice, PerpStep, RowPairs
+from trainer.dictionary import BankWeights
+from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
 
 FP32 = 2e-5
 # bf16 keeps 8 bits: rows of products are off by about 2^-9 each, and entries near 0 change sides.
@@ -16,7 +17,7 @@ KERNELS = ("dense", "sparse")
 
 
 def kernel_named(name: str) -> BankKernel:
-    return KernelChoice(name, 1).kernel(0)
+    return KernelChoice(name, [1]).kernels()[0]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -174,7 +175,9 @@ def test_weights_that_are_not_numbers_reach_the_loss(name: str) -> None:
     case = make_case(8, 20, 0, bias=-3.0)
     case.W_enc[3, 5] = float("nan")
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = kernel_named(name)(W_enc, b_enc, W_dec, recon, BankStep(case.x, case.x.bfloat16(), "free", None))
+    out, _, _ = kernel_named(name)(
+        BankWeights(W_enc, b_enc, W_dec), recon, StepContext(case.x, case.x.bfloat16(), None)
+    )
     assert not torch.isfinite(out).all()
 
 
@@ -185,7 +188,9 @@ def test_two_backward_passes_add_up(name: str) -> None:
     W_enc, b_enc, W_dec, recon, z_concept = case.leaves()
     grads = []
     for _ in range(2):
-        step = BankStep(case.x, None, "free", PerpStep.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t))
+        step = StepContext(
+            case.x, None, "free", Orthogonality.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t)
+        )
         out, sp, perp = kernel_named(name)(W_enc, b_enc, W_dec, recon, step)
         (out.square().sum() + sp + perp).backward()
         grads.append([t.grad.clone() for t in (W_enc, b_enc, W_dec)])

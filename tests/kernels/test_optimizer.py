@@ -7,8 +7,9 @@ import torch
 from kernel_oracle import make_case
 from small_run import assert_same, tensors, train_here
 
+from trainer.dictionary import BankWeights
 from trainer.errors import UserError
-from trainer.kernels import BankStep, KernelChoice
+from trainer.kernels import KernelChoice, StepContext
 from trainer.optimizer import OptimConfig, build_optimizer, square_norm
 
 
@@ -54,8 +55,8 @@ def test_the_noted_norm_is_the_norm_and_is_forgotten_on_change(decoder_norm):
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
 
     def backward():
-        out, sp, _ = KernelChoice("sparse", 1).kernel(0)(
-            W_enc, b_enc, W_dec, recon, BankStep(case.x, None, decoder_norm, None)
+        out, sp, _ = KernelChoice("sparse", [1]).kernels()[0](
+            BankWeights(W_enc, b_enc, W_dec, None, decoder_norm), recon, StepContext(case.x, None, None)
         )
         (out.square().sum() + sp).backward()
 
@@ -109,7 +110,9 @@ def test_the_norm_of_large_gradients_is_finite():
     """Their squares are beyond fp32, in a kernel's own sum and in the one over the rest."""
     case = make_case(40, 90, 0, bias=-1.0)
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = KernelChoice("sparse", 1).kernel(0)(W_enc, b_enc, W_dec, recon, BankStep(case.x, None, "free", None))
+    out, _, _ = KernelChoice("sparse", [1]).kernels()[0](
+        BankWeights(W_enc, b_enc, W_dec), recon, StepContext(case.x, None, None)
+    )
     (out.sum() * 1e20).backward()
     grads = [W_enc.grad, b_enc.grad, W_dec.grad]
     assert float(square_norm(grads)) == pytest.approx(float(sum(g.double().square().sum() for g in grads)), rel=1e-5)

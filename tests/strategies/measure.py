@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from trainer.dictionary import ConceptDictionary, DictionaryConfig, bank_sizes
-from trainer.losses import LossConfig
-from trainer.objective import AlignObjective, Rows
+from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.losses import LossWeights
+from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import OptimConfig
-from trainer.strategies import ParallelConfig, build_strategy, join, owned_banks
+from trainer.strategies import Layout, ParallelConfig, build_strategy, join, owned_banks
 from trainer.topology import Topology, launched_world
 
 
@@ -90,22 +90,18 @@ class Seen:
     snapshot: int
 
 
-def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topology) -> Seen:
+def exercise(args: argparse.Namespace, layout: Layout, topology: Topology) -> Seen:
     """Build as trainer.train does and take some steps."""
-    banks = len(bank_sizes(args.slots, args.bank_slots))
-    strategy = build_strategy(parallel, topology)
+    form = DictionaryConfig(args.slots, args.bank_slots).form(args.width, [f"c{i}" for i in range(args.concepts)])
+    strategy = build_strategy(layout, topology)
     dictionary = ConceptDictionary(
-        args.width,
-        [f"c{i}" for i in range(args.concepts)],
-        DictionaryConfig(args.slots, args.bank_slots),
-        owned=owned_banks(banks, topology),
-        on_unit=lambda name, unit: strategy.place(unit),
+        form, owned=owned_banks(form.banks, topology), on_unit=lambda name, unit: strategy.place(unit)
     )
     placed = peak_resident()
-    objective = AlignObjective(dictionary, LossConfig(), topology, kernel=args.kernel, precision=args.precision)
+    objective = AlignObjective(dictionary, topology, kernel=args.kernel, precision=args.precision)
     strategy.prepare(objective, OptimConfig(), 0)
     built = peak_resident()
-    gathered = Gathered(list(objective.parameters())) if parallel.zero_stage == 3 else None
+    gathered = Gathered(list(objective.parameters())) if layout.zero_stage == 3 else None
     rows = args.rows // topology.data_world
     generator = torch.Generator().manual_seed(topology.data_rank)
     counts = torch.tensor([float(args.rows)] * 2 + [0.0])
@@ -115,7 +111,9 @@ def exercise(args: argparse.Namespace, parallel: ParallelConfig, topology: Topol
         concept = torch.randint(0, args.concepts, (rows,), generator=generator)
         topology.barrier()
         start = tcp_bytes()
-        loss, _ = strategy.forward(Rows(acts, concept, torch.full_like(concept, -1), counts), LossConfig(), True, step)
+        loss, _ = strategy.forward(
+            MicroBatch(acts, concept, torch.full_like(concept, -1), counts), LossWeights(), True, step
+        )
         strategy.backward(loss, last=True)
         strategy.update(1e-3, 1.0)
         topology.barrier()
@@ -145,22 +143,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, _, world = launched_world()
-    banks = len(bank_sizes(args.slots, args.bank_slots))
-    parallel = ParallelConfig(args.strategy, args.dictionary_ranks).resolve(world, banks)
-    topology = join(parallel)
+    banks = DictionaryConfig(args.slots, args.bank_slots).banks
+    layout = ParallelConfig(args.strategy, args.dictionary_ranks).resolve(world, banks)
+    topology = join(layout)
     tiny = argparse.Namespace(
         **vars(args) | {"slots": 4 * world, "bank_slots": 4, "width": 8, "rows": 4 * world, "steps": 1}
     )
-    exercise(tiny, parallel, topology)  # what is loaded and compiled on first use is not what is measured
+    exercise(tiny, layout, topology)  # what is loaded and compiled on first use is not what is measured
     AcceleratorState._reset_state()
     gc.collect()
     topology.barrier()
     before = reset_peak()
-    seen = exercise(args, parallel, topology)
+    seen = exercise(args, layout, topology)
     result = {
         "rank": rank,
         "world": world,
-        "strategy": parallel.strategy,
+        "strategy": layout.strategy,
         "peak_bytes": seen.peak - before,
         "placed_bytes": seen.placed - before,
         "build_bytes": seen.built - before,

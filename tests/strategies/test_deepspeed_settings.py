@@ -23,7 +23,7 @@ def test_shipped_files_are_read_and_win_over_what_is_computed(path):
     resolved = ParallelConfig(strategy_of(path), deepspeed=str(path)).resolve(2, 5)
     assert resolved.offload == path.stem.endswith("offload")
     tuning = read_tuning(str(path), resolved.zero_stage)
-    config = engine_config(resolved.zero_stage, False, tuning, 16, DictionaryConfig(96, 20), 1)
+    config = engine_config(resolved.zero_stage, False, tuning, DictionaryConfig(96, 20).form(16), 1)
     written = json.loads(path.read_text())["zero_optimization"]
     assert config["zero_optimization"] | written == config["zero_optimization"]
     assert config["gradient_clipping"] == 0.0 and "fp16" not in config and "bf16" not in config

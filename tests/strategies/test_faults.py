@@ -18,12 +18,12 @@ FAILING = """
 import sys
 from trainer import loop, train
 from trainer.topology import launched_world
-update = loop.update
-def failing(run, rows, point):
+original = loop.to_micro_batch
+def failing(run, rows):
     if run.state.step == 5 and launched_world()[0] == 1:
         raise RuntimeError("thrown on purpose")
-    return update(run, rows, point)
-loop.update = failing
+    return original(run, rows)
+loop.to_micro_batch = failing
 train.exit_with(train.main(sys.argv[1:]))
 """
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import UserError
 from trainer.analysis.language_model import Prompt, capture, encode_prompts, last_token, read_prompts, read_texts
+from trainer.errors import UserError
 
 SPLITS = ("train", "heldout")
 # Prompts are sorted by length within runs of this many batches, which keeps padding small and memory bounded.

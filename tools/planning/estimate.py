@@ -1,59 +1,50 @@
 """Memory of a rank and bytes that it sends in a step, by strategy: arithmetic on the sizes of a run, held against measurements by tests/test_plan.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from trainer.dictionary import DictionaryConfig, bank_sizes
+from trainer.dictionary import DictionaryForm, bank_unit
 from trainer.strategies import owned_banks
 from trainer.topology import Topology
 
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "dictionary")
 FP32 = 4
 MOST_DEVICES = 8192
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes that memory and traffic follow from. rows: of the global batch; low: products in bf16; moment: bytes of a moment of AdamW."""
+class Workload:
+    """What memory and traffic follow from.
 
-    width: int
-    concepts: int
-    answers: int
-    dictionary: DictionaryConfig
+    form: of the dictionary. rows: of the global batch. bf16: whether products are in bf16. moment: bytes of a moment of AdamW.
+    """
+
+    form: DictionaryForm
     rows: int
-    low: bool
+    bf16: bool
     moment: int = FP32
 
     @cached_property
-    def bank_slots(self) -> list[int]:
-        """Slots of each free bank."""
-        return bank_sizes(self.dictionary.free_slots, self.dictionary.bank_slots)
-
-    @property
-    def banks(self) -> int:
-        """Number of free banks."""
-        return len(self.bank_slots)
-
-    @property
     def bank(self) -> int:
         """Elements of the largest bank."""
-        return max(self.bank_slots) * (2 * self.width + 1)
+        return self.form.elements(bank_unit(0))
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Elements that dictionary ranks replicate: concept slots, output bias, value head."""
-        hidden = self.dictionary.value_hidden
-        head = hidden * (self.concepts + self.answers + 1) + self.answers if self.concepts and self.answers else 0
-        return self.concepts * (2 * self.width + 1) + self.width + head
+        return sum(self.form.elements(unit) for unit in self.form.shared_units())
 
-    @property
-    def free(self) -> int:
-        """Elements of all free banks."""
-        return self.dictionary.free_slots * (2 * self.width + 1)
+    def free(self, banks: Sequence[int] | None = None) -> int:
+        """Elements of the free banks of these numbers, default all."""
+        numbers = range(self.form.banks) if banks is None else banks
+        whole = sum(1 for number in numbers if number < self.form.banks - 1)
+        last = self.form.elements(bank_unit(self.form.banks - 1)) if self.form.banks - 1 in numbers else 0
+        return whole * self.bank + last
 
     def activations(self, rows: int) -> int:
         """Bytes of the rows, the running reconstruction and one bank's code for `rows` rows of a rank, and of its bf16 weights."""
-        return FP32 * rows * (8 * self.width + max(self.bank_slots)) + (2 * self.bank if self.low else 0)
+        widest = min(self.form.bank_slots, self.form.free_slots)
+        return FP32 * rows * (8 * self.form.width + widest) + (2 * self.bank if self.bf16 else 0)
 
 
 @dataclass
@@ -80,7 +71,7 @@ class Estimate:
 
 
 def estimate(
-    shape: Shape, strategy: str, devices: int, *, gloo: bool = False, offload: bool = False, snapshots: bool = False
+    work: Workload, strategy: str, devices: int, *, gloo: bool = False, offload: bool = False, snapshots: bool = False
 ) -> Estimate | None:
     """What a strategy needs on `devices` ranks; None where the combination cannot be.
 
@@ -89,57 +80,56 @@ def estimate(
         offload: ZeRO optimizer state in host memory.
         snapshots: checkpoints are saved asynchronously.
     """
-    if (strategy == "single" and devices > 1) or (strategy == "dictionary" and devices > shape.banks):
+    if (strategy == "single" and devices > 1) or (strategy == "dictionary" and devices > work.form.banks):
         return None
-    if strategy.startswith("zero") and shape.moment != FP32:  # see OptimConfig
+    if strategy.startswith("zero") and work.moment != FP32:  # see OptimConfig
         return None
     if strategy.startswith("zero"):
-        found = _zero(shape, strategy, devices, gloo, offload)
+        found = _zero(work, strategy, devices, gloo, offload)
     elif strategy == "dictionary":
-        found = _local(shape, strategy, 1, devices)
+        found = _local(work, strategy, 1, devices)
     else:
-        found = _local(shape, strategy, devices, 1)
+        found = _local(work, strategy, devices, 1)
     found.host_is_device = gloo
-    found.snapshot = _snapshot(shape, devices) if snapshots else 0
+    found.snapshot = _snapshot(work, devices) if snapshots else 0
     return found
 
 
-def _snapshot(shape: Shape, ranks: int) -> int:
+def _snapshot(work: Workload, ranks: int) -> int:
     """Weights and two moments of the units that the busiest of the ranks saves: units are spread evenly, whatever the strategy."""
-    elements = min(-(-shape.banks // ranks) * shape.bank + shape.shared, shape.free + shape.shared)
-    return (FP32 + 2 * shape.moment) * elements
+    elements = min(-(-work.form.banks // ranks) * work.bank + work.shared, work.free() + work.shared)
+    return (FP32 + 2 * work.moment) * elements
 
 
-def _local(shape: Shape, strategy: str, data: int, dictionary: int) -> Estimate:
+def _local(work: Workload, strategy: str, data: int, dictionary: int) -> Estimate:
     places = [Topology(dictionary_rank=rank, dictionary_world=dictionary) for rank in range(dictionary)]
-    most = max(sum(shape.bank_slots[i] for i in owned_banks(shape.banks, place)) for place in places)
-    elements = most * (2 * shape.width + 1) + shape.shared
-    rows = -(-shape.rows // data)
-    sent = _correlation(shape, data)
+    elements = max(work.free(owned_banks(work.form.banks, place)) for place in places) + work.shared
+    rows = -(-work.rows // data)
+    sent = _correlation(work, data)
     if data > 1:
         sent["gradients, all-reduce over data ranks"] = _ring(2 * FP32 * elements, data)
     if dictionary > 1:
         sent["reconstruction, all-reduce over dictionary ranks"] = _ring(
-            2 * FP32 * rows * (shape.width + shape.concepts), dictionary
+            2 * FP32 * rows * (work.form.width + len(work.form.concepts)), dictionary
         )
     return Estimate(
         strategy,
         data * dictionary,
         weights=FP32 * elements,
-        gradients=FP32 * (elements + (shape.bank if data > 1 else 0)),
-        optimizer=2 * shape.moment * elements,
+        gradients=FP32 * (elements + (work.bank if data > 1 else 0)),
+        optimizer=2 * work.moment * elements,
         buffers=0,
-        activations=shape.activations(rows),
-        build=((2 if data > 1 else 1) * FP32 + 2 * shape.moment) * elements,  # the buckets of DDP are its gradients
+        activations=work.activations(rows),
+        build=((2 if data > 1 else 1) * FP32 + 2 * work.moment) * elements,  # the buckets of DDP are its gradients
         sent=sent,
     )
 
 
-def _zero(shape: Shape, strategy: str, devices: int, gloo: bool, offload: bool) -> Estimate:
+def _zero(work: Workload, strategy: str, devices: int, gloo: bool, offload: bool) -> Estimate:
     stage = int(strategy.removeprefix("zero"))
-    whole, bank = FP32 * (shape.free + shape.shared), FP32 * shape.bank
+    whole, bank = FP32 * (work.free() + work.shared), FP32 * work.bank
     shard = -(-whole // devices)
-    sent = _correlation(shape, devices)
+    sent = _correlation(work, devices)
     reduced = _ring((2 if gloo else 1) * whole, devices)
     sent["gradients, reduce-scatter"] = reduced
     sent["weights, all-gather" + (" in forward and backward" if stage == 3 else "")] = _ring(
@@ -161,7 +151,7 @@ def _zero(shape: Shape, strategy: str, devices: int, gloo: bool, offload: bool) 
         gradients=(whole if stage == 1 else 0 if stage == 2 and gloo else shard) + (bank if stage == 3 else 0),
         optimizer=optimizer,
         buffers=buffers,
-        activations=shape.activations(-(-shape.rows // devices)),
+        activations=work.activations(-(-work.rows // devices)),
         build=build,
         sent=sent,
     )
@@ -172,23 +162,23 @@ def _ring(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _correlation(shape: Shape, data: int) -> dict[str, int]:
+def _correlation(work: Workload, data: int) -> dict[str, int]:
     """The moments of every bank, reduced in forward and in backward."""
-    moments = FP32 * (2 + shape.concepts) * shape.dictionary.free_slots
+    moments = FP32 * (2 + len(work.form.concepts)) * work.form.free_slots
     return (
         {"correlation moments, all-reduce over data ranks": _ring(4 * moments, data)}
-        if data > 1 and shape.concepts
+        if data > 1 and work.form.concepts
         else {}
     )
 
 
-def smallest(shape: Shape, strategy: str, memory: int, **how: bool) -> int | None:
+def smallest(work: Workload, strategy: str, memory: int, **how: bool) -> int | None:
     """Fewest devices (powers of two, and all banks one by one) on which a rank fits into `memory` bytes; `how` as for `estimate`."""
     counts = {2**i for i in range(MOST_DEVICES.bit_length())} | (
-        {shape.banks} if shape.banks <= MOST_DEVICES else set()
+        {work.form.banks} if work.form.banks <= MOST_DEVICES else set()
     )
     for devices in sorted(counts):
-        found = estimate(shape, strategy, devices, **how)
+        found = estimate(work, strategy, devices, **how)
         if found is not None and found.total <= memory:
             return devices
     return None

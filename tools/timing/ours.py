@@ -5,8 +5,8 @@ import torch
 from tools.timing.setting import Setting, bias_for, make_rows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.kernels import KernelChoice, native, usable_precision
-from trainer.losses import LossConfig
-from trainer.objective import AlignObjective, Rows
+from trainer.losses import LossWeights
+from trainer.objective import SUMS, AlignObjective, MicroBatch
 from trainer.optimizer import OptimConfig
 from trainer.strategies.local import LocalStrategy
 from trainer.topology import Topology
@@ -19,18 +19,18 @@ class OurStep:
         self.setting = setting
         x, concept, answer = make_rows(setting)
         counts = torch.tensor([len(x), (concept >= 0).sum(), (answer >= 0).sum()], dtype=torch.float32, device=x.device)
-        self.rows = Rows(x, concept, answer, counts)
+        self.rows = MicroBatch(x, concept, answer, counts)
         self.topology = Topology(device=torch.device(setting.device))
         names = [f"concept {i}" for i in range(setting.concepts)]
-        config = DictionaryConfig(setting.slots, setting.bank_slots)
-        dictionary = ConceptDictionary(setting.width, names, config, answers=setting.answers, seed=setting.seed)
+        form = DictionaryConfig(setting.slots, setting.bank_slots).form(setting.width, names, setting.answers)
+        dictionary = ConceptDictionary(form, seed=setting.seed)
         with torch.no_grad():
             dictionary.concepts.W_enc.normal_().mul_(setting.width**-0.5)
             dictionary.concepts.W_dec.normal_().mul_(setting.width**-0.5)
         dictionary.to(setting.device)
-        self.weights = LossConfig()
+        self.weights = LossWeights()
         precision = usable_precision(precision, self.topology.device)
-        self.objective = AlignObjective(dictionary, self.weights, self.topology, kernel=kernel, precision=precision)
+        self.objective = AlignObjective(dictionary, self.topology, kernel=kernel, precision=precision)
         self.strategy = LocalStrategy(self.topology)
         self.strategy.prepare(self.objective, OptimConfig(), 0)
         self.l0 = 0.0
@@ -43,7 +43,7 @@ class OurStep:
 
         Raises UserError where the kernel cannot run.
         """
-        self.objective.choice = KernelChoice(kernel, len(self.objective.dictionary.owned), self.topology.device)
+        self.objective.choice = KernelChoice(kernel, self.objective.dictionary.form.bank_sizes, self.topology.device)
         for bank in self.objective.dictionary.free_banks():
             bank.b_enc.fill_(self.sparse_bias if sparse else 0.0)
 
@@ -52,7 +52,7 @@ class OurStep:
         loss, sums = self.strategy.forward(self.rows, self.weights, align, 1)
         self.strategy.backward(loss, last=True)
         self.strategy.update(0.0, OptimConfig.clip)
-        self.l0 = float(sums[9]) / len(self.rows.acts)
+        self.l0 = float(sums[SUMS.index("active")]) / len(self.rows.acts)
 
 
 class FloorAdamW:

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from trainer.dictionary import ConceptDictionary, SlotBank, decoder_rows
+from trainer.dictionary import ConceptDictionary, SlotBank
 from trainer.errors import DataError
 
 # Yields (raw activations [B, D], concept [B] with -1 = unlabelled), the same rows in every call.
@@ -21,11 +21,6 @@ RowSource = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 # Per-concept sums [R, n] are held for as many slots as fit here; more slots mean more passes over the rows.
 SUMS_BYTES = 1 << 30
-
-
-def bank_code(bank: SlotBank, x: Tensor) -> Tensor:
-    """Code [B, n] of one bank for normalised activations x [B, D]."""
-    return torch.relu(x @ bank.W_enc.T + bank.b_enc)
 
 
 def predicted_slots(concept_code: Tensor) -> Tensor:
@@ -152,7 +147,7 @@ def activation_blocks(
             x = dictionary.normalise(acts[labelled])
             count += member.sum(dim=1)
             for bank, into in zip(group, sums, strict=True):
-                into += member @ bank_code(bank, x)
+                into += member @ bank.encode(x)
         yield torch.cat(sums, dim=1) / count.clamp_min(1).unsqueeze(1)
 
 
@@ -212,11 +207,10 @@ def reconstruct(
         x = dictionary.normalise(acts)
         x_hat = dictionary.output(torch.zeros_like(x))
         for index, bank in enumerate(dictionary.all_banks()):
-            z = bank_code(bank, x)
+            z = bank.encode(x)
             if index == 0 and concepts:
                 confusion += confusion_matrix(predicted_slots(z), concept, concepts)
-            free = bank is not dictionary.concepts
-            x_hat += z @ (decoder_rows(bank.W_dec, dictionary.config.decoder_norm) if free else bank.W_dec)
+            x_hat += bank.decode(z)
             on = z > 0
             active += float(on.sum())
             fired[index] |= on.any(dim=0)

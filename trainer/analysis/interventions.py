@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from trainer.analysis.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
-from trainer.analysis.evaluation import bank_code
-from trainer.analysis.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
 
 Edit = Callable[[Tensor], Tensor]
 WriteBack = Literal["add", "replace"]
@@ -94,8 +93,8 @@ def set_slots(dictionary: ConceptDictionary, change: Callable[[Tensor], Tensor],
 
     @torch.no_grad()
     def edit(h: Tensor) -> Tensor:
-        z = bank_code(dictionary.concepts, dictionary.normalise(h))
-        delta = (change(z) - z) @ dictionary.concepts.W_dec * dictionary.scale
+        z = dictionary.concepts.encode(dictionary.normalise(h))
+        delta = dictionary.concepts.decode(change(z) - z) * dictionary.scale
         base = h.float() if write_back == "add" else dictionary.decode(dictionary.encode(h))
         return (base + delta).to(h.dtype)
 

@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from trainer.analysis.evaluation import RowSource
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
-from trainer.analysis.evaluation import RowSource
 from trainer.stream import DataConfig, Manifest
 from trainer.stream.manifest import write_atomically
 from trainer.stream.shards import from_stored

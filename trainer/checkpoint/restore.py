@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.files import digest, read_json
 from trainer.checkpoint.state import RunState, least_bytes, read_state
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
 from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
@@ -165,14 +165,9 @@ def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
 def build(folder: Path, state: RunState, manifest: Manifest) -> ConceptDictionary:
     """The dictionary of a checkpoint folder, with the normalisation of the manifest."""
     form = state.dictionary
-    if manifest.width != form["width"]:
-        raise DataError(f"manifest.json of the checkpoint has width {manifest.width}, state.json {form['width']}")
-    sizes = {key: form[key] for key in ("free_slots", "bank_slots", "decoder_norm", "value_hidden")}
-    dictionary = ConceptDictionary(
-        *(form["width"], form["concepts"], DictionaryConfig(**sizes)),
-        answers=form["answers"],
-        on_unit=partial(load_unit, folder),
-    )
+    if manifest.width != form.width:
+        raise DataError(f"manifest.json of the checkpoint has width {manifest.width}, state.json {form.width}")
+    dictionary = ConceptDictionary(form, on_unit=partial(load_unit, folder))
     dictionary.set_normalisation(manifest.mean, manifest.scale)
     return dictionary
 

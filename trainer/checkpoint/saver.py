@@ -99,16 +99,17 @@ class Saver:
             return
         self._phase = "write"
         self.strategy.sync_last_fired()
-        self.strategy.objective.settle()
         if self.config.asynchronous and not self._last:
             for name in self.strategy.unit_names():
                 if files := self._capture(name, self._snapshot.get(name)):
                     self._snapshot[name] = files
-            self._task = self._pool.submit(self._write, list(self._snapshot.items()), self._kernels())
+            self._task = self._pool.submit(
+                self._write, list(self._snapshot.items()), self.strategy.objective.bank_kernels()
+            )
         else:
             self._snapshot.clear()
             stream = ((name, files) for name in self.strategy.unit_names() if (files := self._capture(name)))
-            self._task = self._attempt(self._write, stream, self._kernels())
+            self._task = self._attempt(self._write, stream, self.strategy.objective.bank_kernels())
             for _ in stream:  # reading a unit may be a collective: a rank that cannot write must still take part
                 pass
             self.wait()
@@ -186,11 +187,6 @@ class Saver:
         if state is None:
             return None
         return old or UnitFiles(state, pinned=self.topology.device.type == "cuda")
-
-    def _kernels(self) -> dict[str, str]:
-        """Kernel of each bank held here at this step."""
-        objective = self.strategy.objective
-        return {f"bank-{i:05d}": k for i, k in zip(objective.dictionary.owned, objective.choice.names, strict=True)}
 
     def _write(self, units: Iterable[tuple[str, UnitFiles]], kernels: dict[str, str]) -> None:
         hashes = {}

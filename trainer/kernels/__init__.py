@@ -1,7 +1,7 @@
 """Ways to compute one bank of free slots, and the rule that chooses between them."""
 
 from trainer.kernels.choice import KernelChoice, usable_precision
-from trainer.kernels.interface import BankKernel, BankStats, BankStep, PerpStep
+from trainer.kernels.interface import BankKernel, BankStats, Orthogonality, StepContext
 from trainer.kernels.pairs import RowPairs
 
-__all__ = ["BankKernel", "BankStats", "BankStep", "KernelChoice", "PerpStep", "RowPairs", "usable_precision"]
+__all__ = ["BankKernel", "BankStats", "KernelChoice", "Orthogonality", "RowPairs", "StepContext", "usable_precision"]

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.kernels.dense import dense_kernel
@@ -32,31 +33,42 @@ def _multiplies_bf16() -> bool:
 
 
 class KernelChoice:
-    """Names a kernel for each bank. The densities it is shown are global, so every rank chooses alike.
+    """Names a kernel for each bank. The counts that it is shown are global, so every rank chooses alike.
 
     Args:
         name: auto, or a kernel for all banks at all times.
-        banks: number of banks held here.
+        slots: of each bank held here.
         device: where the weights live; `sparse` runs on CPU, `triton` on CUDA.
+        going_on: names to go on with, where `name` is auto; from a machine with another fast kernel, that of this one is taken.
 
     Raises UserError for an unknown name, or one that this machine cannot run.
     """
 
-    def __init__(self, name: str, banks: int, device: torch.device | None = None):
+    def __init__(
+        self,
+        name: str,
+        slots: Sequence[int],
+        device: torch.device | None = None,
+        going_on: Sequence[str] | None = None,
+    ):
         device = device or torch.device("cpu")
         if name not in NAMES:
             raise UserError(f"kernel={name!r} is unknown; use one of {', '.join(NAMES)}")
         self.pinned = name != "auto"
         self._kernels: dict[str, BankKernel] = {"dense": dense_kernel}
-        self.fast = name if self.pinned else ("sparse" if device.type == "cpu" else "triton")
-        if self.fast != "dense":
-            problem = self._add(self.fast, device)
+        self._fast = name if self.pinned else ("sparse" if device.type == "cpu" else "triton")
+        if self._fast != "dense":
+            problem = self._add(self._fast, device)
             if problem and self.pinned:
                 raise UserError(f"kernel={name} cannot run here: {problem}")
             if problem:
                 logging.getLogger(__name__).warning("every bank stays on the dense kernel: %s", problem)
-                self.pinned, self.fast = True, "dense"
-        self.names = [self.fast if self.pinned else "dense"] * banks
+                self.pinned, self._fast = True, "dense"
+        self._slots = list(slots)
+        self._names = [self._fast if self.pinned else "dense"] * len(self._slots)
+        if going_on is not None and not self.pinned:
+            self._names = ["dense" if kernel == "dense" else self._fast for kernel in going_on]
+        self._noted: Tensor | None = None
 
     def _add(self, name: str, device: torch.device) -> str | None:
         loaded = {"sparse": _sparse, "triton": _triton}[name](device)
@@ -65,19 +77,29 @@ class KernelChoice:
         self._kernels[name] = loaded
         return None
 
-    def observe(self, densities: Sequence[float]) -> None:
-        """Take the share of active entries of each bank at the last step, over the global batch."""
-        if self.pinned:
-            return
+    def note(self, counts: Tensor) -> None:
+        """Take active entries and rows [2, banks] of the last step, over the global batch; they are looked at when they are needed."""
+        self._noted = counts
+
+    def names(self) -> list[str]:
+        """Name of the kernel of each bank at the step that comes."""
+        if self._noted is not None and not self.pinned:
+            active, rows = self._noted.tolist()
+            if all(rows):  # a batch whose rows are all masked says nothing
+                self._decide([a / (r * n) for a, r, n in zip(active, rows, self._slots, strict=True)])
+        self._noted = None
+        return list(self._names)
+
+    def _decide(self, densities: Sequence[float]) -> None:
         for bank, density in enumerate(densities):
             if density < LEAVE_DENSE:
-                self.names[bank] = self.fast
+                self._names[bank] = self._fast
             elif density > RETURN_TO_DENSE:
-                self.names[bank] = "dense"
+                self._names[bank] = "dense"
 
-    def kernel(self, bank: int) -> BankKernel:
-        """The kernel of bank number `bank` (of those held here)."""
-        return self._kernels[self.names[bank]]
+    def kernels(self) -> list[BankKernel]:
+        """The kernel of each bank at the step that comes."""
+        return [self._kernels[name] for name in self.names()]
 
 
 def _sparse(device: torch.device) -> BankKernel | str:

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.dictionary import BankWeights
 from trainer.kernels import native
-from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
+from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 
 CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 16 MiB in fp32
 
 
-def dense_kernel(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
-) -> tuple[Tensor, Tensor, Tensor]:
+def dense_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank by dense products; see trainer/kernels/interface.py for shapes and duties."""
-    return _Dense.apply(W_enc, b_enc, W_dec, recon, step)
+    return _Dense.apply(weights.W_enc, weights.b_enc, weights.W_dec, recon, context, weights.decoder_norm)
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Moments:
     corr: Tensor
 
     @classmethod
-    def reduce(cls, total: Tensor, square: Tensor, cross: Tensor, perp: PerpStep) -> "Moments":
+    def reduce(cls, total: Tensor, square: Tensor, cross: Tensor, perp: Orthogonality) -> "Moments":
         """From local sums of z [n], z^2 [n] and concept^T z [R, n]; one reduction over data ranks."""
         packed = perp.reduce(torch.cat([total[None], square[None], cross]))
         mean, inv_norm = column_scale(packed[0], packed[1], perp.rows)
@@ -60,11 +59,11 @@ def _product(out: Tensor, a: Tensor, b: Tensor) -> None:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, context: StepContext, decoder_norm: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = step.operand
+        x = context.operand
         chunks = _chunks(W_enc.shape[0], x.shape[0])
-        perp = step.perp
+        perp = context.perp
         norm = W_dec.norm(dim=1)
         recon = recon.clone()
         total = x.new_zeros(W_enc.shape[0], dtype=torch.float32)
@@ -74,7 +73,7 @@ class _Dense(torch.autograd.Function):
         cross = total.new_zeros(0 if perp is None else perp.concept.shape[1], len(total))
         for c in chunks:
             z = _code(x, W_enc[c], b_enc[c])
-            decoder = _decoder(W_dec[c], norm[c], step.decoder_norm).to(z.dtype)
+            decoder = _decoder(W_dec[c], norm[c], decoder_norm).to(z.dtype)
             recon += z @ decoder
             active += z.sign().sum(dtype=torch.float32)  # counting is ten times slower
             total[c] = z.sum(dim=0, dtype=torch.float32)
@@ -82,8 +81,8 @@ class _Dense(torch.autograd.Function):
                 square[c] = z.float().square().sum(dim=0)
                 cross[:, c] = perp.concept.T @ z.float()
                 kept.append(z)
-        step.stats.append(BankStats(total != 0, active))
-        sp = (total * norm).sum() if step.decoder_norm == "free" else total.sum()
+        context.stats.append(BankStats(total != 0, active))
+        sp = (total * norm).sum() if decoder_norm == "free" else total.sum()
         value = total.new_zeros(())
         if perp is not None:
             moments = Moments.reduce(total, square, cross, perp)
@@ -91,15 +90,15 @@ class _Dense(torch.autograd.Function):
             for c, z in zip(chunks, kept, strict=True):
                 _add_concept_gradient(perp, moments, c, z)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.step = step
+        ctx.context, ctx.decoder_norm = context, decoder_norm
         return recon, sp, value
 
     @staticmethod
     def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
         W_enc, b_enc, W_dec = ctx.saved_tensors
-        step: BankStep = ctx.step
-        perp = step.perp
-        x = step.operand
+        context: StepContext = ctx.context
+        perp = context.perp
+        x = context.operand
         chunks = _chunks(W_enc.shape[0], x.shape[0])
         moments = None if perp is None else _moments_again(x, W_enc, b_enc, perp, chunks)
         norm = W_dec.norm(dim=1)
@@ -107,16 +106,16 @@ class _Dense(torch.autograd.Function):
         grad_enc, grad_b, grad_dec = native.buffer_like(W_enc), torch.empty_like(b_enc), native.buffer_like(W_dec)
         for c in chunks:
             z = _code(x, W_enc[c], b_enc[c])
-            decoder = _decoder(W_dec[c], norm[c], step.decoder_norm)
+            decoder = _decoder(W_dec[c], norm[c], ctx.decoder_norm)
             grad = (g_low @ decoder.to(x.dtype).T).float()
-            grad += g_sp * norm[c] if step.decoder_norm == "free" else g_sp
+            grad += g_sp * norm[c] if ctx.decoder_norm == "free" else g_sp
             if perp is not None and moments is not None:
                 grad += g_perp * _slot_gradient(perp, moments, c, z)
             torch.ops.aten.threshold_backward.grad_input(grad, z, 0, grad_input=grad)
             _product(grad_enc[c], grad.to(x.dtype).T, x)
             grad_b[c] = grad.sum(dim=0)
             row_gradient = (z.T @ g_low).float()
-            if step.decoder_norm == "free":
+            if ctx.decoder_norm == "free":
                 row_gradient += (
                     g_sp * (z.sum(dim=0, dtype=torch.float32) / norm[c].clamp_min(1e-12))[:, None] * W_dec[c]
                 )
@@ -124,14 +123,14 @@ class _Dense(torch.autograd.Function):
                 along = (row_gradient * decoder).sum(dim=1, keepdim=True)
                 row_gradient = (row_gradient - along * decoder) / norm[c].clamp_min(1e-12)[:, None]
             grad_dec[c] = row_gradient
-        return grad_enc, grad_b, grad_dec, g_recon, None
+        return grad_enc, grad_b, grad_dec, g_recon, None, None
 
 
 def _decoder(W_dec: Tensor, norm: Tensor, decoder_norm: str) -> Tensor:
     return W_dec if decoder_norm == "free" else W_dec / norm.clamp_min(1e-12)[:, None]
 
 
-def _moments_again(x: Tensor, W_enc: Tensor, b_enc: Tensor, perp: PerpStep, chunks: list[slice]) -> Moments:
+def _moments_again(x: Tensor, W_enc: Tensor, b_enc: Tensor, perp: Orthogonality, chunks: list[slice]) -> Moments:
     """The moments of the forward pass, recomputed: keeping [R, n] of every bank would be the R x S block nobody may hold."""
     total, square, cross = [], [], []
     for c in chunks:
@@ -142,7 +141,7 @@ def _moments_again(x: Tensor, W_enc: Tensor, b_enc: Tensor, perp: PerpStep, chun
     return Moments.reduce(torch.cat(total), torch.cat(square), torch.cat(cross, dim=1), perp)
 
 
-def _add_concept_gradient(perp: PerpStep, moments: Moments, c: slice, z: Tensor) -> None:
+def _add_concept_gradient(perp: Orthogonality, moments: Moments, c: slice, z: Tensor) -> None:
     """grad_concept += 2/nu_i ( sum_j C_ij (z_bj - mu_j)/n_j - a_bi q_i ) over the slots of one chunk."""
     weighted = moments.corr[:, c] * moments.inv_norm[c]  # [R, n]
     part = z.float() @ weighted.T - weighted @ moments.mean[c]
@@ -150,7 +149,7 @@ def _add_concept_gradient(perp: PerpStep, moments: Moments, c: slice, z: Tensor)
     perp.grad_concept.add_(part * perp.inv_norm, alpha=2.0)
 
 
-def _slot_gradient(perp: PerpStep, moments: Moments, c: slice, z: Tensor) -> Tensor:
+def _slot_gradient(perp: Orthogonality, moments: Moments, c: slice, z: Tensor) -> Tensor:
     """2/n_j ( (a C)_bj - (z_bj - mu_j)/n_j q_j ) [B, n]."""
     corr, inv_norm = moments.corr[:, c], moments.inv_norm[c]
     own = (z.float() - moments.mean[c]) * (inv_norm * corr.square().sum(dim=0))

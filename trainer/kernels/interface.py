@@ -1,12 +1,12 @@
 """What a bank kernel is given and what it owes.
 
-A kernel computes one bank of free slots: `recon, sp, perp = kernel(W_enc, b_enc, W_dec, recon, step)`, with
-W_enc [n, D], b_enc [n], W_dec [n, D] (fp32 masters), recon [B, D] fp32 (the running reconstruction), and returns
-- recon + z W_dec [B, D], where z = ReLU(x W_enc^T + b_enc), out of place (the banks form one autograd chain);
+A kernel computes one bank of free slots: `recon, sp, perp = kernel(weights, recon, context)`, with the bank's weights (fp32
+masters, see BankWeights), recon [B, D] fp32 (the running reconstruction), and returns
+- recon + z W_dec [B, D], where z is the bank's code and W_dec its decoder rows as they are used, out of place (the banks form one autograd chain);
 - sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj;
-- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0 without `step.perp`).
+- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0 without `context.perp`).
 All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients of perp flow to the
-concept code through `PerpStep.grad_concept`, which a kernel adds to in its forward pass.
+concept code through `Orthogonality.grad_concept`, which a kernel adds to in its forward pass.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainer.dictionary import BankWeights
 from trainer.kernels.pairs import RowPairs
 from trainer.losses import inverse_norm
 
 
 @dataclass
-class PerpStep:
+class Orthogonality:
     """What the orthogonality term of one step needs beside the bank.
 
     concept [B, R]: centred concept code of the local rows divided by its global norm (0 for a constant slot).
@@ -30,7 +31,7 @@ class PerpStep:
     rows: global number of rows G, a scalar tensor.
     reduce: sums a tensor over data ranks, in place, and returns it.
     grad_concept [B, R]: d perp / d z_concept of the local rows, summed over the banks seen so far.
-    pairs: another way to compute the term, where the local rows are the global batch; what banks add there `settle` turns into a gradient.
+    pairs: another way to compute the term, where the local rows are the global batch; what banks add there `concept_gradient` takes up.
     """
 
     concept: Tensor
@@ -41,18 +42,19 @@ class PerpStep:
     pairs: RowPairs | None = None
 
     @classmethod
-    def standardise(cls, z: Tensor, rows: Tensor, reduce: Callable[[Tensor], Tensor]) -> "PerpStep":
+    def standardise(cls, z: Tensor, rows: Tensor, reduce: Callable[[Tensor], Tensor]) -> "Orthogonality":
         """For the concept code z [B, R] of the local rows."""
         centred = z - reduce(z.sum(dim=0)) / rows
         squares = reduce(torch.stack([centred.square().sum(dim=0), z.square().sum(dim=0)]))
         inv_norm = inverse_norm(squares[0], squares[1])
         return cls(centred * inv_norm, inv_norm, rows, reduce, torch.zeros_like(z))
 
-    def settle(self) -> None:
-        """Complete grad_concept; after the last bank."""
+    def concept_gradient(self) -> Tensor:
+        """d perp / d z_concept [B, R] of the local rows, over all banks; asked for once, after the last of them."""
         rest = None if self.pairs is None else self.pairs.concept_gradient()
         if rest is not None:
             self.grad_concept.add_(rest * self.inv_norm, alpha=2.0)
+        return self.grad_concept
 
 
 @dataclass
@@ -64,23 +66,22 @@ class BankStats:
 
 
 @dataclass
-class BankStep:
+class StepContext:
     """What all banks of one step share, and where each leaves its statistics.
 
-    x [B, D] fp32 normalised activations; x_low the same in bf16, or None when products run in fp32.
+    x [B, D] fp32 normalised activations; x_bf16 the same in bf16, or None when products run in fp32.
     """
 
     x: Tensor
-    x_low: Tensor | None
-    decoder_norm: str
-    perp: PerpStep | None
+    x_bf16: Tensor | None
+    perp: Orthogonality | None
     stats: list[BankStats] = field(default_factory=list)
     _kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def operand(self) -> Tensor:
         """x [B, D] in the dtype of the products."""
-        return self.x if self.x_low is None else self.x_low
+        return self.x if self.x_bf16 is None else self.x_bf16
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What a kernel computes from the rows at its first bank, and finds again at the others."""
@@ -89,7 +90,7 @@ class BankStep:
         return self._kept[name]
 
     @cached_property
-    def reach(self) -> float:
+    def max_row_norm(self) -> float:
         """The largest norm of a row of x; bounds the rounding error of a product with it."""
         return float(self.x.norm(dim=1).max()) if len(self.x) else 0.0
 
@@ -97,9 +98,7 @@ class BankStep:
 class BankKernel(Protocol):
     """Signature of every kernel."""
 
-    def __call__(
-        self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(self, weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def column_scale(total: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The correlation term as sums over pairs of rows, for many concepts: [G, G] blocks instead of one [R, n] block per bank.
 
-With a = PerpStep.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 = <K, H>: a bank adds to H only where two
+With a = Orthogonality.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 = <K, H>: a bank adds to H only where two
 rows share a slot. Slot j needs (K z_j)_b at its active rows; the concept code needs 2/nu_i ( (H' a)_bi - a_bi q_i ) with H' = H centred over rows and
 columns and q_i = (a^T H' a)_ii, once per step. All rows of the global batch must be here, so this is for one data rank.
 """
@@ -19,7 +19,7 @@ class RowPairs:
     """K and H of one step.
 
     Args:
-        concept: a [B, R], see PerpStep.
+        concept: a [B, R], see Orthogonality.
         rows: G, a scalar tensor. Micro-batches have fewer rows, and their a is not centred, which all of this rests on.
         slots: free slots of all banks that this rank visits.
         dtype: of the two dense products.

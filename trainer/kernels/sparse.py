@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
+from trainer.dictionary import BankWeights
+from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 from trainer.kernels.pairs import RowPairs
 
 ops = torch.ops.alignsae
@@ -18,63 +19,61 @@ ops = torch.ops.alignsae
 BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 
-def sparse_kernel(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
-) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    return _Sparse.apply(W_enc, b_enc, W_dec, recon, step)
+    return _Sparse.apply(weights.W_enc, weights.b_enc, weights.W_dec, recon, context, weights.decoder_norm)
 
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, context: StepContext, decoder_norm: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unit = step.decoder_norm == "unit"
-        blocks = step.once("blocks", lambda: in_blocks(_operand(step)))
-        start, row, z = ops.encode(W_enc, b_enc, step.x, blocks, step.reach)
-        by_row = ops.by_row(start, row, len(step.x))
+        unit = decoder_norm == "unit"
+        blocks = context.once("blocks", lambda: in_blocks(_operand(context)))
+        start, row, z = ops.encode(W_enc, b_enc, context.x, blocks, context.max_row_norm)
+        by_row = ops.by_row(start, row, len(context.x))
         recon, sp = ops.decode(W_dec, recon.contiguous(), z, *by_row, unit)
         fired = start.diff() > 0
-        step.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
+        context.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
         value = recon.new_zeros(())
         moments, known = None, z.new_zeros(0)
-        pairs = None if step.perp is None else step.perp.pairs
-        if step.perp is not None and pairs is not None and pairs.cheaper(start.diff()):
-            value, known = _by_pairs(start, row, z, by_row, step.perp, pairs)
-        elif step.perp is not None:
-            columns, place = _columns(fired, step.perp)
-            packed = _moments(start, row, z, columns, step.perp)
-            mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], step.perp.rows)
+        pairs = None if context.perp is None else context.perp.pairs
+        if context.perp is not None and pairs is not None and pairs.cheaper(start.diff()):
+            value, known = _by_pairs(start, row, z, by_row, context.perp, pairs)
+        elif context.perp is not None:
+            columns, place = _columns(fired, context.perp)
+            packed = _moments(start, row, z, columns, context.perp)
+            mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], context.perp.rows)
             moments = (columns, place, mean, inv_norm)
-            value = _add_concept_gradient(step.perp, by_row, z, place, mean, inv_norm, packed)
+            value = _add_concept_gradient(context.perp, by_row, z, place, mean, inv_norm, packed)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
         ctx.entries = start, row, z, moments, known
-        ctx.step = step
+        ctx.context, ctx.decoder_norm = context, decoder_norm
         return recon, recon.new_tensor(sp), value
 
     @staticmethod
     def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
-        step: BankStep = ctx.step
+        context: StepContext = ctx.context
         W_enc, b_enc, W_dec = ctx.saved_tensors
         start, row, z, moments, known = ctx.entries
         none = W_dec.new_zeros(0, 0)
         place, mean, inv_norm = start, none, none
         concept = packed = none
-        if step.perp is not None and moments is not None:
+        if context.perp is not None and moments is not None:
             columns, place, mean, inv_norm = moments
-            concept = step.perp.concept.contiguous()
+            concept = context.perp.concept.contiguous()
             # Again: kept for all banks, the correlations would be the R x S block that nobody may hold.
-            packed = _moments(start, row, z, columns, step.perp)
+            packed = _moments(start, row, z, columns, context.perp)
         grads = [ops.buffer(W_enc.shape), torch.empty_like(b_enc), ops.buffer(W_dec.shape)]
-        unit = step.decoder_norm == "unit"
-        entries = (W_dec, step.x, g_recon.contiguous(), start, row, z)
+        unit = ctx.decoder_norm == "unit"
+        entries = (W_dec, context.x, g_recon.contiguous(), start, row, z)
         squares = ops.backward(
             *entries, float(g_sp), unit, float(g_perp), concept, packed, mean, inv_norm, place, known, *grads
         )
         ops.note_square(grads[0], squares[0])
         ops.note_square(grads[2], squares[1])
-        return *grads, g_recon, None
+        return *grads, g_recon, None, None
 
 
 def in_blocks(x: Tensor) -> Tensor:
@@ -93,20 +92,20 @@ def in_int16(x: Tensor, reach: float) -> Tensor:
     return (x * (ops.short_norm() / reach if reach > 0 else 0.0)).round().to(torch.int16)
 
 
-def _operand(step: BankStep) -> Tensor:
+def _operand(context: StepContext) -> Tensor:
     """The rows in the arithmetic of the encoder product: bf16 where the run and the CPU have it, else the faster of int16 and fp32."""
-    if step.x_low is not None and ops.low_products():
-        return step.x_low
-    return in_int16(step.x, step.reach) if ops.short_products() else step.x
+    if context.x_bf16 is not None and ops.low_products():
+        return context.x_bf16
+    return in_int16(context.x, context.max_row_norm) if ops.short_products() else context.x
 
 
-def _columns(fired: Tensor, perp: PerpStep) -> tuple[Tensor, Tensor]:
+def _columns(fired: Tensor, perp: Orthogonality) -> tuple[Tensor, Tensor]:
     """Slots [m] active on some data rank, and the place [n] of each slot among them."""
     anywhere = perp.reduce(fired.float()) > 0
     return anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
 
 
-def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpStep) -> Tensor:
+def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: Orthogonality) -> Tensor:
     """[m, R + 2]: sums of z, z^2 and concept^T z of the columns, over the global batch; one reduction."""
     # Room for all slots of the bank, so that every bank of this size finds the same buffer again.
     out = ops.buffer([start.numel() - 1, perp.concept.shape[1] + 2])[: columns.numel()]
@@ -115,7 +114,7 @@ def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: PerpS
 
 
 def _by_pairs(
-    start: Tensor, row: Tensor, z: Tensor, by_row: tuple[Tensor, ...], perp: PerpStep, pairs: RowPairs
+    start: Tensor, row: Tensor, z: Tensor, by_row: tuple[Tensor, ...], perp: Orthogonality, pairs: RowPairs
 ) -> tuple[Tensor, Tensor]:
     """This bank's part of perp, and its gradient [E] with respect to z; adds to `pairs.shared`."""
     sums = z.new_empty(start.numel() - 1, 2)
@@ -126,7 +125,13 @@ def _by_pairs(
 
 
 def _add_concept_gradient(
-    perp: PerpStep, by_row: tuple[Tensor, ...], z: Tensor, place: Tensor, mean: Tensor, inv_norm: Tensor, packed: Tensor
+    perp: Orthogonality,
+    by_row: tuple[Tensor, ...],
+    z: Tensor,
+    place: Tensor,
+    mean: Tensor,
+    inv_norm: Tensor,
+    packed: Tensor,
 ) -> Tensor:
     """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; uses up `packed`; returns this bank's part of perp."""
     q, shift = ops.weigh(packed, mean, inv_norm)

@@ -14,16 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trainer.kernels.interface import BankStats, BankStep, PerpStep, column_scale
+from trainer.dictionary import BankWeights
+from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 
 FIRST_CAPACITY = 1 / 16  # share of entries that the first attempt makes room for
 
 
-def triton_kernel(
-    W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
-) -> tuple[Tensor, Tensor, Tensor]:
+def triton_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    return _Triton.apply(W_enc, b_enc, W_dec, recon, step)
+    return _Triton.apply(weights.W_enc, weights.b_enc, weights.W_dec, recon, context, weights.decoder_norm)
 
 
 @triton.jit
@@ -126,16 +125,16 @@ class Entries:
     row_start: Tensor  # [B + 1]
 
     @classmethod
-    def find(cls, W_enc: Tensor, b_enc: Tensor, step: BankStep) -> "Entries":
+    def find(cls, W_enc: Tensor, b_enc: Tensor, context: StepContext) -> "Entries":
         """Candidates from the product, pre-activations again in fp32, what is above 0 kept."""
-        operand, (n, D), B = step.operand, W_enc.shape, len(step.x)
+        operand, (n, D), B = context.operand, W_enc.shape, len(context.x)
         weights = W_enc.to(operand.dtype).contiguous()
         capacity = max(256, int(B * n * FIRST_CAPACITY))
         block = {"BB": 64, "BN": 64, "BD": 32}
         grid = (triton.cdiv(n, 64), triton.cdiv(B, 64))
         # A product off by its arithmetic's rounding must not lose an entry; the margin is that of encode.cpp.
         error = 2.0**-8 if operand.dtype == torch.bfloat16 else 2.0**-18
-        lenient = b_enc + error * (b_enc.abs() + 2 * step.reach * W_enc.norm(dim=1) / D**0.5)
+        lenient = b_enc + error * (b_enc.abs() + 2 * context.max_row_norm * W_enc.norm(dim=1) / D**0.5)
         while B:
             row, slot = (torch.empty(capacity, dtype=torch.int32, device=W_enc.device) for _ in range(2))
             count = torch.zeros(1, dtype=torch.int32, device=W_enc.device)
@@ -150,7 +149,7 @@ class Entries:
         # Atomics hand out places in no order; sorting makes a step reproducible.
         key = torch.sort(slot[:found].long() * max(B, 1) + row[:found]).values
         slot, row = key // max(B, 1), key % max(B, 1)
-        pre = entry_dot(W_enc, step.x, slot, row) + b_enc[slot]
+        pre = entry_dot(W_enc, context.x, slot, row) + b_enc[slot]
         keep = ~(pre <= 0)
         slot, row, z = slot[keep], row[keep], pre[keep]
         by_row = torch.sort(row, stable=True).indices
@@ -169,43 +168,43 @@ def _starts(index: Tensor, size: int) -> Tensor:
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, step: BankStep
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, context: StepContext, decoder_norm: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        entries = Entries.find(W_enc, b_enc, step)
+        entries = Entries.find(W_enc, b_enc, context)
         norm = W_dec.norm(dim=1)
-        unit = step.decoder_norm == "unit"
+        unit = decoder_norm == "unit"
         used = entries.z / norm.clamp_min(1e-12)[entries.slot] if unit else entries.z
         out = recon + entries.over_rows(W_dec, entries.slot, used)
         sp = entries.z.sum() if unit else (entries.z * norm[entries.slot]).sum()
-        step.stats.append(BankStats(entries.start.diff() > 0, recon.new_tensor(float(entries.z.numel()))))
+        context.stats.append(BankStats(entries.start.diff() > 0, recon.new_tensor(float(entries.z.numel()))))
         value = recon.new_zeros(())
         ctx.scales = None
-        if step.perp is not None:
-            total, square, cross = _moments(entries, step.perp)
-            mean, inv_norm = column_scale(total, square, step.perp.rows)
-            value = _add_concept_gradient(step.perp, entries, mean, inv_norm, cross * inv_norm[:, None])
+        if context.perp is not None:
+            total, square, cross = _moments(entries, context.perp)
+            mean, inv_norm = column_scale(total, square, context.perp.rows)
+            value = _add_concept_gradient(context.perp, entries, mean, inv_norm, cross * inv_norm[:, None])
             ctx.scales = mean, inv_norm
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries, ctx.step = entries, step
+        ctx.entries, ctx.context, ctx.decoder_norm = entries, context, decoder_norm
         return out, sp, value
 
     @staticmethod
     def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
         _, _, W_dec = ctx.saved_tensors
-        step: BankStep = ctx.step
+        context: StepContext = ctx.context
         e: Entries = ctx.entries
-        unit = step.decoder_norm == "unit"
+        unit = ctx.decoder_norm == "unit"
         norm = W_dec.norm(dim=1).clamp_min(1e-12)
         slope = entry_dot(g_recon, W_dec, e.row, e.slot)
         slope = slope / norm[e.slot] + g_sp if unit else slope + g_sp * norm[e.slot]
-        if step.perp is not None:
+        if context.perp is not None:
             mean, inv_norm = ctx.scales
-            corr = _moments(e, step.perp)[2] * inv_norm[:, None]
+            corr = _moments(e, context.perp)[2] * inv_norm[:, None]
             own = (e.z - mean[e.slot]) * (inv_norm * corr.square().sum(dim=1))[e.slot]
-            across = entry_dot(step.perp.concept, corr, e.row, e.slot)
+            across = entry_dot(context.perp.concept, corr, e.row, e.slot)
             slope = slope + g_perp * 2 * inv_norm[e.slot] * (across - own)
-        grad_enc = segment_sum(step.x, e.start, e.row, slope)
-        ones = slope.new_ones(len(step.x), 1)
+        grad_enc = segment_sum(context.x, e.start, e.row, slope)
+        ones = slope.new_ones(len(context.x), 1)
         grad_b = segment_sum(ones, e.start, e.row, slope)[:, 0]
         grad_dec = segment_sum(g_recon, e.start, e.row, e.z)
         if unit:  # gradient of a row divided by its norm: what is orthogonal to the row
@@ -214,10 +213,10 @@ class _Triton(torch.autograd.Function):
         else:
             total = segment_sum(ones, e.start, e.row, e.z)[:, 0]
             grad_dec += (g_sp * total / norm)[:, None] * W_dec
-        return grad_enc, grad_b, grad_dec, g_recon, None
+        return grad_enc, grad_b, grad_dec, g_recon, None, None
 
 
-def _moments(e: Entries, perp: PerpStep) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of z [n] and z^2 [n], and concept^T z [n, R], over the global batch; one reduction."""
     concept = torch.cat([perp.concept, torch.ones_like(perp.concept[:, :1])], dim=1)
     first = segment_sum(concept, e.start, e.row, e.z)
@@ -226,7 +225,7 @@ def _moments(e: Entries, perp: PerpStep) -> tuple[Tensor, Tensor, Tensor]:
     return packed[:, -2], packed[:, -1], packed[:, :-2]
 
 
-def _add_concept_gradient(perp: PerpStep, e: Entries, mean: Tensor, inv_norm: Tensor, corr: Tensor) -> Tensor:
+def _add_concept_gradient(perp: Orthogonality, e: Entries, mean: Tensor, inv_norm: Tensor, corr: Tensor) -> Tensor:
     """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; returns its part of perp."""
     q = corr.square().sum(dim=0)
     weighted = corr * inv_norm[:, None]

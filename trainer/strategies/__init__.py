@@ -7,16 +7,17 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from trainer.strategies.base import ParallelConfig, Strategy, UnitState, owned_banks
+from trainer.strategies.base import Strategy, UnitState, owned_banks
+from trainer.strategies.layout import STRATEGIES, Layout, ParallelConfig
 from trainer.strategies.local import LocalStrategy
 from trainer.strategies.zero import ZeroStrategy
 from trainer.topology import Topology, build_topology, launched_world
 
-__all__ = ["ParallelConfig", "Strategy", "UnitState", "build_strategy", "join", "owned_banks"]
+__all__ = ["STRATEGIES", "Layout", "ParallelConfig", "Strategy", "UnitState", "build_strategy", "join", "owned_banks"]
 
 
-def join(config: ParallelConfig) -> Topology:
-    """Form the process group that the launcher announced and return this rank's place in the mesh. `config` is resolved."""
+def join(layout: Layout) -> Topology:
+    """Form the process group that the launcher announced and return this rank's place in the mesh."""
     cuda = torch.cuda.is_available()
     _, local_rank, world = launched_world()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -26,15 +27,15 @@ def join(config: ParallelConfig) -> Topology:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if world > 1:
-        PartialState(cpu=not cuda, backend=backend, timeout=timedelta(seconds=config.timeout))
-    elif config.zero_stage and not dist.is_initialized():  # DeepSpeed wants a group even for one process
+        PartialState(cpu=not cuda, backend=backend, timeout=timedelta(seconds=layout.timeout))
+    elif layout.zero_stage and not dist.is_initialized():  # DeepSpeed wants a group even for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
-    return build_topology(config.dictionary_ranks, device)
+    return build_topology(layout.dictionary_ranks, device)
 
 
-def build_strategy(config: ParallelConfig, topology: Topology) -> Strategy:
-    """The strategy that a resolved configuration names."""
-    if config.zero_stage:
-        return ZeroStrategy(topology, config)
+def build_strategy(layout: Layout, topology: Topology) -> Strategy:
+    """The strategy of a layout."""
+    if layout.zero_stage:
+        return ZeroStrategy(topology, layout)
     return LocalStrategy(topology)

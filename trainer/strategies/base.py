@@ -1,84 +1,14 @@
 """What the loop asks of a strategy: wrap objective and optimizer, run them, and name their state without naming ranks."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from trainer.errors import UserError
-from trainer.losses import LossConfig
-from trainer.objective import AlignObjective, Rows
+from trainer.losses import LossWeights
+from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import OptimConfig
-from trainer.strategies.deepspeed_settings import offloads, read_tuning
-from trainer.topology import Topology, check_mesh, launch_file
-
-STRATEGIES = ("auto", "single", "ddp", "dictionary", "zero1", "zero2", "zero3")
-
-
-@dataclass
-class ParallelConfig:
-    """How the work is spread over the launched processes."""
-
-    strategy: str = "auto"  # auto: what the launch file says, or single / ddp by the number of processes
-    dictionary_ranks: int = 1  # ranks that share the free banks; the others see other rows
-    offload: bool = False  # ZeRO optimizer state in host memory
-    deepspeed: str = ""  # JSON file that tunes ZeRO, see launch/deepspeed; "": settings computed from the banks alone
-    timeout: float = 600.0  # seconds that a rank waits for the others before the job fails
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage of a resolved configuration; 0 = not ZeRO."""
-        return int(self.strategy.removeprefix("zero")) if self.strategy.startswith("zero") else 0
-
-    def resolve(self, world: int, banks: int) -> "ParallelConfig":
-        """The setting for `world` launched processes and `banks` free banks. Raises UserError for what cannot be."""
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"parallel.strategy={self.strategy!r} is unknown; use one of {', '.join(STRATEGIES)}")
-        if self.timeout <= 0:
-            raise UserError(f"parallel.timeout={self.timeout} must be above 0 seconds")
-        launch = launch_file()
-        name, ranks = self.strategy, self.dictionary_ranks
-        if name in ("auto", "dictionary") and ranks == 1:
-            ranks = launch.dictionary_ranks
-        if name == "dictionary" and ranks == 1:
-            ranks = world
-        if name == "auto":
-            name = launch.strategy or ("dictionary" if ranks > 1 else "ddp" if world > 1 else "single")
-        if launch.strategy and launch.strategy != name:
-            raise UserError(
-                f"parallel.strategy={name}, but the launch file starts {launch.strategy}; "
-                f"set parallel.strategy=auto or take another file of launch/accelerate"
-            )
-        check_mesh(world, ranks)
-        if name == "single" and world > 1:
-            raise UserError(
-                f"parallel.strategy=single with {world} launched processes; set parallel.strategy=ddp or launch one process"
-            )
-        if ranks > 1 and name != "dictionary":
-            raise UserError(
-                f"parallel.dictionary_ranks={ranks} needs parallel.strategy=dictionary, not {name}; "
-                f"set parallel.dictionary_ranks=1 or parallel.strategy=dictionary"
-            )
-        if ranks > banks:
-            nearest = max(n for n in range(1, banks + 1) if world % n == 0)
-            raise UserError(
-                f"parallel.dictionary_ranks={ranks} is more than the {banks} free banks; the nearest possible setting is "
-                f"parallel.dictionary_ranks={nearest}, or lower dictionary.bank_slots"
-            )
-        offload = self.offload or (launch.offload and name.startswith("zero"))
-        if offload and not name.startswith("zero"):
-            raise UserError(
-                f"parallel.offload=true needs parallel.strategy=zero1, zero2 or zero3, not {name}; "
-                f"set parallel.offload=false or parallel.strategy=zero1"
-            )
-        found = replace(self, strategy=name, dictionary_ranks=ranks, offload=offload)
-        if self.deepspeed and not found.zero_stage:
-            raise UserError(
-                f"parallel.deepspeed={self.deepspeed} needs parallel.strategy=zero1, zero2 or zero3, not {name}; "
-                f"set parallel.deepspeed= or parallel.strategy=zero3"
-            )
-        tuning = read_tuning(self.deepspeed, found.zero_stage)
-        return replace(found, offload=offloads("offload_optimizer", tuning)) if "offload_optimizer" in tuning else found
+from trainer.topology import Topology
 
 
 @dataclass
@@ -108,7 +38,7 @@ class Strategy(ABC):
         """Take the objective, whose units were placed, and build engine and optimizer; `updates` steps were taken before."""
 
     @abstractmethod
-    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
         """AlignObjective.forward through the engine."""
 
     @abstractmethod
@@ -140,9 +70,7 @@ class Strategy(ABC):
 
     def unit_names(self) -> list[str]:
         """All units of the whole dictionary, the same list on all ranks."""
-        dictionary = self.objective.dictionary
-        fixed = [name for name in dictionary.units() if not name.startswith("bank-")]
-        return fixed + [f"bank-{i:05d}" for i in range(len(dictionary.sizes))]
+        return self.objective.dictionary.form.units()
 
     def sync_last_fired(self) -> None:
         """Make `last_fired` of every bank that of the global batch."""

@@ -1,12 +1,13 @@
 """DeepSpeed's settings: computed from the banks, and tuned by a JSON file (`parallel.deepspeed`) in what costs time or memory but changes no number."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.dictionary import DictionaryConfig
+from trainer.dictionary import DictionaryForm, bank_unit
 from trainer.errors import UserError
 
 # Keys of zero_optimization that a file may set, and the type of their value; what begins with stage3_ is for stage 3 alone.
@@ -96,15 +97,15 @@ def sharding_config(tuning: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_config(
-    stage: int, offload: bool, tuning: dict[str, Any], width: int, dictionary: DictionaryConfig, accumulate: int
+    stage: int, offload: bool, tuning: dict[str, Any], form: DictionaryForm, accumulate: int
 ) -> dict[str, Any]:
     """Everything that DeepSpeed is told. Its buffers hold the largest bank; `tuning` wins over what is computed.
 
     The engine trains in fp32: the kernels cast from fp32 masters themselves, so a bf16 section would only change the numbers.
     """
     cuda = torch.cuda.is_available()
-    slots = min(dictionary.bank_slots, dictionary.free_slots)
-    bank = slots * (2 * width + 1)
+    bank = form.elements(bank_unit(0))
+    largest = max(math.prod(shape) for shape in form.shapes(bank_unit(0)).values())
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bank,
@@ -116,7 +117,7 @@ def engine_config(
         zero |= {
             # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass a whole bank.
             # Without CUDA nothing runs beside the computation, so there is nothing to gain.
-            "stage3_prefetch_bucket_size": bank - slots * width if cuda else 0,
+            "stage3_prefetch_bucket_size": bank - largest if cuda else 0,
             "stage3_max_live_parameters": 2 * bank,
             "stage3_max_reuse_distance": 0,
             "stage3_param_persistence_threshold": 0,

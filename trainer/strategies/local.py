@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.losses import LossConfig
-from trainer.objective import AlignObjective, Rows
+from trainer.dictionary import bank_number
+from trainer.losses import LossWeights
+from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer, square_norm
 from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.topology import Topology
@@ -40,9 +41,9 @@ class LocalStrategy(Strategy):
                 broadcast_buffers=False,  # last_fired differs by rank until it is reduced
                 gradient_as_bucket_view=True,
             )
-            self._settle_buckets()
+            self._fix_buckets()
 
-    def _settle_buckets(self) -> None:
+    def _fix_buckets(self) -> None:
         """A first backward pass, on no rows, that is the same in every run.
 
         DDP lays its buckets out anew after the first one, in the order in which gradients came, and sums over more than two ranks depend on
@@ -51,12 +52,12 @@ class LocalStrategy(Strategy):
         device = self.topology.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
         acts = torch.zeros(0, self.objective.dictionary.width, device=device)
-        loss, _ = self.forward(Rows(acts, none, none, torch.zeros(3, device=device)), LossConfig(), False, 0)
+        loss, _ = self.forward(MicroBatch(acts, none, none, torch.zeros(3, device=device)), LossWeights(), False, 0)
         self.backward(loss, last=True)
         self.discard()
 
-    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
-        return self.engine(rows, weights, align, step)
+    def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
+        return self.engine(batch, weights, align, step)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         wait = self.engine.no_sync() if isinstance(self.engine, DistributedDataParallel) and not last else nullcontext()
@@ -81,13 +82,7 @@ class LocalStrategy(Strategy):
         """Norm over all parameters of the whole dictionary, replicated ones counted once."""
         dictionary = self.objective.dictionary
         own = [p.grad for bank in dictionary.free_banks() for p in bank.parameters() if p.grad is not None]
-        shared = [
-            p.grad
-            for name, unit in self._units.items()
-            if not name.startswith("bank-")
-            for p in unit.parameters()
-            if p.grad is not None
-        ]
+        shared = [p.grad for u in dictionary.shared_units().values() for p in u.parameters() if p.grad is not None]
         square = self.topology.sum_over_dictionary(square_norm(own))
         return (square + square_norm(shared)).sqrt().float()
 
@@ -124,6 +119,5 @@ class LocalStrategy(Strategy):
     def _saves(self, unit: str) -> bool:
         """Spread the units of a dictionary rank over its data ranks, so that they write at the same time."""
         topology = self.topology
-        if unit.startswith("bank-"):
-            return int(unit.removeprefix("bank-")) % topology.data_world == topology.data_rank
-        return topology.is_main
+        number = bank_number(unit)
+        return topology.is_main if number is None else number % topology.data_world == topology.data_rank

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.losses import LossConfig
-from trainer.objective import AlignObjective, Rows
+from trainer.losses import LossWeights
+from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer
-from trainer.strategies.base import ParallelConfig, Strategy, UnitState, on_host
+from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.strategies.deepspeed_settings import engine_config, offloads, read_tuning, sharding_config
+from trainer.strategies.layout import Layout
 from trainer.topology import Topology
 
 
@@ -25,14 +26,14 @@ class ZeroStrategy(Strategy):
 
     Args:
         topology: all ranks are data ranks.
-        config: resolved. Stage 1 shards the optimizer, 2 also gradients, 3 also weights.
+        layout: its stage. Stage 1 shards the optimizer, 2 also gradients, 3 also weights.
     """
 
-    def __init__(self, topology: Topology, config: ParallelConfig):
+    def __init__(self, topology: Topology, layout: Layout):
         self.topology = topology
-        self.stage = config.zero_stage
-        self.offload = config.offload
-        self._tuning = read_tuning(config.deepspeed, self.stage)
+        self.stage = layout.zero_stage
+        self.offload = layout.offload
+        self._tuning = read_tuning(layout.deepspeed, self.stage)
 
         # DeepSpeed's own use of torch and its progress notes are nothing that a user can act on.
         warnings.filterwarnings("ignore", message=r"`torch\.distributed", category=FutureWarning)
@@ -53,9 +54,7 @@ class ZeroStrategy(Strategy):
         self.objective = objective
         dictionary = objective.dictionary
         self._units = dictionary.units()
-        config = engine_config(
-            self.stage, self.offload, self._tuning, dictionary.width, dictionary.config, optim.accumulate
-        )
+        config = engine_config(self.stage, self.offload, self._tuning, dictionary.form, optim.accumulate)
         optimizer = build_optimizer(objective.parameters(), optim)
         # DeepSpeed has no public way to drop gradients. Without .grad AdamW leaves a parameter and its moments alone.
         optimizer.register_step_pre_hook(self._drop_gradients)
@@ -87,8 +86,8 @@ class ZeroStrategy(Strategy):
         if not stage3:
             engine._lazy_init_hp_params_optimizer_state()  # otherwise linked to the parameters at the first step only
 
-    def forward(self, rows: Rows, weights: LossConfig, align: bool, step: int) -> tuple[Tensor, Tensor]:
-        return self.engine(rows, weights, align, step)
+    def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
+        return self.engine(batch, weights, align, step)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -1,0 +1,190 @@
+"""Builds a run from its configuration: what is checked, in which order, and how the parts are put together."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from trainer import checkpoint
+from trainer.config import Config, flatten, to_yaml
+from trainer.curriculum import Curriculum
+from trainer.dictionary import ConceptDictionary, DictionaryForm, bank_number
+from trainer.errors import DataError, UserError
+from trainer.guard import Guard
+from trainer.interrupt import Interrupt
+from trainer.journal import Journal
+from trainer.kernels import usable_precision
+from trainer.loop import Run
+from trainer.objective import AlignObjective
+from trainer.run_folder import RunFolder
+from trainer.strategies import Layout, Strategy, build_strategy, join, owned_banks
+from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
+from trainer.stream.location import redact
+from trainer.stream.manifest import write_atomically
+from trainer.topology import Topology
+from trainer.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What configuration, data and launch fix before any other rank is asked."""
+
+    config: Config
+    layout: Layout
+    manifest: Manifest
+    plan: Plan
+    curriculum: Curriculum
+    form: DictionaryForm
+
+
+def read_inputs(config: Config, world: int = 1) -> Inputs:
+    """All refusals that need no other rank. `world`: launched processes.
+
+    Raises UserError or DataError, one line, for settings, data and launch that do not go together.
+    """
+    layout = config.parallel.resolve(world, config.dictionary.banks)
+    config.optim.refuse_sharding(layout.zero_stage)
+    manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
+    plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
+    lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
+    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch)
+    if "align" in curriculum.names and not manifest.concepts:
+        raise UserError(
+            "stage align needs labelled rows, but the manifest of data.shards names no concepts; "
+            "drop the stage or extract with labels"
+        )
+    form = config.dictionary.form(manifest.width, manifest.concepts, len(manifest.answers))
+    return Inputs(config, layout, manifest, plan, curriculum, form)
+
+
+def build_run(inputs: Inputs, interrupt: Interrupt) -> Run:
+    """Form the process group, find what there is to resume, and build everything that the loop works with."""
+    config, manifest = inputs.config, inputs.manifest
+    folder = RunFolder(Path(config.run.dir))
+    topology = join(inputs.layout)
+    if not topology.agree(int(manifest.digest[:15], 16)):
+        raise DataError(
+            f"ranks read different manifests at data.shards={redact(config.data.shards)}; give all the same copy"
+        )
+    resume, state = find_state(inputs, folder, topology)
+    strategy = build_strategy(inputs.layout, topology)
+    strategy.prepare(build_objective(inputs, strategy, resume), config.optim, state.updates)
+    if resume is not None:
+        checkpoint.load_moments(resume, strategy)
+    tracker = open_tracker(inputs, folder, state.step, topology)
+    journal = Journal(folder.skipped, state.step) if topology.is_main else None
+    return Run(
+        config=config,
+        folder=folder,
+        manifest=manifest,
+        plan=inputs.plan,
+        curriculum=inputs.curriculum,
+        strategy=strategy,
+        tracker=tracker,
+        state=state,
+        # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
+        digest=RowDigest(state.rows_digest if topology.data_rank == 0 else 0),
+        guard=Guard(config.guard, inputs.plan, journal, state.guard),
+        saver=checkpoint.Saver(folder.checkpoints, config.checkpoint, strategy, manifest, trusted=resume),
+        interrupt=interrupt,
+    )
+
+
+def find_state(inputs: Inputs, folder: RunFolder, topology: Topology) -> tuple[Path | None, checkpoint.RunState]:
+    """The checkpoint to go on from, or None, and the state of the run there. Called on all ranks."""
+    config = inputs.config
+    resume, skipped = checkpoint.find(config.checkpoint.resume, folder.checkpoints, topology)
+    fresh = checkpoint.RunState.fresh(config.run.seed, inputs.form)
+    state = fresh if resume is None else resumed_state(resume, inputs)
+    if config.checkpoint.resume != "auto":
+        checkpoint.refuse_later(folder.checkpoints, state.step)
+    if topology.is_main:
+        for reason in skipped:
+            log.warning("checkpoint skipped: %s", reason)
+        if resume is not None:
+            log.info("resuming from %s at step %d of %d", resume, state.step, inputs.curriculum.total)
+    return resume, state
+
+
+def resumed_state(folder: Path, inputs: Inputs) -> checkpoint.RunState:
+    """The state of a checkpoint, if it fits configuration and data. Raises UserError naming what differs."""
+    state, seed = checkpoint.read_state(folder), inputs.config.run.seed
+    if different := state.dictionary.difference(inputs.form):
+        key, theirs, wanted = different
+        raise UserError(
+            f"checkpoint {folder} has {key}={_shortened(theirs)} but this run has {_shortened(wanted)}; "
+            f"use the configuration and data it was made with, or checkpoint.resume=none and another run.dir"
+        )
+    if state.seed != seed:
+        raise UserError(
+            f"checkpoint {folder} was made with run.seed={state.seed}, not {seed}; the order of rows would change"
+        )
+    inputs.plan.resume(state.stream)
+    return state
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def build_objective(inputs: Inputs, strategy: Strategy, resume: Path | None) -> AlignObjective:
+    """The dictionary and its loss.
+
+    Each unit is made, loaded and placed before the next one, so that a rank never holds more than its strategy does.
+    """
+    config, topology, kernels = inputs.config, strategy.topology, []
+
+    def load_and_place(name: str, unit: nn.Module) -> None:
+        if resume is not None:
+            kernel = checkpoint.load_unit(resume, name, unit)
+            if bank_number(name) is not None:
+                kernels.append(kernel or "dense")
+        strategy.place(unit)
+
+    dictionary = ConceptDictionary(
+        inputs.form,
+        initial_l0=config.dictionary.initial_l0,
+        seed=config.run.seed,
+        owned=owned_banks(inputs.form.banks, topology),
+        on_unit=load_and_place,
+    )
+    dictionary.set_normalisation(inputs.manifest.mean, inputs.manifest.scale)
+    return AlignObjective(
+        dictionary.to(topology.device),
+        topology,
+        bind_on=config.loss.bind_on,
+        kernel=config.kernel,
+        precision=agreed_precision(config.run.precision, topology),
+        kernels=kernels if resume is not None else None,
+    )
+
+
+def agreed_precision(precision: str, topology: Topology) -> str:
+    """What every rank can compute in: ranks that share a dictionary must round alike."""
+    if not topology.any_over_world(usable_precision(precision, topology.device) != precision):
+        return precision
+    log.info("run.precision=%s: this CPU, or that of another rank, would emulate bf16; products are fp32", precision)
+    return "fp32"
+
+
+def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topology) -> Tracker | None:
+    """The run folder with config.yaml, and the tracker of the main rank."""
+    if not topology.is_main:
+        return None
+    config, manifest = inputs.config, inputs.manifest
+    # What is kept and shown elsewhere carries no credentials and no signed query.
+    shown = replace(config, data=replace(config.data, shards=redact(config.data.shards)))
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder.config, to_yaml(shown).encode())
+        folder.outcome.unlink(missing_ok=True)  # of an earlier attempt
+    except OSError as error:
+        raise UserError(f"run.dir={folder.path} cannot be written ({error.strerror}); choose another folder") from error
+    tags = {"manifest_digest": manifest.digest, "hook_point": manifest.hook_point, "model": manifest.model}
+    tracker = Tracker(folder.path, config.tracking, flatten(shown), tags, step)
+    tracker.artifact(folder.config)
+    return tracker

@@ -1,0 +1,21 @@
+"""The dictionary: form, banks with their gate, normalisation, and the names of its units. Knows no parallelism."""
+
+from trainer.dictionary.bank import BankWeights, OutputBias, SlotBank
+from trainer.dictionary.concept_dictionary import ConceptDictionary
+from trainer.dictionary.form import ChosenForm, DictionaryConfig, DictionaryForm
+from trainer.dictionary.gate import GATES, apply_gate
+from trainer.dictionary.units import bank_number, bank_unit
+
+__all__ = [
+    "GATES",
+    "BankWeights",
+    "ChosenForm",
+    "ConceptDictionary",
+    "DictionaryConfig",
+    "DictionaryForm",
+    "OutputBias",
+    "SlotBank",
+    "apply_gate",
+    "bank_number",
+    "bank_unit",
+]

@@ -1,0 +1,122 @@
+"""A bank of slots: weights, encoder, gate, decoder. Everything that a slot computes is spelled here.
+
+Shapes: B rows, D model width, n slots of a bank.
+"""
+
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.dictionary.gate import GATES, apply_gate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BankWeights(NamedTuple):
+    """The weights of a bank while it lends them: W_enc [n, D], b_enc [n], W_dec [n, D], threshold [n] or None (0), all fp32."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    threshold: Tensor | None = None
+    decoder_norm: str = "free"
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """x W_enc^T + b_enc [B, n] fp32; the product is in the dtype of x [B, D]."""
+        # The bias is added in fp32: what is trained in it would be lost in the rounding of a bf16 sum.
+        return (x @ self.W_enc.to(x.dtype).T).float() + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Code z [B, n] fp32 of normalised activations x [B, D]."""
+        return apply_gate(self.pre_activations(x), self.threshold)
+
+    def decoder(self) -> Tensor:
+        """The rows [n, D] that the code is multiplied with: W_dec, or its rows at norm 1."""
+        if self.decoder_norm == "free":
+            return self.W_dec
+        return self.W_dec / self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """This bank's share of the reconstruction [B, D] fp32; the product is in the dtype of z [B, n]."""
+        return (z @ self.decoder().to(z.dtype)).float()
+
+
+class SlotBank(nn.Module):
+    """n slots that directly own their weights, so that ZeRO-3 gathers and releases them together.
+
+    W_enc [n, D], b_enc [n], W_dec [n, D], fp32. `last_fired` [n] int64 is the last step at which a slot was active.
+
+    Args:
+        slots: n.
+        width: D.
+        zero: start from zero weights; else from random directions of norm 1.
+        bias: value of b_enc.
+        gate: name of the gate (gate.GATES).
+        decoder_norm: see ChosenForm.
+        generator: of the random directions.
+    """
+
+    last_fired: Tensor
+
+    def __init__(
+        self,
+        slots: int,
+        width: int,
+        *,
+        zero: bool = False,
+        bias: float = 0.0,
+        gate: str = "relu",
+        decoder_norm: str = "free",
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if zero:
+            decoder = torch.zeros(slots, width)
+        else:
+            decoder = torch.randn(slots, width, generator=generator)
+            decoder /= decoder.norm(dim=1, keepdim=True)
+        # Encoder starts as the transposed decoder: every slot then reads the direction that it writes.
+        self.W_enc = nn.Parameter(decoder.clone())
+        self.b_enc = nn.Parameter(torch.full((slots,), bias))
+        self.W_dec = nn.Parameter(decoder)
+        self.gate, self.decoder_norm = GATES[gate], decoder_norm
+        self.register_buffer("last_fired", torch.zeros(slots, dtype=torch.int64))
+
+    @property
+    def slots(self) -> int:
+        """Number of slots n (valid under ZeRO-3 too, where the weights may be elsewhere)."""
+        return self.last_fired.numel()
+
+    def forward(self, use: Callable[Concatenate[BankWeights, P], T], *args: P.args, **options: P.kwargs) -> T:
+        """Lend the weights to `use(weights, *args)`.
+
+        A call of the module is what ZeRO-3 hooks gather for, so nothing outside may touch the weights in another way.
+        """
+        return use(self.weights(), *args, **options)
+
+    def weights(self) -> BankWeights:
+        """The weights as they lie here; whole outside of `forward` only where no engine shards them."""
+        return BankWeights(self.W_enc, self.b_enc, self.W_dec, self.gate.threshold(self), self.decoder_norm)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Code z [B, n] fp32 of normalised activations x [B, D]."""
+        return self(BankWeights.encode, x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """This bank's share of the reconstruction [B, D] of a code z [B, n]."""
+        return self(BankWeights.decode, z)
+
+
+class OutputBias(nn.Module):
+    """b_dec [D], in a module of its own so that ZeRO-3 gathers it where it is used."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.b_dec = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_hat: Tensor) -> Tensor:
+        """x_hat [B, D] + b_dec."""
+        return x_hat + self.b_dec

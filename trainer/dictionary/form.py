@@ -1,0 +1,144 @@
+"""The form of a dictionary: everything about it but the values of its weights.
+
+`ChosenForm` is what a user chooses, and what the section `dictionary` of a configuration sets. `DictionaryForm` adds what the data
+give. It is what a checkpoint stores, a resume compares, `alignsae plan` counts and an export describes: a field added here is known
+to all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trainer.dictionary.gate import GATES
+from trainer.dictionary.units import CONCEPTS, OUTPUT, VALUE, bank_number, bank_unit
+from trainer.errors import UserError
+
+Shapes = dict[str, tuple[int, ...]]
+MOST_SLOTS, MOST_WIDTH, MOST_ANSWERS = 1 << 40, 1 << 20, 1 << 31  # more than any file could hold is a damaged number
+
+
+@dataclass
+class ChosenForm:
+    """Size and form of the free slots and of the value head."""
+
+    free_slots: int = 100_000
+    bank_slots: int = 8_192
+    decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
+    value_hidden: int = 256  # hidden width of the value head V
+    gate: str = "relu"  # what makes a code of pre-activations: relu
+
+    def validate(self) -> None:
+        """Raise UserError for a size or word that cannot be."""
+        for name, most in (("free_slots", MOST_SLOTS), ("bank_slots", MOST_SLOTS), ("value_hidden", MOST_WIDTH)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"dictionary.{name}={getattr(self, name)} must be between 1 and {most}")
+        for name, known in (("decoder_norm", ("free", "unit")), ("gate", tuple(GATES))):
+            if getattr(self, name) not in known:
+                raise UserError(f"dictionary.{name}={getattr(self, name)!r} is unknown; use {' or '.join(known)}")
+
+    @property
+    def banks(self) -> int:
+        """Number of free banks."""
+        return -(-self.free_slots // self.bank_slots)
+
+    @property
+    def bank_sizes(self) -> list[int]:
+        """Slots of each free bank: equal banks, the last one takes the rest."""
+        full, rest = divmod(self.free_slots, self.bank_slots)
+        return [self.bank_slots] * full + ([rest] if rest else [])
+
+
+@dataclass
+class DictionaryConfig(ChosenForm):
+    """The section `dictionary` of a configuration: the form, and how its weights begin."""
+
+    initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
+
+    def validate(self) -> None:
+        """Raise UserError for a size or word that cannot be."""
+        super().validate()
+        if self.initial_l0 is not None and not 1 <= self.initial_l0 <= self.free_slots:
+            raise UserError(
+                f"dictionary.initial_l0={self.initial_l0} must be between 1 and {self.free_slots} free slots"
+            )
+
+    def form(self, width: int, concepts: Sequence[str] = (), answers: int = 0) -> "DictionaryForm":
+        """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of this size."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(ChosenForm)}
+        return DictionaryForm(**chosen, width=width, concepts=list(concepts), answers=answers)
+
+
+@dataclass(kw_only=True)
+class DictionaryForm(ChosenForm):
+    """The whole form.
+
+    width: D. concepts: names, in slot order (R >= 0). answers: size A of the answer vocabulary (0 = no value head).
+    """
+
+    width: int
+    concepts: list[str]
+    answers: int = 0
+
+    def validate(self) -> None:
+        """Raise UserError for a size or word that cannot be."""
+        super().validate()
+        if not 1 <= self.width <= MOST_WIDTH or not 0 <= self.answers <= MOST_ANSWERS:
+            raise UserError(f"a dictionary of width {self.width} with {self.answers} answers cannot be")
+
+    @property
+    def slots(self) -> int:
+        """S = R + K, over all ranks."""
+        return len(self.concepts) + self.free_slots
+
+    @property
+    def has_value_head(self) -> bool:
+        """Whether there is something to predict, and something to predict it from."""
+        return bool(self.concepts) and self.answers > 0
+
+    def shared_units(self) -> list[str]:
+        """Names of the units that are no free bank."""
+        return [CONCEPTS, OUTPUT, *([VALUE] if self.has_value_head else [])]
+
+    def units(self) -> list[str]:
+        """Names of all units, in the order in which they are saved."""
+        return self.shared_units() + [bank_unit(number) for number in range(self.banks)]
+
+    def shapes(self, unit: str) -> Shapes:
+        """Parameters and float buffers of one unit: name -> shape, fp32."""
+        if unit == OUTPUT:
+            return {"b_dec": (self.width,)}
+        if unit == VALUE:
+            hidden, concepts = self.value_hidden, len(self.concepts)
+            layers = {"0": (hidden, concepts), "2": (self.answers, hidden)}
+            return {f"{k}.{p}": s if p == "weight" else s[:1] for k, s in layers.items() for p in ("weight", "bias")}
+        number = bank_number(unit)
+        if number is None:
+            return self._bank_shapes(len(self.concepts), "relu")
+        return self._bank_shapes(min(self.bank_slots, self.free_slots - number * self.bank_slots), self.gate)
+
+    def elements(self, unit: str) -> int:
+        """Numbers in the tensors of one unit."""
+        return sum(_product(shape) for shape in self.shapes(unit).values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of `dictionary` in state.json."""
+        return asdict(self)
+
+    def difference(self, other: "DictionaryForm") -> tuple[str, Any, Any] | None:
+        """The first field that differs, as (name, own value, other value); None when the forms are equal."""
+        for field in fields(self):
+            own, theirs = getattr(self, field.name), getattr(other, field.name)
+            if own != theirs:
+                return field.name, own, theirs
+        return None
+
+    def _bank_shapes(self, slots: int, gate: str) -> Shapes:
+        own = {"W_enc": (slots, self.width), "b_enc": (slots,), "W_dec": (slots, self.width)}
+        return own | GATES[gate].shapes(slots)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
