@@ -2,9 +2,10 @@
 
   alignsae evaluate --run runs/demo --train data/demo/layer-01/train --heldout data/demo/layer-01/heldout
 
-Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a dictionary that was
-trained without the align stage, for the comparison of fragmentation. --model and --prompts add the loss recovered: the
-language model's cross-entropy on the held-out answers when the reconstruction replaces the activation.
+Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a
+dictionary that was trained without the align stage, for the comparison of fragmentation. --model and --prompts add the
+loss recovered: the language model's cross-entropy on the held-out answers when the reconstruction replaces the
+activation.
 """
 
 import argparse
@@ -13,12 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.checkpoint import load_dictionary
-from trainer.errors import UserError
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.interventions import hook_layer, loss_recovered
 from trainer.analysis.language_model import load_language_model, read_prompts
 from trainer.analysis.results import rows_of, run_shards, write_result
+from trainer.checkpoint import load_dictionary
+from trainer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,20 +2,20 @@ r"""Generate text with chosen concept slots set by hand, next to the text withou
 
   alignsae steer --run runs/demo --model models/demo --prompt 'Q: Where does Ada work?\nA:' employer=0 birth_city=1.5
 
-CONCEPT=ALPHA sets the slot of that concept, at the last prompt token, to ALPHA times its mean activation on its own concept
-(training shards); 0 switches it off. Slots that are not named keep their value.
+CONCEPT=ALPHA sets the slot of that concept, at the last prompt token, to ALPHA times its mean activation on its own
+concept (training shards); 0 switches it off. Slots that are not named keep their value.
 """
 
 import argparse
 from difflib import get_close_matches
 from pathlib import Path
 
-from trainer.checkpoint import load_dictionary
-from trainer.errors import UserError
 from trainer.analysis.evaluation import concept_slot_means
 from trainer.analysis.interventions import hook_layer, steering
 from trainer.analysis.language_model import edit_residual, generate_answers, load_language_model
 from trainer.analysis.results import rows_of, run_shards
+from trainer.checkpoint import load_dictionary
+from trainer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,9 +2,9 @@
 
   alignsae swap --run runs/demo --model models/demo --prompts data/demo/questions.jsonl
 
-At the last prompt token the slot of the asked relation is set to 0 and the slot of another relation to alpha times its mean
-activation on its own concept (training shards); the model then answers greedily. A swap succeeds when the whole answer is
-the other relation's answer for the same subject. Beside it stands the yardstick that needs no dictionary:
+At the last prompt token the slot of the asked relation is set to 0 and the slot of another relation to alpha times its
+mean activation on its own concept (training shards); the model then answers greedily. A swap succeeds when the whole
+answer is the other relation's answer for the same subject. Beside it stands the yardstick that needs no dictionary:
 h + alpha * (mean of the target relation - mean of the asked relation).
 """
 
@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer.checkpoint import load_dictionary
-from trainer.errors import UserError
 from trainer.analysis.evaluation import concept_means, concept_slot_means
 from trainer.analysis.interventions import (
     Edit,
@@ -33,8 +31,16 @@ from trainer.analysis.interventions import (
     slot_swap,
     swap_pairs,
 )
-from trainer.analysis.language_model import answer_matches, encode_answer, generate_answers, load_language_model, read_prompts
+from trainer.analysis.language_model import (
+    answer_matches,
+    encode_answer,
+    generate_answers,
+    load_language_model,
+    read_prompts,
+)
 from trainer.analysis.results import rows_of, run_shards, write_result
+from trainer.checkpoint import load_dictionary
+from trainer.errors import UserError
 
 EXAMPLES = 20  # of each kind of failure
 

@@ -1,9 +1,10 @@
 """Train a grid of configurations, one after the other, and tabulate where each ended.
 
-  alignsae sweep --config configs/demo.yaml --grid loss.sp=0.02,0.05,0.1 --grid dictionary.free_slots=4096,16384 --out runs/sweep
+  alignsae sweep --config configs/demo.yaml --out runs/sweep \\
+      --grid loss.sp=0.02,0.05,0.1 --grid dictionary.free_slots=4096,16384
 
-Each point is an ordinary run in OUT/NAME, started with --launcher; the same command again goes on with the points that did not finish.
-The last logged figures of all points go to OUT/sweep.json and to the terminal.
+Each point is an ordinary run in OUT/NAME, started with --launcher; the same command again goes on with the points that
+did not finish. The last logged figures of all points go to OUT/sweep.json and to the terminal.
 """
 
 import argparse
@@ -14,9 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from trainer.analysis.results import read_metrics, write_result
 from trainer.config import load_config
 from trainer.errors import UserError
-from trainer.analysis.results import read_metrics, write_result
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 
