@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The whole result of the paper in small, in about ten minutes on two CPU cores. `make demo` calls this with the environment's bin folder in PATH.
-# Every stage can be run again by hand; a second `make demo` starts anew.
+# The whole result of the paper in small, in about ten minutes on two CPU cores. `make demo` calls this with the
+# environment's bin folder in PATH. Every stage can be run again by hand; a second `make demo` starts anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 began=$(date +%s)
-# Models this small gain little from a second thread, lose much to it on a busy machine, and one thread gives the same numbers on any number of cores.
+# Models this small gain little from a second thread, lose much to it on a busy machine, and one thread gives the same
+# numbers on any number of cores.
 export OMP_NUM_THREADS=1
 layer=layer-01
 rm -rf data/demo models/demo runs/demo runs/demo-unsupervised
@@ -19,14 +20,16 @@ echo "== 3/7 activations"
 alignsae extract --model models/demo --prompts data/demo/questions.jsonl --layers 1 --out data/demo
 
 echo "== 4/7 concept-aligned dictionary: pretrain, then align"
-accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train --config configs/demo.yaml "data.shards=data/demo/$layer/train"
+accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train \
+    --config configs/demo.yaml "data.shards=data/demo/$layer/train"
 
 echo "== 5/7 unsupervised dictionary, for comparison"
-accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train --config configs/demo_unsupervised.yaml "data.shards=data/demo/$layer/train"
+accelerate launch --config_file launch/accelerate/single.yaml -m trainer.train \
+    --config configs/demo_unsupervised.yaml "data.shards=data/demo/$layer/train"
 
 echo "== 6/7 evaluation and swaps"
-alignsae evaluate --run runs/demo --train "data/demo/$layer/train" --heldout "data/demo/$layer/heldout" --unsupervised runs/demo-unsupervised \
-    --model models/demo --prompts data/demo/questions.jsonl
+alignsae evaluate --run runs/demo --train "data/demo/$layer/train" --heldout "data/demo/$layer/heldout" \
+    --unsupervised runs/demo-unsupervised --model models/demo --prompts data/demo/questions.jsonl
 alignsae swap --run runs/demo --model models/demo --prompts data/demo/questions.jsonl
 
 echo "== 7/7 report"

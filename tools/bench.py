@@ -1,11 +1,12 @@
 """Time the training step against its floor and against dense autograd, on synthetic rows.
 
-The floor is what no step can avoid: one encoder product (bf16, or fp32 on a CPU that emulates bf16) and one pass of fused AdamW, measured
-in the same process on the same shapes. Timed steps are whole ones (forward, backward, clipping, AdamW with learning rate 0) through the
-objective and strategy that training uses. Repetitions are interleaved and medians are reported, so that a busy machine disturbs all
-subjects alike; the floor and our sparse step take turns first, then the dense steps, whose gigabytes of temporary memory would slow down
-what runs between them. The mean L0 is set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are
-Gaussian, so activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
+The floor is what no step can avoid: one encoder product (bf16, or fp32 on a CPU that emulates bf16) and one pass of
+fused AdamW, measured in the same process on the same shapes. Timed steps are whole ones (forward, backward, clipping,
+AdamW with learning rate 0) through the objective and strategy that training uses. Repetitions are interleaved and
+medians are reported, so that a busy machine disturbs all subjects alike; the floor and our sparse step take turns
+first, then the dense steps, whose gigabytes of temporary memory would slow down what runs between them. The mean L0 is
+set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are Gaussian, so
+activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from trainer.errors import UserError
 from trainer.kernels import usable_precision
 
 AXES = ("slots", "rows", "l0", "concepts")
-# What one measurement of all subjects holds at a time: training states, and [B, S] blocks of the dense baseline in fp32.
+# What one measurement of all subjects holds at a time: training states, and fp32 [B, S] blocks of the dense baseline.
 DENSE_COPIES, DENSE_BLOCKS = 2, 5
 
 
@@ -127,7 +128,7 @@ def fast_kernel(setting: Setting) -> str:
 
 
 def our_subjects(ours: OurStep, kernels: list[str]) -> Subjects:
-    """kernel/stage -> one step. The dense kernel is timed at the density of initialisation, where it is the one in use."""
+    """kernel/stage -> one step. The dense kernel is timed at the density of initialisation, where it is in use."""
 
     def subject(kernel: str, align: bool) -> Subject:
         return Subject(lambda: ours.step(align), lambda: ours.prepare(kernel, sparse=kernel != "dense"))

@@ -1,15 +1,15 @@
 """Generate the synthetic biography benchmark of arXiv 2512.02004 with invented entities.
 
-Every person has a birth date, a birth city, a university, a major and an employer; the employer's city is the work city.
-OUT receives
+Every person has a birth date, a birth city, a university, a major and an employer; the employer's city is the work
+city. OUT receives
   questions.jsonl    one line per person, relation and question template: prompt, answer, concept (relation), template
                      (0..3), split (train | heldout, by template), subject
   biographies.jsonl  one line per person and variant: text, subject, variant
   meta.json          seed, sizes, relations in slot order, templates
   README.md          dataset card, so that `datasets.load_dataset(OUT, "questions")` works
 
-A prompt is `Q: {question}\\nA:` without a trailing space; an answer is stored without a leading space and is tokenised as
-one space followed by the answer. The same arguments give the same bytes.
+A prompt is `Q: {question}\\nA:` without a trailing space; an answer is stored without a leading space and is tokenised
+as one space followed by the answer. The same arguments give the same bytes.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
   alignsae evaluate --run runs/demo --train data/demo/layer-01/train --heldout data/demo/layer-01/heldout
 
-Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a dictionary that was
-trained without the align stage, for the comparison of fragmentation. --model and --prompts add the loss recovered: the
-language model's cross-entropy on the held-out answers when the reconstruction replaces the activation.
+Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a
+dictionary that was trained without the align stage, for the comparison of fragmentation. --model and --prompts add the
+loss recovered: the language model's cross-entropy on the held-out answers when the reconstruction replaces the
+activation.
 """
 
 import argparse

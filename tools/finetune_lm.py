@@ -1,14 +1,14 @@
 """Train or fine-tune a causal language model on questions and texts.
 
-Every step mixes questions (loss on the answer and the end token only) with texts (loss on all tokens). A model trained on
-questions alone memorises them without separating who from what, so give it the biographies too.
+Every step mixes questions (loss on the answer and the end token only) with texts (loss on all tokens). A model trained
+on questions alone memorises them without separating who from what, so give it the biographies too.
 
   alignsae finetune-lm --data FOLDER_OF_BIOGRAPHIES --out MODEL
   alignsae finetune-lm --from-scratch llama --questions my.jsonl --texts my_texts.jsonl --out MODEL
   alignsae finetune-lm --model FOLDER_OR_ID --questions my.jsonl --out MODEL
 
-From scratch a byte-level BPE tokenizer is trained on the same files. Training happens in OUT.partial, which is renamed to
-OUT at the end; started again with the same arguments it goes on from the last checkpoint there. OUT is an ordinary
+From scratch a byte-level BPE tokenizer is trained on the same files. Training happens in OUT.partial, which is renamed
+to OUT at the end; started again with the same arguments it goes on from the last checkpoint there. OUT is an ordinary
 `save_pretrained` folder plus lm_report.json: answer accuracy (greedy, the whole answer and the end token) per split,
 relation and template.
 """
@@ -104,7 +104,7 @@ def make_optimizer(model: Any, args: argparse.Namespace) -> torch.optim.AdamW:
 def train(
     model: Any, optimizer: Any, sources: list[tuple[Shuffled, float]], args: argparse.Namespace, folder: Path
 ) -> None:
-    """The visible loop, from the last checkpoint in `folder` to --steps. Every batch is a function of the step alone."""
+    """The visible loop, from the last checkpoint in `folder` to --steps. A batch is a function of the step alone."""
     settings = {name: str(getattr(args, name)) for name in SETTINGS}
     settings["content of the data"] = " ".join(batches.digest for batches, _ in sources)
     first = checkpoint.load(folder, model, optimizer, settings)

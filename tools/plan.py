@@ -108,8 +108,8 @@ def read_workload(args: argparse.Namespace) -> tuple[Config, Workload]:
 def scaling_table(memory: int) -> str:
     """Markdown: 100k, 1M and 16M slots by width, and what they need from 1 to 512 devices."""
     lines = [
-        "| slots | width | parameters | single | devices | ddp | zero3 | dictionary | dictionary sends per step "
-        f"| fits {human(memory)} from (zero3 / dictionary) |",
+        "| slots | width | parameters | single | devices | ddp | zero3 | dictionary | dictionary sends "
+        f"| fits {human(memory)} from |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for slots in (100_000, 2**20, 2**24):

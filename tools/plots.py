@@ -1,7 +1,7 @@
 """Figures of a run's report: each function takes parsed result files and returns a matplotlib figure.
 
-Colours are those of Okabe and Ito and the cividis map, which stay apart under colour blindness; lines differ in marker and
-dash as well.
+Colours are those of Okabe and Ito and the cividis map, which stay apart under colour blindness; lines differ in marker
+and dash as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,7 +108,7 @@ def swap_matrix_plot(swap: Mapping[str, Any]) -> Figure:
 
 
 def fragmentation_plot(evaluation: Mapping[str, Any]) -> Figure:
-    """EffFeat per concept: over the concept slots, over all slots, and over all slots of the unsupervised dictionary."""
+    """EffFeat per concept: over the concept slots, all slots, and all slots of the unsupervised dictionary."""
     spread = evaluation["train"]["fragmentation"]
     series = [
         ("aligned, concept slots", spread["concept_slots"], BLUE, ""),

@@ -2,8 +2,8 @@ r"""Generate text with chosen concept slots set by hand, next to the text withou
 
   alignsae steer --run runs/demo --model models/demo --prompt 'Q: Where does Ada work?\nA:' employer=0 birth_city=1.5
 
-CONCEPT=ALPHA sets the slot of that concept, at the last prompt token, to ALPHA times its mean activation on its own concept
-(training shards); 0 switches it off. Slots that are not named keep their value.
+CONCEPT=ALPHA sets the slot of that concept, at the last prompt token, to ALPHA times its mean activation on its own
+concept (training shards); 0 switches it off. Slots that are not named keep their value.
 """
 
 import argparse

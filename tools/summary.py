@@ -1,10 +1,11 @@
 """Collect a run's figures into RUN/summary.json, print them against their bars, and exit with 1 when one is missed.
 
-  alignsae summary --run runs/demo --lm models/demo --unsupervised runs/demo-unsupervised --seconds-file runs/demo/seconds
+  alignsae summary --run runs/demo --lm models/demo --unsupervised runs/demo-unsupervised \\
+      --seconds-file runs/demo/seconds
 
-Reads RUN/evaluation.json (`alignsae evaluate`), RUN/swap.json (`alignsae swap`) and LM/lm_report.json (`alignsae
-finetune-lm`). Binding and fragmentation are those of the training templates; FVU and L0 are the worse of the training and
-the held-out templates; swaps are those of swap.json.
+Reads RUN/evaluation.json (`alignsae evaluate`), RUN/swap.json (`alignsae swap`) and LM/lm_report.json
+(`alignsae finetune-lm`). Binding and fragmentation are those of the training templates; FVU and L0 are the worse of the
+training and the held-out templates; swaps are those of swap.json.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     plain = evaluation.get("unsupervised")
     if plain is None or Path(plain["run"]) != args.unsupervised or "heldout" not in evaluation:
         raise UserError(
-            f"{args.run_dir / 'evaluation.json'} does not compare with {args.unsupervised} on train and held-out shards; "
+            f"{args.run_dir / 'evaluation.json'} does not compare with {args.unsupervised} "
+            "on train and held-out shards; "
             f"run `alignsae evaluate --run {args.run_dir} --unsupervised {args.unsupervised} --train ... --heldout ...`"
         )
     figures = collect(evaluation, swap, lm, _seconds(args.seconds_file))

@@ -2,9 +2,9 @@
 
   alignsae swap --run runs/demo --model models/demo --prompts data/demo/questions.jsonl
 
-At the last prompt token the slot of the asked relation is set to 0 and the slot of another relation to alpha times its mean
-activation on its own concept (training shards); the model then answers greedily. A swap succeeds when the whole answer is
-the other relation's answer for the same subject. Beside it stands the yardstick that needs no dictionary:
+At the last prompt token the slot of the asked relation is set to 0 and the slot of another relation to alpha times its
+mean activation on its own concept (training shards); the model then answers greedily. A swap succeeds when the whole
+answer is the other relation's answer for the same subject. Beside it stands the yardstick that needs no dictionary:
 h + alpha * (mean of the target relation - mean of the asked relation).
 """
 

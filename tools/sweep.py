@@ -1,9 +1,10 @@
 """Train a grid of configurations, one after the other, and tabulate where each ended.
 
-  alignsae sweep --config configs/demo.yaml --grid loss.sp=0.02,0.05,0.1 --grid dictionary.free_slots=4096,16384 --out runs/sweep
+  alignsae sweep --config configs/demo.yaml --out runs/sweep \\
+      --grid loss.sp=0.02,0.05,0.1 --grid dictionary.free_slots=4096,16384
 
-Each point is an ordinary run in OUT/NAME, started with --launcher; the same command again goes on with the points that did not finish.
-The last logged figures of all points go to OUT/sweep.json and to the terminal.
+Each point is an ordinary run in OUT/NAME, started with --launcher; the same command again goes on with the points that
+did not finish. The last logged figures of all points go to OUT/sweep.json and to the terminal.
 """
 
 import argparse

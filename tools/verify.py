@@ -1,7 +1,8 @@
 """Check every byte of a shard folder against its manifest, and say what is damaged and where.
 
-Per shard: size, sha256, the tar structure with every header and padding byte; per block: crc32, npy headers, label ranges, NaN and
-infinity. Prints one line per problem and exits 2 when there is any. With --rate it measures how fast batches are read instead.
+Per shard: size, sha256, the tar structure with every header and padding byte; per block: crc32, npy headers, label
+ranges, NaN and infinity. Prints one line per problem and exits 2 when there is any. With --rate it measures how fast
+batches are read instead.
 """
 
 import argparse

@@ -21,7 +21,7 @@ def _parameter_names(model: Any) -> dict[Any, str]:
 
 
 def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, settings: dict[str, Any]) -> None:
-    """Replace `folder`/checkpoint by the state after `step` steps. OSError or SafetensorError when it cannot be written."""
+    """Replace `folder`/checkpoint by the state after `step` steps. OSError or SafetensorError where writing fails."""
     temporary, final = folder / f"{NAME}.tmp", folder / NAME
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

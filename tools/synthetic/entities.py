@@ -1,7 +1,7 @@
 """Invented people, places and institutions, composed from syllable tables.
 
-Every list is a pure function of this file: the syllables are combined in a fixed order, shuffled with a fixed seed and cut
-to the length that the caller asks for, so a shorter list is a prefix of a longer one.
+Every list is a pure function of this file: the syllables are combined in a fixed order, shuffled with a fixed seed and
+cut to the length that the caller asks for, so a shorter list is a prefix of a longer one.
 """
 
 import itertools
@@ -30,10 +30,10 @@ _SYLLABLES: dict[str, tuple[str, str]] = {
         "bel ce den dra fin gan len lia lo man mir nac nes ra ran rel sa sha tin ver vin",
     ),
     "last_names": (
-        "Ash Bar Black Bram Brook Carr Clay Cold Dun East Fair Fern Ford Glen Gold Grey Hart Haw Hill Kirk Lang Marsh Mill Moor "
-        "North Oak Pen Red Ridge Rock Sand Stone Thorn Under Wal West",
-        "ack all am beck berg bourne bury by combe dale den ell er erson field forth gate ham hurst ing ingham ington land ley "
-        "man mere more sby stead ton well wick wood worth",
+        "Ash Bar Black Bram Brook Carr Clay Cold Dun East Fair Fern Ford Glen Gold Grey Hart Haw Hill Kirk Lang Marsh "
+        "Mill Moor North Oak Pen Red Ridge Rock Sand Stone Thorn Under Wal West",
+        "ack all am beck berg bourne bury by combe dale den ell er erson field forth gate ham hurst ing ingham "
+        "ington land ley man mere more sby stead ton well wick wood worth",
     ),
     "cities": (
         "Ar Bel Cor Del Es Fal Gal Har Il Jun Kar Lin Mon Nar Ost Pol Riv Sol Tor Ver",
@@ -49,8 +49,10 @@ _SYLLABLES: dict[str, tuple[str, str]] = {
     ),
 }
 _MAJOR_PARTS = (
-    "Applied Clinical Comparative Computational Cultural Digital Environmental Experimental Industrial Marine Theoretical",
-    "Anthropology Biology Chemistry Design Economics Geography History Linguistics Mathematics Pharmacology Physics Psychology",
+    "Applied Clinical Comparative Computational Cultural Digital Environmental Experimental Industrial Marine "
+    "Theoretical",
+    "Anthropology Biology Chemistry Design Economics Geography History Linguistics Mathematics Pharmacology Physics "
+    "Psychology",
 )
 _UNIVERSITY_KINDS = ("University", "College", "Institute", "Polytechnic", "Academy")
 _COMPANY_KINDS = ("Systems", "Energy", "Foods", "Motors", "Logistics", "Media", "Partners", "Robotics")

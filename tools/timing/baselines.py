@@ -8,7 +8,10 @@ from trainer.kernels import usable_precision
 
 
 class EncoderProduct:
-    """x W_enc^T into memory that is already there; the fastest of three ways to ask for it. In bf16 (fp32 on a CPU that emulates bf16)."""
+    """x W_enc^T into memory that is already there, by the fastest of three ways to ask for it.
+
+    In bf16; in fp32 on a CPU that emulates bf16.
+    """
 
     def __init__(self, setting: Setting):
         low = usable_precision("bf16", torch.device(setting.device)) == "bf16"

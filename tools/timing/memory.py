@@ -1,6 +1,7 @@
 """Peak memory of one kind of step, in a process of its own: `python -m tools.timing.memory KIND SETTING_JSON`.
 
-Prints the growth of resident memory (CPU: high-water mark; CUDA: allocator) from after the imports to the peak, in bytes.
+Prints the growth of resident memory (CPU: high-water mark; CUDA: allocator) from after the imports to the peak, in
+bytes.
 """
 
 import gc

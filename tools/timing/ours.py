@@ -13,7 +13,7 @@ from trainer.topology import Topology
 
 
 class OurStep:
-    """Forward, backward, clipping and AdamW of a dictionary, with learning rate 0 so that the density stays where it was set."""
+    """Forward, backward, clipping and AdamW of a dictionary; learning rate 0 keeps the density where it was set."""
 
     def __init__(self, setting: Setting, precision: str = "bf16", kernel: str = "dense"):
         self.setting = setting
@@ -39,9 +39,9 @@ class OurStep:
 
     @torch.no_grad()
     def prepare(self, kernel: str, sparse: bool) -> None:
-        """Pin all banks to one kernel, at the density of the setting or at that of initialisation (bias 0, half of the slots active).
+        """Pin all banks to one kernel, at the density of the setting or of initialisation.
 
-        Raises UserError where the kernel cannot run.
+        At initialisation the bias is 0 and half of the slots are active. Raises UserError where the kernel cannot run.
         """
         self.objective.choice = KernelChoice(kernel, self.objective.dictionary.form.bank_sizes, self.topology.device)
         for bank in self.objective.dictionary.free_banks():
@@ -56,9 +56,9 @@ class OurStep:
 
 
 class FloorAdamW:
-    """The floor's pass of AdamW: torch's own fused one, on the weights and moments of our step, which costs no second set of them.
+    """The floor's pass of AdamW: torch's own fused one, on the weights and moments of our step.
 
-    Gradients are 0 and the learning rate is, so that it leaves the weights as they are.
+    So there is no second set of them. Gradients and learning rate are 0, so that it leaves the weights as they are.
     """
 
     def __init__(self, ours: OurStep):

@@ -1,6 +1,6 @@
-"""One training step of other trainers on the same rows. Runs under the interpreter that has them: `PYTHON peers.py SETTING_JSON`.
+"""One training step of other trainers on the same rows: `PYTHON peers.py SETTING_JSON` with the PYTHON that has them.
 
-Imports nothing of this project. Prints one JSON object: name -> list of seconds per step, or a reason why it was not timed.
+Imports nothing of this project. Prints one JSON object: name -> list of seconds per step, or why it was not timed.
 """
 
 import json
@@ -26,7 +26,10 @@ def saelens(setting: dict, autocast: bool):
 
 
 def sparsify_topk(setting: dict, autocast: bool, fused: bool):
-    """sparsify's TopK coder with k = the mean L0, decoder norm control and Adam as its trainer has them, or fused Adam; bf16 autocast or fp32."""
+    """sparsify's TopK coder, k = the mean L0, with its trainer's decoder norm control and Adam, or fused Adam.
+
+    Under bf16 autocast, or in fp32.
+    """
     if setting["device"] == "cpu":
         os.environ["SPARSIFY_DISABLE_TRITON"] = (
             "1"  # its Triton decoder needs a GPU, and it takes it whenever triton is installed

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Setting:
-    """B rows, D width, K free slots in banks of `bank_slots`, R concepts, and the mean number of active free slots per row."""
+    """B rows, D width, K free slots in banks of `bank_slots`, R concepts, and the mean of active free slots per row."""
 
     rows: int = 1024
     width: int = 768
@@ -29,12 +29,15 @@ class Setting:
         return 4 * 4 * (2 * matrix + vectors) + 2 * matrix
 
     def refuse(self, copies: int, products: int) -> str | None:
-        """Why this setting does not fit into the memory of its device, or None: so many training states, and [B, S] blocks in fp32."""
+        """Why `copies` training states and `products` fp32 [B, S] blocks do not fit the device's memory, or None."""
         needed = copies * self.state_bytes + products * 4 * self.rows * (self.slots + self.concepts)
         free = free_memory(self.device)
         if free is None or needed <= 0.95 * free:
             return None
-        return f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; take fewer --slots or a smaller --width"
+        return (
+            f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "take fewer --slots or a smaller --width"
+        )
 
 
 def free_memory(device: str) -> int | None:
@@ -62,7 +65,10 @@ def make_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def bias_for(x: Tensor, encoder: Tensor, l0: float, slots: int) -> float:
-    """The encoder bias, the same for all slots, at which a row has `l0` of `slots` slots active; `encoder` [n, D] is a sample of them."""
+    """The encoder bias, the same for all slots, at which a row has `l0` of `slots` slots active.
+
+    `encoder` [n, D] is a sample of the slots.
+    """
     pre = (x.float() @ encoder.float().T).flatten()
     active = max(1, round(pre.numel() * min(l0 / slots, 1.0)))
     return -float(pre.topk(active).values[-1])
