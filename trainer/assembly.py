@@ -8,8 +8,8 @@ from torch import nn
 
 from trainer import checkpoint
 from trainer.config import Config, flatten, to_yaml
-from trainer.curriculum import Curriculum
-from trainer.dictionary import ConceptDictionary, DictionaryForm, bank_number
+from trainer.curriculum import Curriculum, L0Target
+from trainer.dictionary import GATES, ConceptDictionary, DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
@@ -50,7 +50,11 @@ def read_inputs(config: Config, world: int = 1) -> Inputs:
     manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
     plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
     lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
-    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch)
+    chosen = config.dictionary
+    target = None
+    if GATES[chosen.gate].fixes_l0:
+        target = L0Target(chosen.k, chosen.initial_l0 or min(manifest.width, chosen.free_slots // 2), chosen.k_fall)
+    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch, target)
     if "align" in curriculum.names and not manifest.concepts:
         raise UserError(
             "stage align needs labelled rows, but the manifest of data.shards names no concepts; "

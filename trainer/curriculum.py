@@ -14,12 +14,13 @@ from trainer.optimizer import OptimConfig
 
 @dataclass
 class StageConfig:
-    """One stage: its name, its length in epochs or steps (one of them), and weights of the loss that differ from `loss`."""
+    """One stage: its name, its length in epochs or steps (one of them), and what differs in it from the rest of the run."""
 
     name: str = "pretrain"
     epochs: float | None = None
     steps: int | None = None
     loss: StageWeights = field(default_factory=StageWeights)
+    k: int | None = None  # with the gate batch_topk: active slots to aim at; None: dictionary.k; 0: the threshold stays
 
     def validate(self, where: str) -> None:
         """Raise UserError for what cannot be; `where` names the stage."""
@@ -31,6 +32,8 @@ class StageConfig:
             raise UserError(f"{where}.epochs={self.epochs} must be a finite number above 0")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"{where}.steps={self.steps} must be at least 1")
+        if self.k is not None and self.k < 0:
+            raise UserError(f"{where}.k={self.k} must not be negative")
         self.loss.validate(where)
 
     def length(self, steps_per_epoch: int) -> int:
@@ -54,6 +57,20 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 
 
 @dataclass(frozen=True)
+class L0Target:
+    """Where the number of active free slots of a row is to be: it falls from `start` to `k` over `fall` steps, then stays."""
+
+    k: float
+    start: float
+    fall: int
+
+    def at(self, since: int) -> float:
+        """The number that is aimed at `since` steps after the fall began."""
+        left = max(0.0, 1.0 - since / self.fall) if self.fall else 0.0
+        return self.k * max(self.start / self.k, 1.0) ** left
+
+
+@dataclass(frozen=True)
 class StepSettings:
     """What the curriculum says about one step."""
 
@@ -62,6 +79,7 @@ class StepSettings:
     wakes: bool  # concept slots wake up right before this step
     weights: LossWeights
     lr: float
+    l0: float | None = None  # active free slots of a row that the gate aims at; None: it does not
 
 
 class Curriculum:
@@ -72,13 +90,25 @@ class Curriculum:
         loss: weights, before the overrides of a stage.
         optim: learning rate, warm-up steps of each stage, share of the run that decays.
         steps_per_epoch: of the stream.
+        target: of a gate that keeps the number of active slots; sparsity then has no weight where it does, unless a stage gives one.
     """
 
-    def __init__(self, stages: Sequence[StageConfig], loss: LossConfig, optim: OptimConfig, steps_per_epoch: int):
+    def __init__(
+        self,
+        stages: Sequence[StageConfig],
+        loss: LossConfig,
+        optim: OptimConfig,
+        steps_per_epoch: int,
+        target: L0Target | None = None,
+    ):
         check_stages(stages)
         self.optim = optim
+        self.targets = [_target(stage, target) for stage in stages]
         self.sp_warmup = loss.sp_warmup
-        self.weights = [loss.weights().override(stage.loss) for stage in stages]
+        self.weights = [
+            (loss.weights() if aim is None else replace(loss.weights(), sp=0.0)).override(stage.loss)
+            for stage, aim in zip(stages, self.targets, strict=True)
+        ]
         self.names = [stage.name for stage in stages]
         self.starts = [0]
         for stage in stages:
@@ -93,9 +123,23 @@ class Curriculum:
             weights = replace(weights, sp=weights.sp * (step + 1) / self.sp_warmup)
         align = self.names[index] == "align"
         wakes = align and since == 0 and "align" not in self.names[:index]
-        return StepSettings(self.names[index], align, wakes, weights, self._lr(step, since))
+        return StepSettings(self.names[index], align, wakes, weights, self._lr(step, since), self._l0(step, index))
+
+    def _l0(self, step: int, index: int) -> float | None:
+        target = self.targets[index]
+        if target is None:
+            return None
+        began = next(start for start, aim in zip(self.starts, self.targets, strict=True) if aim is not None)
+        return target.at(step - began)
 
     def _lr(self, step: int, since: int) -> float:
         warm = min(1.0, (since + 1) / (self.optim.warmup + 1))
         left = (self.total - step) / max(self.total * self.optim.decay, 1e-9)
         return self.optim.lr * warm * min(1.0, left)
+
+
+def _target(stage: StageConfig, target: L0Target | None) -> L0Target | None:
+    """What a stage aims at, where the dictionary's gate aims at something."""
+    if target is None or stage.k is None:
+        return target
+    return replace(target, k=float(stage.k)) if stage.k else None

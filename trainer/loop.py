@@ -138,6 +138,8 @@ def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -
     run.metrics.add(total)
     run.grad_norm = norm
     run.state.updates += 1
+    if settings.l0 is not None and total["rows"]:
+        strategy.objective.follow(total["active"] / total["rows"], settings.l0)
 
 
 def wake_concepts(run: Run) -> int:

@@ -57,7 +57,7 @@ class Metrics:
             "loss": weighted(means, weights),
             **{f"loss/{name}": value for name, value in means.items()},
             "fvu": total["rec"] / max(total["variance"], 1e-30),
-            "l0": total["active"] / max(total["rows"], 1.0),
+            "l0": (total["active"] + total["concept_active"]) / max(total["rows"], 1.0),
             "binding": total["bound"] / max(total["labelled"], 1.0),
         }
         self._start()

@@ -45,8 +45,8 @@ class MicroBatch:
 
 
 # Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the terms of the
-# loss, and x^2, active entries, and labelled rows whose largest concept logit is their concept's.
-SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "bound")
+# loss, x^2, active entries of free and of concept slots, and labelled rows whose largest concept logit is their concept's.
+SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "concept_active", "bound")
 
 
 class AlignObjective(nn.Module):
@@ -126,10 +126,11 @@ class AlignObjective(nn.Module):
             "labelled": (batch.concept >= 0).sum(),
             "answered": (batch.answer >= 0).sum(),
             "variance": x.square().sum(),
-            "active": (z_concept > 0).sum(),
+            "active": sum(stats.active for stats in context.stats),
+            "concept_active": (z_concept > 0).sum(),
             "bound": (logits.argmax(dim=1) == concept).sum() if logits.shape[1] else 0,
         }
-        share = self._share({**sums, **figures}, sum(stats.active for stats in context.stats))
+        share = self._share({**sums, **figures})
 
         if concept_gradient is not None:
             sums["perp"] = perp + _Attach.apply(z_concept, concept_gradient)
@@ -173,6 +174,11 @@ class AlignObjective(nn.Module):
             rows = torch.full_like(active, len(context.x))
             self.choice.note(self.topology.sum_over_data(torch.stack([active, rows])))
 
+    def follow(self, l0: float, target: float) -> None:
+        """Let the gates of the free banks look at the mean number of active free slots of a row of the global batch (Gate.follow)."""
+        for bank in self.dictionary.free_banks():
+            bank.gate.follow(bank, l0, target)
+
     def bank_kernels(self) -> dict[str, str]:
         """Name of the kernel that each bank held here is computed with next: unit -> kernel."""
         return {bank_unit(i): name for i, name in zip(self.dictionary.owned, self.choice.names(), strict=True)}
@@ -210,16 +216,15 @@ class AlignObjective(nn.Module):
         return _summed_cross_entropy(logits.float(), answer)
 
     @torch.no_grad()
-    def _share(self, sums: dict[str, Any], active: Tensor | int) -> Tensor:
-        """This rank's share of SUMS, fp64; `active` counts the active entries of its free banks.
+    def _share(self, sums: dict[str, Any]) -> Tensor:
+        """This rank's share of SUMS, fp64.
 
         What dictionary ranks compute alike counts on the first of them only, and perp, a figure of the global batch, on one data rank.
         """
         device = self.topology.device
         once = dict.fromkeys(SUMS, self.topology.dictionary_rank == 0)
-        once |= {"sp": True, "perp": self.topology.data_rank == 0}
+        once |= {"sp": True, "active": True, "perp": self.topology.data_rank == 0}
         values = {n: torch.as_tensor(sums[n] if once[n] else 0.0, dtype=torch.float64, device=device) for n in SUMS}
-        values["active"] = values["active"] + active
         return torch.stack(list(values.values()))
 
 

@@ -138,13 +138,12 @@ def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
 
 def load_moments(folder: Path, strategy: Strategy) -> None:
     """Set the optimizer state of every unit; after the engine was built."""
-    for unit in strategy.unit_names():
+    form = strategy.objective.dictionary.form
+    for unit in form.units():
         if strategy.holds(unit):
             path = folder / "optimizer" / f"{unit}.safetensors"
             moments = _read(path)
-            with safe_open(folder / "dictionary" / f"{unit}.safetensors", framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            shapes.pop("last_fired", None)
+            shapes = form.shapes(unit)
             _refuse_other_shapes(path, moments, {f"{k}.{n}": s for k in MOMENTS for n, s in shapes.items()})
             strategy.write(unit, UnitState({}, _strip(moments, "exp_avg."), _strip(moments, "exp_avg_sq.")))
 

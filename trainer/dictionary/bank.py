@@ -83,6 +83,10 @@ class SlotBank(nn.Module):
         self.b_enc = nn.Parameter(torch.full((slots,), bias))
         self.W_dec = nn.Parameter(decoder)
         self.gate, self.decoder_norm = GATES[gate], decoder_norm
+        for name, value in self.gate.parameters(slots).items():
+            self.register_parameter(name, nn.Parameter(value))
+        for name, value in self.gate.buffers(slots, width).items():
+            self.register_buffer(name, value)
         self.register_buffer("last_fired", torch.zeros(slots, dtype=torch.int64))
 
     @property

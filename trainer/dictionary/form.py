@@ -25,11 +25,17 @@ class ChosenForm:
     bank_slots: int = 8_192
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
-    gate: str = "relu"  # what makes a code of pre-activations: relu
+    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk
+    k: int = 32  # free slots that the gate batch_topk leaves active on a row, on average
 
     def validate(self) -> None:
         """Raise UserError for a size or word that cannot be."""
-        for name, most in (("free_slots", MOST_SLOTS), ("bank_slots", MOST_SLOTS), ("value_hidden", MOST_WIDTH)):
+        for name, most in (
+            ("free_slots", MOST_SLOTS),
+            ("bank_slots", MOST_SLOTS),
+            ("value_hidden", MOST_WIDTH),
+            ("k", MOST_SLOTS),
+        ):
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"dictionary.{name}={getattr(self, name)} must be between 1 and {most}")
         for name, known in (("decoder_norm", ("free", "unit")), ("gate", tuple(GATES))):
@@ -53,6 +59,7 @@ class DictionaryConfig(ChosenForm):
     """The section `dictionary` of a configuration: the form, and how its weights begin."""
 
     initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
+    k_fall: int = 100  # steps over which the number that batch_topk aims at falls from initial_l0 to k
 
     def validate(self) -> None:
         """Raise UserError for a size or word that cannot be."""
@@ -61,6 +68,8 @@ class DictionaryConfig(ChosenForm):
             raise UserError(
                 f"dictionary.initial_l0={self.initial_l0} must be between 1 and {self.free_slots} free slots"
             )
+        if self.k_fall < 0:
+            raise UserError(f"dictionary.k_fall={self.k_fall} must not be negative")
 
     def form(self, width: int, concepts: Sequence[str] = (), answers: int = 0) -> "DictionaryForm":
         """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of this size."""
@@ -104,7 +113,7 @@ class DictionaryForm(ChosenForm):
         return self.shared_units() + [bank_unit(number) for number in range(self.banks)]
 
     def shapes(self, unit: str) -> Shapes:
-        """Parameters and float buffers of one unit: name -> shape, fp32."""
+        """Parameters of one unit: name -> shape, fp32."""
         if unit == OUTPUT:
             return {"b_dec": (self.width,)}
         if unit == VALUE:
@@ -134,7 +143,7 @@ class DictionaryForm(ChosenForm):
 
     def _bank_shapes(self, slots: int, gate: str) -> Shapes:
         own = {"W_enc": (slots, self.width), "b_enc": (slots,), "W_dec": (slots, self.width)}
-        return own | GATES[gate].shapes(slots)
+        return own | {name: tuple(value.shape) for name, value in GATES[gate].parameters(slots).items()}
 
 
 def _product(shape: tuple[int, ...]) -> int:
