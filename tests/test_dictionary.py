@@ -1,9 +1,14 @@
 """The dictionary: size of banks, initialisation, encode and decode."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.dictionary import GATES, ConceptDictionary, DictionaryConfig, SlotBank
+from trainer.dictionary.normalisation import denormalise, fold, fold_output, unfold, unfold_output
 from trainer.errors import UserError
 
 
@@ -70,3 +75,59 @@ def test_decode_is_linear_in_the_code_and_undoes_the_normalisation(decoder_norm)
 def test_impossible_sizes_are_refused(config):
     with pytest.raises(UserError, match="dictionary"):
         config.validate()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    mean_norm=st.floats(0.0, 1e4),
+    scale=st.floats(1e-3, 1e4),
+    decoder_norm=st.sampled_from(["free", "unit"]),
+    gate=st.sampled_from(sorted(GATES)),
+)
+def test_fold_and_unfold_are_inverses(seed, mean_norm, scale, decoder_norm, gate):
+    """In values and in what they compute: codes of raw activations are those of normalised ones."""
+    g = torch.Generator().manual_seed(seed)
+    bank = SlotBank(7, 5, gate=gate, decoder_norm=decoder_norm, generator=g)
+    with torch.no_grad():
+        bank.b_enc.normal_(generator=g)
+    direction = torch.randn(5, generator=g)
+    mean, factor = mean_norm * direction / direction.norm(), torch.tensor(scale)
+    weights = bank.weights()
+    folded = fold(weights, mean, factor)
+    back = unfold(folded, mean, factor)
+    size = 1.0 + mean_norm / scale  # what the bias takes up, and rounds by
+    torch.testing.assert_close(back.W_enc, weights.W_enc, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(back.b_enc, weights.b_enc, rtol=1e-5, atol=1e-6 * size)
+    torch.testing.assert_close(back.decoder(), weights.decoder(), rtol=1e-5, atol=1e-6)
+    x = torch.randn(11, 5, generator=g)
+    h = denormalise(x, mean, factor)
+    torch.testing.assert_close(folded.pre_activations(h), weights.pre_activations(x), rtol=1e-3, atol=1e-4 * size)
+    torch.testing.assert_close(
+        folded.decode(weights.encode(x)), weights.decode(weights.encode(x)) * factor, rtol=1e-4, atol=1e-4 * scale
+    )
+    b_dec = torch.randn(5, generator=g)
+    again = unfold_output(fold_output(b_dec, mean, factor), mean, factor)
+    torch.testing.assert_close(again, b_dec, rtol=1e-4, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("gate", sorted(GATES))
+@pytest.mark.parametrize("concepts,answers", [([], 0), (["a", "b"], 0), (["a"], 3)])
+def test_the_form_knows_every_parameter_of_every_unit(gate, concepts, answers):
+    """What a checkpoint must hold, a plan counts and an engine sizes its buffers by comes from the form alone."""
+    form = DictionaryConfig(20, 8, gate=gate, value_hidden=4).form(7, concepts, answers)
+    units = ConceptDictionary(form).units()
+    assert list(units) == form.units()
+    for name, unit in units.items():
+        assert {key: tuple(p.shape) for key, p in unit.named_parameters()} == form.shapes(name)
+
+
+def test_the_threshold_follows_the_count_of_active_entries():
+    bank = SlotBank(6, 16, gate="batch_topk")
+    start = float(bank.theta)
+    for l0, grows in ((40.0, True), (20.0, False), (10.0, None)):
+        before = float(bank.theta)
+        bank.gate.follow(bank, l0, 20.0)
+        assert (float(bank.theta) > before, float(bank.theta) < before) == (grows is True, grows is None)
+        assert abs(math.log(float(bank.theta) / before)) <= 0.2 + 1e-6
+    assert start > 0 and torch.equal(bank.weights().threshold, bank.theta.expand(6))

@@ -1,5 +1,6 @@
 """The fused objective against the oracle in trainer/losses.py, in value and gradient."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from trainer import losses
 from trainer.dictionary import BankWeights, ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
+from trainer.metrics import batch_means
 from trainer.objective import SUMS, AlignObjective, MicroBatch
 from trainer.topology import Topology
 
@@ -24,7 +26,7 @@ def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="d
     return AlignObjective(dictionary, Topology(), bind_on=bind_on, kernel=kernel, precision=precision)
 
 
-def make_rows(B, D, R, answers=5, unlabelled=0.3):
+def make_batch(B, D, R, answers=5, unlabelled=0.3):
     concept = torch.randint(0, max(R, 1), (B,)) if R else torch.full((B,), -1)
     concept[torch.rand(B) < unlabelled] = -1
     answer = torch.where(concept >= 0, torch.randint(0, answers, (B,)), -1)
@@ -56,12 +58,12 @@ SHAPES = [(7, 3, 20, 8, 11), (16, 1, 33, 33, 1), (5, 12, 9, 4, 40), (8, 0, 10, 4
 def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on):
     D, R, K, bank, B = shape
     objective = make(D, R, K, bank, decoder_norm=decoder_norm, bind_on=bind_on)
-    rows = make_rows(B, D, R)
+    batch = make_batch(B, D, R)
     weights = LossWeights(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4)
-    expected, terms = oracle(objective, rows, weights, align)
+    expected, terms = oracle(objective, batch, weights, align)
     parameters = dict(objective.named_parameters())
     grads = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
-    loss, sums = objective(rows, weights, align, step=1)
+    loss, sums = objective(batch, weights, align, step=1)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
@@ -85,12 +87,12 @@ BF16_LOSS, BF16_GRADIENT = 3e-3, {"sparse": 0.05, "dense": 0.1}
 @pytest.mark.parametrize("R", [6, 64, 1000, 1500])
 def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
     objective = make(48, R, 60, 25, answers=9, bind_on=bind_on, kernel=kernel, precision="bf16")
-    rows = make_rows(96, 48, R, answers=9)
+    batch = make_batch(96, 48, R, answers=9)
     weights = LossWeights(rec=1.0, sp=0.3, bind=0.7, perp=0.2, val=0.4)
-    expected, _ = oracle(objective, rows, weights, True)
+    expected, _ = oracle(objective, batch, weights, True)
     parameters = dict(objective.named_parameters())
     grads = torch.autograd.grad(expected, list(parameters.values()))
-    loss, sums = objective(rows, weights, True, step=1)
+    loss, sums = objective(batch, weights, True, step=1)
     loss.backward()
     assert (objective.concept_dtype == torch.float32) == (R == 6)  # few concepts stay in fp32
     assert loss.dtype == torch.float32 and sums.dtype == torch.float64
@@ -104,8 +106,8 @@ def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
 
 def test_unlabelled_batch_gives_no_label_terms():
     objective = make(6, 3, 10, 4)
-    rows = make_rows(9, 6, 3, unlabelled=1.1)
-    _, sums = objective(rows, LossWeights(), True, 1)
+    batch = make_batch(9, 6, 3, unlabelled=1.1)
+    _, sums = objective(batch, LossWeights(), True, 1)
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     assert total["bind"] == total["val"] == total["labelled"] == total["bound"] == 0
 
@@ -113,8 +115,8 @@ def test_unlabelled_batch_gives_no_label_terms():
 @pytest.mark.parametrize("kernel", ["dense", "sparse"])
 def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
     objective = make(6, 3, 10, 4, kernel=kernel)
-    rows = make_rows(0, 6, 3)
-    loss, sums = objective(rows, LossWeights(), True, 7)
+    batch = make_batch(0, 6, 3)
+    loss, sums = objective(batch, LossWeights(), True, 7)
     loss.backward()
     assert float(loss.detach()) == 0 and not sums.any()
     assert all(not p.grad.any() for p in objective.parameters())
@@ -124,13 +126,13 @@ def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
 def test_micro_batches_add_up_to_the_batch_without_orthogonality():
     """Gradient accumulation changes nothing but memory for every term but perp, whose correlation needs all rows at once."""
     objective = make(8, 3, 20, 6)
-    rows, weights = make_rows(12, 8, 3), LossWeights(perp=0.0)
-    loss, _ = objective(rows, weights, True, 1)
+    batch, weights = make_batch(12, 8, 3), LossWeights(perp=0.0)
+    loss, _ = objective(batch, weights, True, 1)
     loss.backward()
     whole = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
     for part in (slice(0, 5), slice(5, 12)):
-        micro = MicroBatch(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
+        micro = MicroBatch(batch.acts[part], batch.concept[part], batch.answer[part], batch.counts)
         objective(micro, weights, True, 1)[0].backward()
     for a, p in zip(whole, objective.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
@@ -141,9 +143,9 @@ def test_micro_batches_of_many_concepts_are_alike_in_every_kernel():
     found = []
     for kernel in ("dense", "sparse"):
         objective = make(8, 60, 200, 100, kernel=kernel)
-        rows = make_rows(16, 8, 60)
+        batch = make_batch(16, 8, 60)
         for part in (slice(0, 8), slice(8, 16)):
-            micro = MicroBatch(rows.acts[part], rows.concept[part], rows.answer[part], rows.counts)
+            micro = MicroBatch(batch.acts[part], batch.concept[part], batch.answer[part], batch.counts)
             objective(micro, LossWeights(perp=1.0), True, 1)[0].backward()
         found.append([p.grad for p in objective.parameters()])
     for dense, sparse in zip(*found, strict=True):
@@ -169,6 +171,26 @@ def test_slots_that_fire_are_noted():
     objective = make(6, 2, 10, 4)
     with torch.no_grad():
         next(objective.dictionary.free_banks()).b_enc.fill_(-1e6)
-    objective(make_rows(9, 6, 2), LossWeights(), False, step=17)
+    objective(make_batch(9, 6, 2), LossWeights(), False, step=17)
     first, second, _ = objective.dictionary.free_banks()
     assert (first.last_fired == 0).all() and (second.last_fired == 17).any()
+
+
+def test_every_term_is_known_wherever_terms_are():
+    """A term that is left out of one place trains, but is missing from the loss that is logged and guarded."""
+    names = [term.name for term in losses.TERMS]
+    assert [field.name for field in dataclasses.fields(LossWeights)] == names
+    assert [field.name for field in dataclasses.fields(losses.StageWeights)] == names
+    assert {term.mean_over for term in losses.TERMS} <= {*losses.COUNTS, "steps"}
+    assert set(names) <= set(SUMS)
+    objective, batch = make(6, 3, 10, 4), make_batch(9, 6, 3, unlabelled=0.0)
+    _, plain = oracle(objective, batch, LossWeights(), True)
+    assert list(plain) == names
+    for term in losses.TERMS:
+        weights = LossWeights(**{name: float(name == term.name) for name in names})
+        for align in (False, True):
+            stage = "align" if align else "pretrain"
+            loss, sums = objective(batch, weights, align, 1)
+            means = batch_means(dict(zip(SUMS, sums.tolist(), strict=True)))
+            assert losses.weighted(means, weights) == pytest.approx(float(loss.detach()), rel=1e-5)
+            assert (float(loss.detach()) != 0) == term.counts_in(stage), (term, stage)

@@ -5,6 +5,7 @@ and dash as well.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from trainer.losses import TERMS
+
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#555555"
 LABELLED = 24  # concepts up to which every one is named and every cell is written out
-TERMS = {"loss/rec": "rec", "loss/sp": "sp", "loss/bind": "bind", "loss/perp": "perp", "loss/val": "val"}
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PURPLE, (0, (5, 1, 1, 1, 1, 1)))]
 
 
@@ -145,11 +147,11 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     for stage in dict.fromkeys(m.get("stage") for m in metrics):
         left.plot(*_series([m for m in metrics if m.get("stage") == stage], "loss"), color="black", lw=1.2)
     left.set(title="loss", yscale="log" if min(_series(metrics, "loss")[1], default=0) > 0 else "linear")
-    for (key, name), (colour, dash) in zip(TERMS.items(), STYLES, strict=True):
-        steps, values = _series(metrics, key)
+    for term, (colour, dash) in zip(TERMS, cycle(STYLES), strict=False):
+        steps, values = _series(metrics, f"loss/{term.name}")
         positive = [v if v > 0 else np.nan for v in values]
         if not np.isnan(positive).all():
-            right.plot(steps, positive, color=colour, ls=dash, lw=1.4, label=name)
+            right.plot(steps, positive, color=colour, ls=dash, lw=1.4, label=term.name)
     right.set(title="terms, unweighted", yscale="log")
     right.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     for ax in (left, right):

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from trainer import losses
 from trainer.stream import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH, CONCEPTS, ANSWERS, GLOBAL_BATCH = 16, 3, 4, 32
 SWITCH, STEPS = 15, 30
-TERMS = ("loss/rec", "loss/sp", "loss/bind", "loss/perp", "loss/val")
+TERMS = tuple(f"loss/{term.name}" for term in losses.TERMS)
 
 
 def write_shards(folder: Path, *, concepts: int = CONCEPTS, width: int = WIDTH, rows: int = 640) -> Path:
