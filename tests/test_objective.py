@@ -77,9 +77,24 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
 
 
-# bf16 keeps 8 bits: products are off by about 2^-9, which the loss shows. Gradients show more, since entries near 0 change sides: those of the
-# concept slots, and with the dense kernel those of the free slots too.
-BF16_LOSS, BF16_GRADIENT = 3e-3, {"sparse": 0.05, "dense": 0.1}
+# bf16 keeps 8 bits: products are off by about 2^-9, which the loss shows. Encoder gradients show more, since entries near 0 change
+# sides: those of the concept slots, and with the dense kernel those of the free slots too. Each is about twice the largest error
+# that was measured over the cases below.
+BF16_LOSS = 3e-3
+BF16_GRADIENT = {
+    "dense": {"banks.W_enc": 0.13, "banks.b_enc": 0.035, "banks.W_dec": 6e-3},
+    "sparse": {"banks.W_enc": 8e-3, "banks.b_enc": 5e-3, "banks.W_dec": 5e-3},
+}
+BF16_SHARED = {"concepts.W_enc": 0.065, "concepts.b_enc": 0.02, "concepts.W_dec": 6e-3, "output.b_dec": 5e-3}
+BF16_VALUE_HEAD = 0.035
+
+
+def bf16_tolerance(kernel: str, name: str) -> float:
+    """Of the gradient of one parameter, by its name in the objective."""
+    unit, *_, parameter = name.removeprefix("dictionary.").split(".")
+    if unit == "value_head":
+        return BF16_VALUE_HEAD
+    return (BF16_GRADIENT[kernel] | BF16_SHARED)[f"{unit}.{parameter}"]
 
 
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
@@ -100,8 +115,7 @@ def test_bf16_products_stay_near_the_oracle(R, bind_on, kernel):
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
         assert parameter.grad.dtype == torch.float32
         error = (parameter.grad - grad).norm() / grad.norm()
-        print(name, float(error))
-        # assert error <= BF16[kernel]["grad"], f"{name}: {float(error):.1e}"
+        assert error <= bf16_tolerance(kernel, name), f"{name}: {float(error):.1e}"
 
 
 def test_unlabelled_batch_gives_no_label_terms():
