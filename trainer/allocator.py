@@ -1,7 +1,8 @@
 """The C allocator, told to keep what a step frees for the next step.
 
-By itself glibc takes every block above a limit straight from the system and gives it back when it is freed. The limit starts at 128 KiB and moves
-with what the process frees, so a step's temporaries of a few MiB may cost thousands of page faults each time, or none, as it happened to start.
+By itself glibc takes every block above a limit straight from the system and gives it back when it is freed. The limit
+starts at 128 KiB and moves with what the process frees, so a step's temporaries of a few MiB may cost thousands of page
+faults each time, or none, as it happened to start.
 Measured: docs/performance.md, "Pages".
 """
 

@@ -29,13 +29,15 @@ from trainer.waking import class_means, concept_weights
 
 log = logging.getLogger(__name__)
 
-# Batches that the wake-up of the concept slots averages over, at most: enough for stable means of thousands of concepts.
+# Batches that the wake-up of the concept slots averages over, at most: enough for stable means of thousands of
+# concepts.
 WAKE_BATCHES = 256
 
 
 @dataclass
 class Run:
-    """All that the loop works with; built by trainer.assembly, the same on all ranks but for the tracker (main rank only)."""
+    """All that the loop works with; built by trainer.assembly, the same on all ranks but for the tracker (main rank
+    only)."""
 
     config: Config
     folder: RunFolder
@@ -60,7 +62,8 @@ class Run:
 
 
 def train(run: Run) -> int:
-    """Train from run.state.step to the end of the curriculum, or until a stop is asked for; save on the way and at the end.
+    """Train from run.state.step to the end of the curriculum, or until a stop is asked for; save on the way and at the
+    end.
 
     Returns 0, or the exit code of trainer.interrupt.
     """
@@ -122,7 +125,10 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
 
 
 def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -> None:
-    """The optimizer's step from the gradients that were accumulated, unless the guard says no. `total`: sums of the global batch."""
+    """The optimizer's step from the gradients that were accumulated, unless the guard says no.
+
+    `total`: sums of the global batch.
+    """
     strategy, guard, norm = run.strategy, run.guard, math.nan
     loss = weighted(batch_means(total), settings.weights)
     problem = guard.problem(loss, settings.stage)

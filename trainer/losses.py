@@ -1,10 +1,11 @@
 """The loss: its table of terms, their weights and form, and the whole objective in plain PyTorch.
 
-What is plain here is short, obvious, and the oracle that the fused objective is tested against. A new term is a row of TERMS, a
-field of LossWeights and of StageWeights, a function and its line in `plain_objective`; and its fused form in objective.py.
+What is plain here is short, obvious, and the oracle that the fused objective is tested against. A new term is a row of
+TERMS, a field of LossWeights and of StageWeights, a function and its line in `plain_objective`; and its fused form in
+objective.py.
 
-Shapes: B rows, D width, R concepts, K free slots, A answers. Means run over the rows given; a row with label -1 counts for no label
-term.
+Shapes: B rows, D width, R concepts, K free slots, A answers. Means run over the rows given; a row with label -1 counts
+for no label term.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ COUNTS = ("rows", "labelled", "answered")  # what a mean may run over, beside th
 class Term:
     """One term of the loss.
 
-    name: of its weight and of its figure `loss/NAME`. mean_over: one of COUNTS, or "steps" for a figure of the whole batch.
+    name: of its weight and of its figure `loss/NAME`. mean_over: one of COUNTS, or "steps" for a figure of the whole
+        batch.
     stages: in which it counts.
     """
 
@@ -90,7 +92,8 @@ class StageWeights:
 
 @dataclass
 class LossConfig(LossWeights):
-    """The section `loss`: weights, which a stage may override, and the form of the loss, which is one for the whole run."""
+    """The section `loss`: weights, which a stage may override, and the form of the loss, which is one for the whole
+    run."""
 
     bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
     sp_warmup: int = 0  # steps from the start of the run over which the sparsity weight rises linearly from 0
@@ -131,7 +134,8 @@ def weighted(means: Mapping[str, Number], weights: LossWeights) -> Number:
 
 @dataclass
 class PlainDictionary:
-    """What the plain objective needs of a dictionary: all free slots as one bank, the concept slots, b_dec [D], V or None."""
+    """What the plain objective needs of a dictionary: all free slots as one bank, the concept slots, b_dec [D], V or
+    None."""
 
     free: BankWeights
     concepts: BankWeights
@@ -142,7 +146,8 @@ class PlainDictionary:
 def plain_objective(
     dictionary: PlainDictionary, x: Tensor, concept: Tensor, answer: Tensor, align: bool, bind_on: str = "pre"
 ) -> dict[str, Tensor]:
-    """The mean of every term on normalised activations x [B, D], concept [B], answer [B]; `weighted` makes the loss of them.
+    """The mean of every term on normalised activations x [B, D], concept [B], answer [B]; `weighted` makes the loss of
+    them.
 
     Without `align` the concept slots sleep, and the terms of stage align are 0.
     """
@@ -195,7 +200,8 @@ def standardise(z: Tensor) -> Tensor:
 
 
 def inverse_norm(centred: Tensor, square: Tensor) -> Tensor:
-    """One over the norm [n] of centred columns, from their sums of squares after and before centring; 0 for a constant column."""
+    """One over the norm [n] of centred columns, from their sums of squares after and before centring; 0 for a constant
+    column."""
     return torch.where(centred <= CONSTANT_SHARE * square, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt())
 
 

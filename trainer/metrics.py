@@ -24,7 +24,8 @@ class StepSums:
         self._sums += sums * self._scale
 
     def reduce(self, votes: list[float]) -> tuple[dict[str, float], list[float]]:
-        """Sums of the global batch, and the votes of all ranks added up: the one reduction that a step makes beside gradients'."""
+        """Sums of the global batch, and the votes of all ranks added up: the one reduction that a step makes beside
+        gradients'."""
         mine = torch.tensor(votes, dtype=torch.float64).to(self._sums.device)
         total = self.topology.sum_over_world(torch.cat([self._sums, mine])).tolist()
         return dict(zip(SUMS, total, strict=False)), total[len(SUMS) :]
@@ -49,8 +50,8 @@ class Metrics:
     def read(self, weights: LossWeights) -> dict[str, float]:
         """Figures of the global batches since the last read, and start anew.
 
-        fvu is about the stored mean; l0 counts active slots per row; binding is the share of labelled rows whose largest concept
-        logit is their concept's. For the losses see `batch_means`.
+        fvu is about the stored mean; l0 counts active slots per row; binding is the share of labelled rows whose
+        largest concept logit is their concept's. For the losses see `batch_means`.
         """
         total, means = self._total, batch_means(self._total, self.steps)
         figures = {

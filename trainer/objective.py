@@ -1,7 +1,9 @@
-"""AlignObjective: the fused top-level loss module. Its forward takes rows and returns the loss, bank by bank, never holding a whole code.
+"""AlignObjective: the fused top-level loss module.
 
-Shapes: B rows of this rank, G of the global batch, D width, R concepts, n slots of a bank, A answers. Formulas: docs/design.md,
-"The numbers".
+Its forward takes rows and returns the loss, bank by bank, never holding a whole code.
+
+Shapes: B rows of this rank, G of the global batch, D width, R concepts, n slots of a bank, A answers. Formulas:
+docs/design.md, "The numbers".
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +19,8 @@ from trainer.kernels import KernelChoice, Orthogonality, RowPairs, StepContext
 from trainer.losses import COUNTS, TERMS, LossWeights, term_means, weighted
 from trainer.topology import Topology
 
-# With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round for.
+# With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round
+# for.
 BF16_CONCEPTS = 64
 
 
@@ -44,8 +47,9 @@ class MicroBatch:
             yield MicroBatch(acts, concept, answer, self.counts)
 
 
-# Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the terms of the
-# loss, x^2, active entries of free and of concept slots, and labelled rows whose largest concept logit is their concept's.
+# Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the
+# terms of the loss, x^2, active entries of free and of concept slots, and labelled rows whose largest concept logit is
+# their concept's.
 SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "concept_active", "bound")
 
 
@@ -91,13 +95,14 @@ class AlignObjective(nn.Module):
             step: global step, noted by slots that fire.
 
         Returns:
-            loss, a scalar for backward, scaled so that its gradient averaged over data ranks is that of the global loss; and
-            sums [len(SUMS)] fp64, this rank's share of SUMS, without gradient.
+            loss, a scalar for backward, scaled so that its gradient averaged over data ranks is that of the global
+            loss; and sums [len(SUMS)] fp64, this rank's share of SUMS, without gradient.
         """
         topology = self.topology
         x = self.dictionary.normalise(batch.acts)
         x_bf16 = x.to(self.product_dtype) if self.product_dtype == torch.bfloat16 else None
-        # Asleep, the concept path runs on no rows: every parameter still gets a (zero) gradient, which every engine needs.
+        # Asleep, the concept path runs on no rows: every parameter still gets a (zero) gradient, which every engine
+        # needs.
         awake = len(x) if align else 0
         concept, answer = batch.concept[:awake], batch.answer[:awake]
         operand = x if x_bf16 is None or self.concept_dtype == torch.float32 else x_bf16
@@ -175,7 +180,8 @@ class AlignObjective(nn.Module):
             self.choice.note(self.topology.sum_over_data(torch.stack([active, rows])))
 
     def follow(self, l0: float, target: float) -> None:
-        """Let the gates of the free banks look at the mean number of active free slots of a row of the global batch (Gate.follow)."""
+        """Let the gates of the free banks look at the mean number of active free slots of a row of the global batch
+        (Gate.follow)."""
         for bank in self.dictionary.free_banks():
             bank.gate.follow(bank, l0, target)
 
@@ -197,7 +203,8 @@ class AlignObjective(nn.Module):
         return x, self.dictionary.output(x_hat)
 
     def _meet_dictionary(self, x_hat: Tensor, perp: Orthogonality | None) -> tuple[Tensor, Tensor | None]:
-        """Add up the partial reconstructions of the dictionary ranks, and the gradients to the concept code, in one reduction."""
+        """Add up the partial reconstructions of the dictionary ranks, and the gradients to the concept code, in one
+        reduction."""
         gradient = None if perp is None else perp.concept_gradient()
         if self.topology.dictionary_group is None:
             return x_hat, gradient
@@ -219,7 +226,8 @@ class AlignObjective(nn.Module):
     def _share(self, sums: dict[str, Any]) -> Tensor:
         """This rank's share of SUMS, fp64.
 
-        What dictionary ranks compute alike counts on the first of them only, and perp, a figure of the global batch, on one data rank.
+        What dictionary ranks compute alike counts on the first of them only, and perp, a figure of the global batch, on
+        one data rank.
         """
         device = self.topology.device
         once = dict.fromkeys(SUMS, self.topology.dictionary_rank == 0)

@@ -1,8 +1,8 @@
 """Revival of dead slots by resampling ("Towards Monosemanticity", 2023, appendix on neuron resampling).
 
-Every `every` steps, slots that fired on no row for `dead_after` steps get new weights: rows of the current global batch are drawn with
-probability proportional to their squared loss; a slot's decoder becomes the row's direction at norm 1, its encoder the same direction at 0.2 of the
-mean encoder norm of living slots, its bias 0, its optimizer moments 0.
+Every `every` steps, slots that fired on no row for `dead_after` steps get new weights: rows of the current global batch
+are drawn with probability proportional to their squared loss; a slot's decoder becomes the row's direction at norm 1,
+its encoder the same direction at 0.2 of the mean encoder norm of living slots, its bias 0, its optimizer moments 0.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,10 @@ def count_dead(strategy: Strategy, step: int, dead_after: int) -> int:
 
 
 def resample(strategy: Strategy, acts: Tensor, align: bool, step: int, dead_after: int, seed: int) -> int:
-    """Give the dead slots new weights from the rows acts [B, D] (this rank's share of the global batch). Returns how many. Called on all ranks."""
+    """Give the dead slots new weights from the rows acts [B, D] (this rank's share of the global batch).
+
+    Returns how many. Called on all ranks.
+    """
     strategy.sync_last_fired()
     counts, norm = _dead_counts(strategy, step, dead_after)
     dead = int(counts.sum())
@@ -69,7 +72,8 @@ def _dead(last_fired: Tensor, step: int, dead_after: int) -> Tensor:
 
 
 def _global_weights(mine: Tensor, topology: Topology) -> tuple[int, Tensor]:
-    """Weights [G] fp64 of the rows of all data ranks, in the order of the ranks (which is that of the lanes), and the place of this rank's first."""
+    """Weights [G] fp64 of the rows of all data ranks, in the order of the ranks (which is that of the lanes), and the
+    place of this rank's first."""
     sizes = torch.zeros(topology.data_world, dtype=torch.int64, device=mine.device)
     sizes[topology.data_rank] = len(mine)
     sizes = topology.sum_over_data(sizes)

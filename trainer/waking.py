@@ -35,8 +35,9 @@ def class_means(batches: Iterable[tuple[Tensor, Tensor]], concepts: int, width: 
 def concept_weights(classes: ClassMeans, gain: float = 1.0) -> dict[str, Tensor]:
     """W_enc [R, D], b_enc [R] and W_dec [R, D] of slots that wake up.
 
-    With d_r = mean of concept r minus the mean over concepts, slot r has pre-activation +gain at its own mean and -gain at the mean over
-    concepts, and gain times its decoder row is d_r: it starts alive, on its concept alone. A concept without rows stays at zero.
+    With d_r = mean of concept r minus the mean over concepts, slot r has pre-activation +gain at its own mean and -gain
+    at the mean over concepts, and gain times its decoder row is d_r: it starts alive, on its concept alone. A concept
+    without rows stays at zero.
     """
     seen = classes.counts > 0
     centre = classes.means[seen].mean(dim=0) if seen.any() else torch.zeros_like(classes.means[:1]).sum(dim=0)

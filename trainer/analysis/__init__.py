@@ -1,1 +1,4 @@
-"""Reads what was trained: evaluation, interventions on a language model, results of a run. Training imports nothing from here."""
+"""Reads what was trained: evaluation, interventions on a language model, results of a run.
+
+Training imports nothing from here.
+"""

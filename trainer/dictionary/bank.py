@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 class BankWeights(NamedTuple):
-    """The weights of a bank while it lends them: W_enc [n, D], b_enc [n], W_dec [n, D], threshold [n] or None (0), all fp32."""
+    """The weights of a bank while it lends them: W_enc [n, D], b_enc [n], W_dec [n, D], threshold [n] or None (0), all
+    fp32."""
 
     W_enc: Tensor
     b_enc: Tensor

@@ -23,8 +23,8 @@ class ConceptDictionary(nn.Module):
         initial_l0: see DictionaryConfig.
         seed: initialisation; each bank draws from its own generator, so that a bank does not depend on where it lives.
         owned: numbers of the free banks that this process holds (None = all).
-        on_unit: called with name and module of each unit (see `units`) right after it was made and before the next one is: who
-            loads or places weights there never holds the whole dictionary where it was made.
+        on_unit: called with name and module of each unit (see `units`) right after it was made and before the next one
+            is: who loads or places weights there never holds the whole dictionary where it was made.
     """
 
     mean: Tensor
@@ -114,7 +114,10 @@ class ConceptDictionary(nn.Module):
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
-        """Code z [B, S] (fp32, R concept slots first) of raw activations [B, D]. Holds the whole code: for evaluation."""
+        """Code z [B, S] (fp32, R concept slots first) of raw activations [B, D].
+
+        Holds the whole code: for evaluation.
+        """
         x = self.normalise(raw)
         return torch.cat([bank.encode(x) for bank in self.all_banks()], dim=1)
 
@@ -132,9 +135,9 @@ class ConceptDictionary(nn.Module):
 def initial_bias(form: DictionaryForm, initial_l0: int | None) -> float:
     """b_enc at which `initial_l0` (None: D) of the free slots are active on a row, at most half of them.
 
-    With x of norm 1 and random encoder rows of norm 1, pre-activations have standard deviation 1 / sqrt(D). About D active slots
-    reconstruct something of the size of x; with the usual bias of 0, K / 2 of them overshoot it (K / 2D)-fold and the first steps go
-    into unlearning that.
+    With x of norm 1 and random encoder rows of norm 1, pre-activations have standard deviation 1 / sqrt(D). About D
+    active slots reconstruct something of the size of x; with the usual bias of 0, K / 2 of them overshoot it (K /
+    2D)-fold and the first steps go into unlearning that.
     """
     share = min(0.5, (form.width if initial_l0 is None else initial_l0) / form.free_slots)
     return -NormalDist().inv_cdf(1.0 - share) / form.width**0.5

@@ -1,8 +1,8 @@
 """The form of a dictionary: everything about it but the values of its weights.
 
-`ChosenForm` is what a user chooses, and what the section `dictionary` of a configuration sets. `DictionaryForm` adds what the data
-give. It is what a checkpoint stores, a resume compares, `alignsae plan` counts and an export describes: a field added here is known
-to all of them.
+`ChosenForm` is what a user chooses, and what the section `dictionary` of a configuration sets. `DictionaryForm` adds
+what the data give. It is what a checkpoint stores, a resume compares, `alignsae plan` counts and an export describes: a
+field added here is known to all of them.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,8 @@ class DictionaryConfig(ChosenForm):
             raise UserError(f"dictionary.k_fall={self.k_fall} must not be negative")
 
     def form(self, width: int, concepts: Sequence[str] = (), answers: int = 0) -> "DictionaryForm":
-        """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of this size."""
+        """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of
+        this size."""
         chosen = {field.name: getattr(self, field.name) for field in fields(ChosenForm)}
         return DictionaryForm(**chosen, width=width, concepts=list(concepts), answers=answers)
 

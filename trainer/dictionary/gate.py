@@ -1,7 +1,7 @@
 """Gates: how a code comes from pre-activations. z = pre where pre > threshold, else 0; a threshold of 0 is ReLU.
 
-A kind of gate is one subclass of Gate and one entry of GATES. Kernels know no kinds: they are given the thresholds of a bank, which
-are never below 0.
+A kind of gate is one subclass of Gate and one entry of GATES. Kernels know no kinds: they are given the thresholds of a
+bank, which are never below 0.
 
 Shapes: B rows, D model width, n slots of a bank.
 """
@@ -43,16 +43,18 @@ class BatchTopK(Gate):
     """One threshold for all free slots, above which lie about k entries a row of the global batch ("BatchTopK Sparse
     Autoencoders", arXiv 2412.06410).
 
-    The exact threshold of a batch needs the codes of all banks at once. Here it follows instead: after a step it is multiplied by
-    exp(RATE (l0 / k - 1)), the exponent held within RATE. Every bank keeps a copy of the one number, and l0 is that of the global
-    batch, so the copies stay equal on any number of ranks. At inference the threshold is the last one.
+    The exact threshold of a batch needs the codes of all banks at once. Here it follows instead: after a step it is
+    multiplied by exp(RATE (l0 / k - 1)), the exponent held within RATE. Every bank keeps a copy of the one number, and
+    l0 is that of the global batch, so the copies stay equal on any number of ranks. At inference the threshold is the
+    last one.
     """
 
     fixes_l0 = True
     RATE = 0.2
 
     def buffers(self, slots: int, width: int) -> Tensors:
-        # Above 0, since a product never leaves it; small beside pre-activations, which begin with deviation 1 / sqrt(D).
+        # Above 0, since a product never leaves it; small beside pre-activations, which begin with deviation 1 /
+        # sqrt(D).
         return {"theta": torch.full((1,), 0.1 * width**-0.5)}
 
     def threshold(self, bank: nn.Module) -> Tensor:

@@ -21,8 +21,8 @@ def denormalise(x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 def fold(weights: BankWeights, mean: Tensor, scale: Tensor) -> BankWeights:
     """Weights that act on raw activations and give a share of the raw reconstruction; codes stay what they are.
 
-    From x = (h - mean) / scale and h_hat = scale x_hat + mean: the encoder is divided by scale, its bias takes up the mean, the
-    decoder rows, as they are used, are multiplied by scale.
+    From x = (h - mean) / scale and h_hat = scale x_hat + mean: the encoder is divided by scale, its bias takes up the
+    mean, the decoder rows, as they are used, are multiplied by scale.
     """
     return BankWeights(
         weights.W_enc / scale,

@@ -15,7 +15,8 @@ from trainer.topology import Topology
 class UnitState:
     """Everything of one unit (ConceptDictionary.units) that training changes, as whole tensors on the host.
 
-    weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> tensor (fp32, or bf16 with optim.state=bf16).
+    weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> tensor (fp32, or bf16 with
+        optim.state=bf16).
     """
 
     weights: dict[str, Tensor]
@@ -24,18 +25,25 @@ class UnitState:
 
 
 class Strategy(ABC):
-    """One way to spread training over ranks. All methods but those of one rank's data are called on all ranks, in the same order."""
+    """One way to spread training over ranks.
+
+    All methods but those of one rank's data are called on all ranks, in the same order.
+    """
 
     topology: Topology
     objective: AlignObjective
 
     def place(self, unit: nn.Module) -> None:
-        """Bring a unit (ConceptDictionary.units) with its weights loaded to where this strategy holds them. Before `prepare`, unit by unit."""
+        """Bring a unit (ConceptDictionary.units) with its weights loaded to where this strategy holds them.
+
+        Before `prepare`, unit by unit.
+        """
         unit.to(self.topology.device)
 
     @abstractmethod
     def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
-        """Take the objective, whose units were placed, and build engine and optimizer; `updates` steps were taken before."""
+        """Take the objective, whose units were placed, and build engine and optimizer; `updates` steps were taken
+        before."""
 
     @abstractmethod
     def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
@@ -43,26 +51,35 @@ class Strategy(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients; `last` marks the last micro-batch of a step, after which gradients are averaged over data ranks."""
+        """Add gradients; `last` marks the last micro-batch of a step, after which gradients are averaged over data
+        ranks."""
 
     @abstractmethod
     def update(self, lr: float, clip: float) -> float:
-        """Clip by the global norm (0 = off), step, clear gradients. Returns the norm before clipping; a norm that is not finite updates nothing."""
+        """Clip by the global norm (0 = off), step, clear gradients.
+
+        Returns the norm before clipping; a norm that is not finite updates nothing.
+        """
 
     @abstractmethod
     def discard(self) -> None:
-        """Clear the gradients of a whole step without an update: after the `last` backward, or with no gradients at all."""
+        """Clear the gradients of a whole step without an update: after the `last` backward, or with no gradients at
+        all."""
 
     @abstractmethod
     def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
-        """State of a unit on the one rank that is to save it, or on all ranks that hold it (`everywhere`); None on the others.
+        """State of a unit on the one rank that is to save it, or on all ranks that hold it (`everywhere`); None on the
+        others.
 
         into: what an earlier call returned for this unit; its memory is filled again and returned.
         """
 
     @abstractmethod
     def write(self, unit: str, state: UnitState) -> None:
-        """Set the state of a unit on the ranks that hold it. Missing moments are left alone; `state` is whole on all ranks that hold the unit."""
+        """Set the state of a unit on the ranks that hold it.
+
+        Missing moments are left alone; `state` is whole on all ranks that hold the unit.
+        """
 
     @abstractmethod
     def holds(self, unit: str) -> bool:
@@ -84,6 +101,7 @@ def on_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 def owned_banks(banks: int, topology: Topology) -> list[int]:
-    """Indices of the free banks of a dictionary rank: runs as equal as can be; where one is longer, the last is, since it has the smaller bank."""
+    """Indices of the free banks of a dictionary rank: runs as equal as can be; where one is longer, the last is, since
+    it has the smaller bank."""
     rank, world = topology.dictionary_rank, topology.dictionary_world
     return list(range(banks * rank // world, banks * (rank + 1) // world))

@@ -1,7 +1,9 @@
-"""Strategies in which a rank holds whole banks: single, ddp (all banks, other rows) and dictionary (some banks, all or other rows).
+"""Strategies in which a rank holds whole banks: single, ddp (all banks, other rows) and dictionary (some banks, all or
+other rows).
 
-They are one thing: DistributedDataParallel over the data group, if that has more than one member. Parameters that dictionary ranks
-replicate get the same gradient on each of them, since the partial reconstructions are summed before the loss.
+They are one thing: DistributedDataParallel over the data group, if that has more than one member. Parameters that
+dictionary ranks replicate get the same gradient on each of them, since the partial reconstructions are summed before
+the loss.
 """
 
 import warnings
@@ -46,8 +48,9 @@ class LocalStrategy(Strategy):
     def _fix_buckets(self) -> None:
         """A first backward pass, on no rows, that is the same in every run.
 
-        DDP lays its buckets out anew after the first one, in the order in which gradients came, and sums over more than two ranks depend on
-        the layout: without this a run that resumes in another stage would not end bitwise where an undisturbed one ends.
+        DDP lays its buckets out anew after the first one, in the order in which gradients came, and sums over more than
+        two ranks depend on the layout: without this a run that resumes in another stage would not end bitwise where an
+        undisturbed one ends.
         """
         device = self.topology.device
         none = torch.zeros(0, dtype=torch.int64, device=device)

@@ -1,7 +1,7 @@
 """ZeRO 1, 2 and 3: DeepSpeed, built and driven through Accelerate.
 
-Banks are modules that own their parameters, so stage 3 gathers them one by one; its buffers are set to one bank (deepspeed_settings.py), so
-that a rank holds its shard and at most two banks.
+Banks are modules that own their parameters, so stage 3 gathers them one by one; its buffers are set to one bank
+(deepspeed_settings.py), so that a rank holds its shard and at most two banks.
 """
 
 import logging
@@ -40,7 +40,8 @@ class ZeroStrategy(Strategy):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def place(self, unit: nn.Module) -> None:
-        """Stage 3 shards the unit at once, so that a rank never holds more than its share of what was placed, and this unit."""
+        """Stage 3 shards the unit at once, so that a rank never holds more than its share of what was placed, and this
+        unit."""
         super().place(unit)
         _empty_to_buffers(unit)
         if self.stage == 3 and any(True for _ in unit.parameters()):

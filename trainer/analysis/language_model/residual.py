@@ -1,8 +1,8 @@
 """Causal language models: loading, residual capture at several layers, residual edits and greedy answers.
 
 **Layer numbers.** Layer L is the residual stream AFTER the block with 0-based index L, that is the output of
-`blocks[L]`. Its hook point is named `blocks.L.hook_resid_post`. (transformers' `hidden_states[L + 1]` is the same tensor
-for every block but the last, where transformers applies the final norm first.)
+`blocks[L]`. Its hook point is named `blocks.L.hook_resid_post`. (transformers' `hidden_states[L + 1]` is the same
+tensor for every block but the last, where transformers applies the final norm first.)
 
 B prompts, T tokens, D model width.
 """
@@ -125,8 +125,8 @@ def capture(model: Any, input_ids: Tensor, attention_mask: Tensor, layers: Seque
 def edit_residual(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While active, the residual [B, D] after block `layer` at the last prompt token is replaced by `edit(residual)`.
 
-    Only the pass over the prompt is edited, not the later decoding steps, and always the last column, so prompts must be
-    padded on the left (as `generate_answers` does). UserError on a layer out of range.
+    Only the pass over the prompt is edited, not the later decoding steps, and always the last column, so prompts must
+    be padded on the left (as `generate_answers` does). UserError on a layer out of range.
     """
     check_layers(model, [layer])
     prompt_pass = True
