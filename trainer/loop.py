@@ -180,7 +180,7 @@ def wake_concepts(run: Run) -> int:
 
 def revive(run: Run, batch: MicroBatch, settings: StepSettings) -> None:
     """Resample dead slots and say how many."""
-    dead_after, seed = run.config.revival.dead_after, run.config.run.seed
+    dead_after, seed = run.config.revival.patience(run.curriculum.total), run.config.run.seed
     revived = revival.resample(run.strategy, batch.acts, settings.align, run.state.step, dead_after, seed)
     if revived and run.strategy.topology.is_main:
         tqdm.write(f"step {run.state.step}: {revived} dead slots got new weights")
@@ -188,7 +188,8 @@ def revive(run: Run, batch: MicroBatch, settings: StepSettings) -> None:
 
 def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, steps: int, bar: Any) -> None:
     """Write the figures of the last `steps` steps to JSONL, MLflow and the progress bar."""
-    dead = revival.count_dead(run.strategy, run.state.step, run.config.revival.dead_after)
+    patience = run.config.revival.patience(run.curriculum.total)
+    dead = revival.count_dead(run.strategy, run.state.step, patience)
     tally(run, stream)
     if run.tracker is None or run.metrics.steps == 0:  # every update of the interval was skipped
         return
