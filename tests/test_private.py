@@ -1,4 +1,4 @@
-"""Undocumented names of torch and DeepSpeed: the installed versions have them, and one that goes is reported in one line."""
+"""Undocumented names of torch and DeepSpeed: the installed versions have them; one that goes gives one clear line."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Every name of torch and DeepSpeed that is used here though they do not document it: the one file to adapt when one goes.
+"""Every undocumented name of torch and DeepSpeed that is used here: the one file to adapt when one goes.
 
 pyproject.toml bounds both packages from above for this reason. DeepSpeed is not imported: its objects are handed in.
 """
@@ -13,7 +13,7 @@ from trainer.errors import UserError
 
 
 def reach(owner: Any, name: str, package: str, home: str = "trainer/private.py") -> Any:
-    """Attribute `name` of an object of `package`; raises UserError, saying that `home` must be adapted, where it is gone."""
+    """Attribute `name` of an object of `package`; raises UserError where it is gone: `home` must be adapted."""
     try:
         return getattr(owner, name)
     except AttributeError:
@@ -34,18 +34,18 @@ def has_mkldnn_bf16() -> bool:
 
 
 def zero_masters(optimizer: Any, stage: int) -> list[Tensor]:
-    """The flat fp32 tensors of this rank that the inner optimizer updates. optimizer: DeepSpeed's, of ZeRO stage 1, 2 or 3."""
+    """This rank's flat fp32 tensors that the inner optimizer updates. optimizer: DeepSpeed's, of stage 1, 2 or 3."""
     name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
     return reach(optimizer, name, "deepspeed")
 
 
 def zero3_weights(optimizer: Any) -> list[Tensor]:
-    """The flat tensors of this rank that stage 3 computes with, in the order of `zero_masters`; fp32 despite DeepSpeed's name for them."""
+    """This rank's flat tensors that stage 3 computes with, in the order of `zero_masters`; fp32 despite the name."""
     return reach(optimizer, "fp16_partitioned_groups_flat", "deepspeed")
 
 
 def link_moments(optimizer: Any) -> None:
-    """Stages 1 and 2: let parameters find the moments that the inner optimizer holds; otherwise done at the first step only."""
+    """Stages 1 and 2: let parameters find the inner optimizer's moments at once, not at the first step only."""
     reach(optimizer, "_lazy_init_hp_params_optimizer_state", "deepspeed")()
 
 
