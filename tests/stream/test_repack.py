@@ -232,14 +232,11 @@ def test_labels_that_are_null_or_empty_are_unlabelled(tmp_path):
 
 def test_labels_of_other_suffixes_are_text(tmp_path):
     names = {"a": b"born\n", "b": b" works", "c": b"born"}
-    raw = tar_of(
-        tmp_path / "raw.tar", [m for k in names for m in ((f"{k}.npy", vector(ord(k))), (f"{k}.mp", names[k]))]
-    )
+    members = [m for k, name in names.items() for m in ((f"{k}.npy", vector(ord(k))), (f"{k}.mp", name))]
+    raw = tar_of(tmp_path / "raw.tar", members)
     assert repack([raw], tmp_path / "out", "--concept", "mp") == 0  # msgpack to webdataset
-    assert read(tmp_path / "out")[1].tolist() == [0, 1, 0] and Manifest.load(tmp_path / "out").concepts == [
-        "born",
-        "works",
-    ]
+    assert read(tmp_path / "out")[1].tolist() == [0, 1, 0]
+    assert Manifest.load(tmp_path / "out").concepts == ["born", "works"]
 
 
 def test_a_damaged_header_is_reported_where_webdataset_alone_drops_the_rest(tmp_path, capsys):
