@@ -38,13 +38,14 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Pins what a fresh environment resolves to; commit the result.
+# Pins what a fresh environment resolves to, beside the torch that is pinned already; commit the result.
 lock:
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/python -m pip install $(PIP_FLAGS) -q torch==2.13.0
+	.lock-venv/bin/python -m pip install $(PIP_FLAGS) -q torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
 	.lock-venv/bin/python -m pip install $(PIP_FLAGS) -q ".[dev,remote]"
+	.lock-venv/bin/python -m pip freeze --exclude alignsae > .lock-venv/found
 	echo "# Exact versions, read by pip; written by 'make lock'." > requirements.lock
-	.lock-venv/bin/python -m pip freeze --exclude alignsae | sed 's/+cpu//' >> requirements.lock
+	sed -e 's/+cpu//' -e "s/^triton==.*/&; platform_system == 'Linux'/" .lock-venv/found >> requirements.lock
 	rm -rf .lock-venv build
 
 clean:

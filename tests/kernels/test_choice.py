@@ -90,7 +90,7 @@ def test_a_killed_build_does_not_block_the_next(tmp_path):
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bf16_is_fp32_on_a_processor_that_would_emulate_it(monkeypatch, has_bf16):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr("trainer.private.has_avx512_bf16", lambda: has_bf16)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert usable_precision("bf16", cpu) == ("bf16" if has_bf16 else "fp32")
     assert usable_precision("fp32", cpu) == usable_precision("fp32", cuda) == "fp32"
@@ -100,6 +100,6 @@ def test_bf16_is_fp32_on_a_processor_that_would_emulate_it(monkeypatch, has_bf16
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_ranks_agree_on_fp32_when_one_would_emulate_bf16(monkeypatch, elsewhere):
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr("trainer.private.has_avx512_bf16", lambda: True)
     monkeypatch.setattr(Topology, "any_over_world", lambda self, own: own or elsewhere)
     assert agreed_precision("bf16", Topology()) == ("fp32" if elsewhere else "bf16")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from strategy_runs import forget_engine
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
@@ -150,7 +150,7 @@ def main() -> None:
         **vars(args) | {"slots": 4 * world, "bank_slots": 4, "width": 8, "rows": 4 * world, "steps": 1}
     )
     exercise(tiny, layout, topology)  # what is loaded and compiled on first use is not what is measured
-    AcceleratorState._reset_state()
+    forget_engine()
     gc.collect()
     topology.barrier()
     before = reset_peak()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from accelerate.state import AcceleratorState
 
 from trainer import losses
+from trainer.private import reach
 from trainer.stream import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,11 @@ def run_jobs(home: Path, world: int, jobs: dict[Path, dict[str, list[str]]]) -> 
     (home / "output.txt").write_text(result.output)
     assert result.code == 0, result.output[-6000:]
     return {name: home / name for named in jobs.values() for name in named}
+
+
+def forget_engine() -> None:
+    """Let this process prepare a further engine: Accelerate keeps the DeepSpeed settings of the first one."""
+    reach(AcceleratorState, "_reset_state", "accelerate", "tests/strategies/strategy_runs.py")()
 
 
 def metrics(folder: Path) -> list[dict]:

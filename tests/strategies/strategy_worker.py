@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
+from strategy_runs import forget_engine
 
 from trainer import train
 
@@ -16,7 +16,7 @@ def main() -> int:
     """Run the jobs of the JSON file named on the command line, one after the other, until one fails."""
     for job in json.loads(Path(sys.argv[1]).read_text()):
         print("job", *job["overrides"], flush=True)
-        AcceleratorState._reset_state()  # a user's process prepares one engine only
+        forget_engine()  # a user's process prepares one engine only
         if code := train.main(["--config", job["config"], *job["overrides"]]):
             return code
     return 0

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from trainer.stream import Manifest, ShardWriter
+from trainer.stream import DataConfig, Manifest, Plan, ShardWriter, Stream
 
 CONCEPTS = ["born", "studied", "works"]
 ANSWERS = ["a", "b", "c", "d", "e"]
@@ -23,3 +24,13 @@ def write(folder: Path, count: int = 300, width: int = 4, **options) -> Manifest
     with ShardWriter(folder, "train", width=width, concepts=CONCEPTS, answers=ANSWERS, **settings) as writer:
         writer.write(*rows(count, width))
     return Manifest.load(folder)
+
+
+def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(acts, concept, answer) of a data set in row order, as the stream delivers them."""
+    manifest = Manifest.load(folder)
+    plan = Plan(manifest, 0, manifest.rows, 1, 4)
+    with Stream(DataConfig(shards=str(folder), threads=0), manifest, plan, range(1)) as stream:
+        batch = next(stream)
+    order = batch.row_ids.argsort()
+    return batch.acts[order], batch.concept[order], batch.answer[order]

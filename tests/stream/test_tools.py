@@ -1,20 +1,14 @@
-"""The commands index, repack and verify, through the command line's entry point."""
+"""The commands index and verify, through the command line's entry point."""
 
-import io
-import json
-import pickle
 import re
-import tarfile
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 import webdataset
-from stream_data import CONCEPTS, rows, write
+from stream_data import CONCEPTS, read, rows, write
 
 from tools.cli import main
-from trainer.stream import DataConfig, Manifest, Plan, Stream
+from trainer.stream import Manifest
 
 
 def foreign(path, samples):
@@ -23,16 +17,6 @@ def foreign(path, samples):
     with webdataset.TarWriter(str(path)) as sink:
         for sample in samples:
             sink.write(sample)
-
-
-def read(folder):
-    """(acts, concept, answer) of a data set in row order, as the stream delivers them."""
-    manifest = Manifest.load(folder)
-    plan = Plan(manifest, 0, manifest.rows, 1, 4)
-    with Stream(DataConfig(shards=str(folder), threads=0), manifest, plan, range(1)) as stream:
-        batch = next(stream)
-    order = batch.row_ids.argsort()
-    return batch.acts[order], batch.concept[order], batch.answer[order]
 
 
 def test_index_reads_what_stock_webdataset_writes(tmp_path, capsys):
@@ -93,88 +77,6 @@ def test_index_refuses_what_cannot_be_read(tmp_path, capsys, sample, message):
 def test_index_refuses_a_folder_without_tars(tmp_path, capsys):
     assert main(["index", str(tmp_path)]) == 2 and "holds no .tar files" in capsys.readouterr().err
     assert main(["index", str(tmp_path / "x")]) == 2 and "no such folder" in capsys.readouterr().err
-
-
-def vector(acts, kind):
-    if kind == "npy":
-        return acts
-    buffer = io.BytesIO()
-    torch.save({"layer6": torch.from_numpy(acts)} if kind == "pth" else None, buffer)
-    return buffer.getvalue() if kind == "pth" else safetensors.torch.save({"h": torch.from_numpy(acts)})
-
-
-@pytest.mark.parametrize("kind", ["npy", "pth", "safetensors"])
-def test_repack_of_one_vector_samples(tmp_path, kind):
-    acts, concept, answer = rows(40, 4)
-    samples = [
-        {
-            "__key__": f"{i:05d}",
-            kind: vector(acts[i], kind),
-            "json": json.dumps({"relation": CONCEPTS[concept[i]] if concept[i] >= 0 else None}).encode(),
-            **({"cls": str(answer[i]).encode()} if answer[i] >= 0 else {}),
-        }
-        for i in range(40)
-    ]
-    raw = tmp_path / "raw.tar"
-    with tarfile.open(raw, "w") as tar:  # bytes as they are: TarWriter would encode them again
-        for sample in samples:
-            for suffix, payload in sample.items():
-                if suffix != "__key__":
-                    if isinstance(payload, np.ndarray):
-                        buffer = io.BytesIO()
-                        np.save(buffer, payload)
-                        payload = buffer.getvalue()
-                    info = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
-                    info.size = len(payload)
-                    tar.addfile(info, io.BytesIO(payload))
-    out = tmp_path / "out"
-    options = [
-        "--out",
-        str(out),
-        "--acts",
-        kind,
-        "--concept",
-        "json:relation",
-        "--answer",
-        "cls",
-        "--rows-per-block",
-        "16",
-    ]
-    assert main(["repack", str(raw), *options]) == 0
-    manifest = Manifest.load(out)
-    assert manifest.block_rows.tolist() == [16, 16, 8] and set(manifest.concepts) == set(CONCEPTS)
-    got, concepts, answers = read(out)
-    assert np.array_equal(got, acts) and np.array_equal(answers, answer)
-    names = [manifest.concepts[c] if c >= 0 else None for c in concepts]
-    assert names == [CONCEPTS[c] if c >= 0 else None for c in concept]
-    # A held-out split shares vocabularies and normalisation; a pipe works once it is permitted.
-    held = ["--out", str(tmp_path / "held"), "--split", "heldout", "--like", str(out), *options[2:]]
-    assert main(["repack", f"pipe:cat {raw}", *held]) == 2
-    assert main(["repack", f"pipe:cat {raw}", "--allow-pipe", *held]) == 0
-    other = Manifest.load(tmp_path / "held")
-    assert (other.concepts, other.mean, other.scale) == (manifest.concepts, manifest.mean, manifest.scale)
-
-
-class Evil:
-    """A pickle that would run code."""
-
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_repack_runs_no_pickle(tmp_path, capsys):
-    for number, payload in enumerate([pickle.dumps(Evil()), pickle.dumps(np.ones(3)), b"", b"junk"]):
-        raw = tmp_path / f"{number}.tar"
-        with tarfile.open(raw, "w") as tar:
-            info = tarfile.TarInfo("a.pth")
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-        assert main(["repack", str(raw), "--out", str(tmp_path / "out"), "--acts", "pth"]) == 2
-        captured = capsys.readouterr()
-        assert "executed" not in captured.out and f"{number}.tar" in captured.err
-    assert main(["repack", str(raw), "--out", str(tmp_path / "out"), "--acts", "pkl"]) == 2
-    assert not (tmp_path / "out").exists()
 
 
 def test_verify_prints_every_problem_and_fails(tmp_path, capsys):

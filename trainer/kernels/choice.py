@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainer import private
 from trainer.errors import UserError
 from trainer.kernels.dense import dense_kernel
 from trainer.kernels.interface import BankKernel
@@ -28,8 +29,8 @@ def usable_precision(precision: str, device: torch.device) -> str:
 
 def _multiplies_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return private.has_avx512_bf16()
+    return private.has_mkldnn_bf16()
 
 
 class KernelChoice:

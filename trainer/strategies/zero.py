@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer import private
 from trainer.losses import LossWeights
 from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer
@@ -71,21 +72,20 @@ class ZeroStrategy(Strategy):
 
     def _share_masters(self) -> None:
         """In fp32 a shard and its master are equal at all times: let both be one memory, a fifth less of state."""
-        engine = self.engine.optimizer
-        for master, shard in zip(engine.fp32_partitioned_groups_flat, engine.fp16_partitioned_groups_flat, strict=True):
+        optimizer = self.engine.optimizer
+        for master, shard in zip(private.zero_masters(optimizer, 3), private.zero3_weights(optimizer), strict=True):
             master.data = shard
 
     def _seed_moments(self, updates: int) -> None:
         """Moments of 0 after `updates` steps, as AdamW would create them at its first step."""
-        engine = self.engine.optimizer
-        stage3 = self.stage == 3
-        for shard in engine.fp32_partitioned_groups_flat if stage3 else engine.single_partition_of_fp32_groups:
-            engine.optimizer.state[shard] = {
+        optimizer = self.engine.optimizer
+        for shard in private.zero_masters(optimizer, self.stage):
+            optimizer.optimizer.state[shard] = {
                 "step": torch.tensor(float(updates), device=shard.device),
                 **{key: torch.zeros_like(shard) for key in MOMENTS},
             }
-        if not stage3:
-            engine._lazy_init_hp_params_optimizer_state()  # otherwise linked to the parameters at the first step only
+        if self.stage < 3:
+            private.link_moments(optimizer)
 
     def forward(self, batch: MicroBatch, weights: LossWeights, align: bool, step: int) -> tuple[Tensor, Tensor]:
         return self.engine(batch, weights, align, step)
@@ -157,7 +157,7 @@ class ZeroStrategy(Strategy):
             return
         shard = self._shard(parameter, whole)
         safe_set_local_fp32_param(parameter, shard)
-        parameter.ds_tensor.copy_(shard)
+        private.zero3_shard(parameter).copy_(shard)
 
     def _write_moment(self, parameter: Any, whole: Tensor, key: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -170,7 +170,7 @@ class ZeroStrategy(Strategy):
 
     def _shard(self, parameter: Any, whole: Tensor) -> Tensor:
         """This rank's stage-3 shard of a whole tensor, padded with zeros at the end of the last one."""
-        size = parameter.ds_tensor.numel()
+        size = private.zero3_shard(parameter).numel()
         flat = whole.flatten()[self.topology.rank * size : (self.topology.rank + 1) * size]
         return nn.functional.pad(flat, (0, size - flat.numel()))
 
