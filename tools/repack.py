@@ -24,11 +24,12 @@ import torch
 from tqdm import tqdm
 
 from trainer.errors import DataError, UserError
+from trainer.redact import redact
 from trainer.stream import Manifest, ShardWriter, npy
 from trainer.stream.blocks import map_file
-from trainer.stream.location import is_remote, local_path, redact
+from trainer.stream.location import check_allowed, is_remote, local_path
 from trainer.stream.manifest import STORED_DTYPES
-from trainer.stream.remote import check_allowed, save
+from trainer.stream.remote import save
 from trainer.stream.tar import Sample, samples
 
 

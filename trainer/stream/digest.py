@@ -1,4 +1,7 @@
-"""Fingerprint of which rows were trained on at which position, summed over ranks and chained over steps."""
+"""Fingerprint of which rows were trained on at which position, summed over ranks and chained over steps.
+
+Rows count by their numbers. What they hold is bound to the manifest's digest by the crc32 of every block, which BlockSource checks.
+"""
 
 import numpy as np
 

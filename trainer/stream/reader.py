@@ -142,6 +142,7 @@ class Stream:
     def close(self) -> None:
         """Stop the threads and unmap the shards; batches already handed out stay valid."""
         self._closed = True
+        self.source.stop()
         for pool in (self._readers, self._openers):
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
