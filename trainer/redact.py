@@ -8,9 +8,10 @@ MASK = "***"
 _SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{1,40}:"
 # Credentials before the host: all up to the last @ of the authority; else `user:password@` with the / ? # that SQLAlchemy
 # allows in a password (a port is none, nor is an IPv6 address); else what pathlib makes of a URL, with one slash.
+_MOST = "{0,2048}"  # characters of a credential; without a bound a hostile text would take quadratic time
 _USERINFO = re.compile(
-    rf"({_SCHEME}//)(?:[^\s/?#<>\"]*@|(?!\[)[^\s/?#:@<>\"]*:(?!\d+(?:[/?#]|\Z|\s))[^\s@<>\"]*@)"
-    rf"|({_SCHEME}/)(?!/)[^\s/?#:@<>\"]*:[^\s/?#@<>\"]*@"
+    rf"({_SCHEME}//)(?:[^\s/?#<>\"]{_MOST}@|(?!\[)[^\s/?#:@<>\"]{_MOST}:(?!\d+(?:[/?#]|\Z|\s))[^\s@<>\"]{_MOST}@)"
+    rf"|({_SCHEME}/)(?!/)[^\s/?#:@<>\"]{_MOST}:[^\s/?#@<>\"]{_MOST}@"
 )
 _SECRET_WORDS = (
     r"[A-Za-z0-9]*(?:passw(?:or)?d|passphrase|secret|token)|(?:ssh|db|my)?pass|pwd|credentials?|signature|auth|jwt"
@@ -34,7 +35,7 @@ _PARAMETER = re.compile(rf"(?i)([?&;#])({_QUERY_NAMES})=({_PARAMETER_VALUE})")
 _KEY_LIKE = re.compile(r"([?&;#=])(?=[A-Za-z_\-]*\d)(?=[\d_\-]*[A-Za-z])[A-Za-z0-9_+~%\-]{20,}={0,2}(?![^&;#\s])")
 _ENCODED_USERINFO = re.compile(r"(?i)%3A%2F%2F(?:(?!%2F)[^\s&;#])*%40")
 _ASSIGNMENT = re.compile(rf"(?i)(?<![A-Za-z0-9_.\-])(-{{0,2}}(?:{_SECRET_NAME}))(\s?=\s?)(?!=)({_VALUE})")
-_OPTION = re.compile(rf"(?i)(?<!\S)(--?(?:{_SECRET_NAME}))(\s+)(?!-)({_VALUE})")
+_OPTION = re.compile(rf"(?i)(?<![A-Za-z0-9_.\-])(--?(?:{_SECRET_NAME}))(\s+)(?!-)({_VALUE})")
 _HEADER = re.compile(
     r"(?i)\b((?:proxy-)?authorization|x-[a-z\-]*(?:key|token)|password|passwd|secret)(['\"]?:\s*)"
     rf"(?:(?:basic|bearer|token)\s+)?({_VALUE})"

@@ -1,8 +1,11 @@
-"""Small data sets for the stream tests: what is in them, and how they are written."""
+"""Small data sets for the stream tests: what is in them, how they are written, and rows that no writer lets through."""
 
+import dataclasses
+import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from trainer.stream import Manifest, ShardWriter
 
@@ -23,3 +26,29 @@ def write(folder: Path, count: int = 300, width: int = 4, **options) -> Manifest
     with ShardWriter(folder, "train", width=width, concepts=CONCEPTS, answers=ANSWERS, **settings) as writer:
         writer.write(*rows(count, width))
     return Manifest.load(folder)
+
+
+def poison(folder: Path, manifest: Manifest, values: dict[int, float], dtype: str) -> None:
+    """Overwrite the second number of rows of the first shard, which has blocks of 16."""
+    path = folder / manifest.shards[0].name
+    data = bytearray(path.read_bytes())
+    for row, value in values.items():
+        block = manifest.shards[0].blocks[row // 16]
+        bits = torch.tensor([value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
+        start = block.acts[0] + 128 + (row % 16) * 4 * len(bits) + len(bits)
+        data[start : start + len(bits)] = bits
+    path.write_bytes(data)
+
+
+def recount(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the checksums of the files as they are now."""
+    shards = []
+    for shard in manifest.shards:
+        data = (folder / shard.name).read_bytes()
+        blocks = tuple(
+            dataclasses.replace(b, crc32=zlib.crc32(data[b.offset : b.offset + b.bytes])) for b in shard.blocks
+        )
+        shards.append(dataclasses.replace(shard, blocks=blocks))
+    changed = dataclasses.replace(manifest, shards=tuple(shards))
+    changed.save(folder)
+    return changed

@@ -217,6 +217,25 @@ def test_damaged_cache_file_is_downloaded_again(tmp_path):
     assert again[2].counters()["reread_blocks"] > 0
 
 
+def test_a_cache_file_replaced_in_mid_run_is_noticed(tmp_path):
+    """The crc is computed once per file: again for one that another process put there, not for one that was only read."""
+    manifest = write(tmp_path / "d", 300)
+    plan = Plan(manifest, 0, 32, 4, 2)
+    with http_server(tmp_path) as (url, _, _):
+        config = setting(f"{url}/d", tmp_path / "cache", threads=0)
+        with Stream(config, manifest, plan, range(4)) as stream:
+            first = list(itertools.islice(stream, plan.steps_per_epoch))
+            for path in (tmp_path / "cache").glob("??/*.block"):
+                data, status = bytearray(path.read_bytes()), path.stat()
+                data[700] ^= 1
+                (tmp_path / "other").write_bytes(data)
+                os.utime(tmp_path / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+                (tmp_path / "other").replace(path)
+            later = list(itertools.islice(stream, 2 * plan.steps_per_epoch))
+            assert stream.counters()["reread_blocks"] > 0
+    same(epochs(setting(str(tmp_path / "d"), tmp_path / "unused"), 3)[1], first + later)
+
+
 def test_damage_at_the_source_is_named_or_masked(tmp_path):
     manifest = write(tmp_path / "d", 300)
     block = manifest.shards[0].blocks[1]

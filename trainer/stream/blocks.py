@@ -68,8 +68,8 @@ def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts:
 
 def check_extent(block: Block, width: int, dtype: str) -> None:
     """Raise DataError (without a location) when a block claims more rows than its bytes hold, before anything is sized by them."""
-    row_bytes = width * STORED_DTYPES[dtype].itemsize
-    most = min([block.acts[1] // row_bytes, *(span[1] for span in (block.concept, block.answer) if span is not None)])
+    sizes = [(block.acts, width * STORED_DTYPES[dtype].itemsize), (block.concept, 1), (block.answer, 1)]
+    most = min((span[1] - npy.SHORTEST_HEADER) // row_bytes for span, row_bytes in sizes if span is not None)
     if block.rows > most:
         raise DataError(f"claims {block.rows} rows, its payloads hold {most} at most")
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from trainer.errors import DataError
 
+SHORTEST_HEADER = 64  # bytes; magic, length and dictionary need a few more
 _MAGIC = b"\x93NUMPY"
 # numpy writes exactly this form; a regular expression cannot allocate or recurse on hostile bytes.
 _HEADER = re.compile(

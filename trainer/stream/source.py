@@ -211,16 +211,20 @@ class BlockSource:
         log.warning("%s; masked", message)
 
     def _quarantine(self, index: int, block: Block, problem: DataError) -> BlockRows:
+        message = f"{self.where(index)}: {problem}"
+        unreachable = isinstance(problem, Unreachable)
         with self._lock:
+            if unreachable and self._stop.is_set():  # says nothing about the block
+                raise _BudgetSpent(self._lost or message) from None
             count = len(self.quarantined | {index})
             spent = count > self.config.quarantine_budget
             if not spent:
                 self.quarantined.add(index)
-        message = f"{self.where(index)}: {problem}"
-        if spent and isinstance(problem, Unreachable):
-            self._lost = self._lost or message
+            elif unreachable:
+                self._lost = message
+        if spent and unreachable:
             self.stop()  # no other thread need wait as long to say the same
-            raise _BudgetSpent(self._lost) from None
+            raise _BudgetSpent(message) from None
         if spent:
             raise _BudgetSpent(
                 f"{message}; {count} damaged blocks exceed data.quarantine_budget={self.config.quarantine_budget}, "
