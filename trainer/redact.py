@@ -29,7 +29,8 @@ _PARAMETER_VALUE = r"[^\s&;#\"'<>]+"
 _QUERY_NAMES = (
     rf"{_SECRET_NAME}|[A-Za-z]+-Policy|policy|key|code|sig|session(?:[_\-]?id)?|AWSAccessKeyId|GoogleAccessId"
 )
-_QUERY = re.compile(rf"(?i)({_SCHEME}/[^\s?#<>\"]*)([?#][^\s<>\"]*)")
+_WORD = re.compile(r"\S+")
+_QUERY = re.compile(r"[?#].*")
 _PARAMETER = re.compile(rf"(?i)([?&;#])({_QUERY_NAMES})=({_PARAMETER_VALUE})")
 # A value that no name betrays but that reads like a key: twenty characters or more of letters and digits mixed, no path.
 _KEY_LIKE = re.compile(r"([?&;#=])(?=[A-Za-z_\-]*\d)(?=[\d_\-]*[A-Za-z])[A-Za-z0-9_+~%\-]{20,}={0,2}(?![^&;#\s])")
@@ -58,17 +59,22 @@ def redact(text: str) -> str:
     What holds none of this is returned unchanged, and so is what was redacted before.
     """
     text = _PIPE.sub(_short_command, text)
-    text = _USERINFO.sub(lambda found: f"{found[1] or found[2]}{MASK}@", text)
-    text = _QUERY.sub(lambda found: found[1] + _parameters(found[2]), text)
+    text = _WORD.sub(lambda found: _url(found[0]) if ":/" in found[0] else found[0], text)
     text = _HEADER.sub(rf"\1\2{MASK}", text)
     text = _OPTION.sub(rf"\1\2{MASK}", text)
     return _ASSIGNMENT.sub(rf"\1\2{MASK}", text)
 
 
-def _parameters(query: str) -> str:
-    query = _PARAMETER.sub(rf"\1\2={MASK}", query)
-    query = _KEY_LIKE.sub(rf"\1{MASK}", query)
-    return _ENCODED_USERINFO.sub(f"%3A%2F%2F{MASK}%40", query)
+def _url(word: str) -> str:
+    """A word that holds a URL."""
+    if "@" in word:
+        word = _USERINFO.sub(lambda found: f"{found[1] or found[2]}{MASK}@", word)
+    query = _QUERY.search(word, word.index(":/"))
+    if query is None:
+        return word
+    masked = _PARAMETER.sub(rf"\1\2={MASK}", query[0])
+    masked = _KEY_LIKE.sub(rf"\1{MASK}", masked)
+    return word[: query.start()] + _ENCODED_USERINFO.sub(f"%3A%2F%2F{MASK}%40", masked)
 
 
 def _short_command(found: re.Match[str]) -> str:
