@@ -94,7 +94,8 @@ def test_environment_of_commands(name, value, quote, scheme):
 @given(
     st.sampled_from(
         [
-            "curl -u me:{} http://h/{{name}}", "curl --token {} http://h/{{name}}", "curl --password={} x", "mysql -p{} x",
+            "curl -u me:{} http://h/{{name}}", "curl --token {} http://h/{{name}}", "curl --password={} x",
+            "mysql -p{} x",
             "curl http://u:{}@h/{{name}}", "curl -H 'Authorization: Bearer {}' x", "A=$(echo {} x) cat", "(A={};cat x)",
             "A=`echo {} x` cat", "echo '{}", "sshpass -p {} ssh h", "A=1; B={} cat", "A=x|{} b",
         ]
@@ -136,7 +137,8 @@ def test_text_without_a_secret_is_unchanged(text):
         "pipe:ssh ...: the output did not arrive within data.timeout=60 s, 5 attempts failed",
         "optim.lr=1e-3 loss.sp=0.1 stages.0.steps=20 tracking.uri=http://localhost:5000 run.seed=3",
         "pad_token=<pad> max_tokens=5 tokenizer=gpt2 key 'a' is not of letters, block.key=train-000000-000003",
-        "sqlite:///runs/mlflow.db", "lambda x: x == y", "step 3: skipped, see skipped.jsonl", "hf://datasets/me/acts@v1",
+        "sqlite:///runs/mlflow.db", "lambda x: x == y", "step 3: skipped, see skipped.jsonl",
+        "hf://datasets/me/acts@v1",
     ],
 )  # fmt: skip
 def test_what_the_program_says_is_unchanged(text):

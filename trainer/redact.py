@@ -1,4 +1,4 @@
-"""What is logged, saved, tracked or shown passes through `redact`: no credential of a URL, a command or a text survives it."""
+"""What is logged, saved, tracked or shown passes through `redact`: no credential survives it."""
 
 import re
 import shlex
@@ -6,8 +6,9 @@ import shlex
 MASK = "***"
 # Where a URL begins. Two letters at least: a drive letter is none.
 _SCHEME = r"(?<![A-Za-z0-9+.\-])[A-Za-z][A-Za-z0-9+.\-]{1,40}:"
-# Credentials before the host: all up to the last @ of the authority; else `user:password@` with the / ? # that SQLAlchemy
-# allows in a password (a port is none, nor is an IPv6 address); else what pathlib makes of a URL, with one slash.
+# Credentials before the host: all up to the last @ of the authority; else `user:password@` with the / ? # that
+# SQLAlchemy allows in a password (a port is none, nor is an IPv6 address); else what pathlib makes of a URL, with one
+# slash.
 _MOST = "{0,2048}"  # characters of a credential; without a bound a hostile text would take quadratic time
 _USERINFO = re.compile(
     rf"({_SCHEME}//)(?:[^\s/?#<>\"]{_MOST}@|(?!\[)[^\s/?#:@<>\"]{_MOST}:(?!\d+(?:[/?#]|\Z|\s))[^\s@<>\"]{_MOST}@)"
@@ -18,7 +19,8 @@ _SECRET_WORDS = (
     r"|(?:api|access|private|secret|account|shared|service|client|subscription|encryption|ssh)[_.\-]?key(?:[_.\-]?id)?"
     r"|key[_.\-]?pair[_.\-]?id|odbc[_.\-]?connect"
 )
-# Names of settings, options and parameters whose last word says that the value is secret; a language model's `pad_token` is not.
+# Names of settings, options and parameters whose last word says that the value is secret; `pad_token` says no such
+# thing.
 _SECRET_NAME = (
     rf"(?:(?!(?:pad|eos|bos|unk|cls|sep|mask|last|first|prompt|concept)[_.\-]token\b)"
     rf"(?:[A-Za-z0-9]+[_.\-])*(?:{_SECRET_WORDS}))"
@@ -32,7 +34,7 @@ _QUERY_NAMES = (
 _WORD = re.compile(r"\S+")
 _QUERY = re.compile(r"[?#].*")
 _PARAMETER = re.compile(rf"(?i)([?&;#])({_QUERY_NAMES})=({_PARAMETER_VALUE})")
-# A value that no name betrays but that reads like a key: twenty characters or more of letters and digits mixed, no path.
+# A value that no name betrays but that reads like a key: at least twenty letters and digits mixed, no path.
 _KEY_LIKE = re.compile(r"([?&;#=])(?=[A-Za-z_\-]*\d)(?=[\d_\-]*[A-Za-z])[A-Za-z0-9_+~%\-]{20,}={0,2}(?![^&;#\s])")
 _ENCODED_USERINFO = re.compile(r"(?i)%3A%2F%2F(?:(?!%2F)[^\s&;#])*%40")
 _ASSIGNMENT = re.compile(rf"(?i)(?<![A-Za-z0-9_.\-])(-{{0,2}}(?:{_SECRET_NAME}))(\s?=\s?)(?!=)({_VALUE})")
@@ -41,7 +43,8 @@ _HEADER = re.compile(
     r"(?i)\b((?:proxy-)?authorization|x-[a-z\-]*(?:key|token)|password|passwd|secret)(['\"]?:\s*)"
     rf"(?:(?:basic|bearer|token)\s+)?({_VALUE})"
 )
-# `pipe:` is a command where it opens the text or a value, and elsewhere where no space follows (prose says "a pipe: command").
+# `pipe:` begins a command where it opens the text or a value, elsewhere where no space follows (as in "a pipe:
+# command").
 _PIPE = re.compile(r"(?i)(?:(\A\s*pipe:)|((?<==)[\"'`]?pipe:)|(?<![A-Za-z0-9_])(pipe:)(?=\S))([^\n]*)")
 _SHORTENED = re.compile(r"(?:[\w./+\-]+)? ?\.\.\.")
 _ENVIRONMENT = re.compile(r"[A-Za-z_]\w*=[^$`(){};&|<>]*")
@@ -52,9 +55,10 @@ def redact(text: str) -> str:
     """A URL, a `pipe:` command or a free text that holds such, without what must stay secret.
 
     - User and password of URLs become `***`, whatever the scheme, its case, or the chain (`simplecache::http://u:p@h`).
-    - So do values of parameters, settings, options and headers that are named like a secret (`X-Amz-Signature=`, `--token`,
-      `PASSWORD=`), and long values of URL parameters that read like a key.
-    - Of a `pipe:` command its program stays, since nothing else in a command can be told from a secret; it ends with the line.
+    - So do values of parameters, settings, options and headers that are named like a secret (`X-Amz-Signature=`,
+      `--token`, `PASSWORD=`), and long values of URL parameters that read like a key.
+    - Of a `pipe:` command its program stays, since nothing else in a command can be told from a secret; it ends with
+      the line.
 
     What holds none of this is returned unchanged, and so is what was redacted before.
     """

@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HubHandler(_Handler):
-    """What `hf://datasets/me/acts/...` and `gs://bucket/...` ask of their services, for reading. Only the bytes of files fail."""
+    """What `hf://datasets/me/acts/...` and `gs://bucket/...` ask of their services. Only the bytes of files fail."""
 
     REPOSITORY = "/api/datasets/me/acts"
     OBJECTS = "/storage/v1/b/bucket/o/"

@@ -14,7 +14,7 @@ ANSWERS = ["a", "b", "c", "d", "e"]
 
 
 def rows(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """acts [n, D] whose first entry is the row number, so that a row can be told from its content; labels -1 included."""
+    """acts [n, D] whose first entry is the row number, which tells a row from its content; labels -1 included."""
     generator = np.random.default_rng(seed)
     acts = generator.standard_normal((count, width)).astype(np.float32)
     acts[:, 0] = np.arange(count)

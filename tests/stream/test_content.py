@@ -72,7 +72,7 @@ def read_epoch(folder, manifest, budget):
 @pytest.mark.parametrize("claim", [21, 10**9, 2**46])
 @pytest.mark.parametrize("budget", [0, 10])
 def test_more_rows_than_the_bytes_hold_are_refused_at_once(tmp_path, claim, budget):
-    """Nothing may be sized by a number that no byte vouches for; 2^46 rows end in MemoryError, 10^9 in minutes of loops."""
+    """2^46 rows end in MemoryError, 10^9 in minutes of loops, where bytes do not bound them."""
     manifest = write(tmp_path / "d", 32, rows_per_block=16, shard_bytes=1 << 20)
     shard = manifest.shards[0]
     lying = dataclasses.replace(shard.blocks[0], rows=claim)
@@ -97,7 +97,7 @@ def test_npy_headers_that_claim_more_than_their_bytes_are_refused(shape):
 
 
 def test_batches_without_any_valid_row_are_handed_out(tmp_path):
-    """Missing shards within the budget, one block a batch: the steps go on through batches that are masked as a whole."""
+    """Missing shards within the budget, one block a batch: the steps go on through batches without a row."""
     manifest = write(tmp_path / "d", 8 * 16, rows_per_block=16, shard_bytes=1024)
     assert len(manifest.shards) == 8
     for shard in manifest.shards[:3]:

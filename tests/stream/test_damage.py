@@ -45,7 +45,7 @@ def header_bytes(data: bytes) -> list[int]:
 
 
 def test_every_flipped_header_byte_is_found(tmp_path):
-    """Tar and npy headers of a whole shard, each byte three ways: by the tar reader alone, by the block checks, by verify."""
+    """Tar and npy headers of a shard, each byte three ways: by the tar reader alone, the block checks, verify."""
     manifest = write(tmp_path / "d", 16, rows_per_block=8, shard_bytes=1 << 20)
     path = tmp_path / "d" / manifest.shards[0].name
     good = path.read_bytes()

@@ -218,7 +218,7 @@ def test_damaged_cache_file_is_downloaded_again(tmp_path):
 
 
 def test_a_cache_file_replaced_in_mid_run_is_noticed(tmp_path):
-    """The crc is computed once per file: again for one that another process put there, not for one that was only read."""
+    """The crc is computed once per file: again for one that was put there, not for one that was only read."""
     manifest = write(tmp_path / "d", 300)
     plan = Plan(manifest, 0, 32, 4, 2)
     with http_server(tmp_path) as (url, _, _):

@@ -1,4 +1,4 @@
-"""Servers and commands that never finish stop nothing for longer than data.timeout x (data.retries + 1), and one place retries."""
+"""What never finishes stops nothing for longer than data.timeout x (data.retries + 1), and one place retries."""
 
 import logging
 import threading

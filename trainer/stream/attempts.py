@@ -28,7 +28,7 @@ class Refused(Unreachable, Final):
 
 
 class Deadline:
-    """The time that one attempt may take, over all its waits; `seconds` is data.timeout. An event that is set ends it at once."""
+    """The time that one attempt may take, all its waits together: data.timeout `seconds`, or until `stop` is set."""
 
     def __init__(self, seconds: float, stop: threading.Event | None = None):
         self.seconds, self._stop = seconds, stop or threading.Event()
@@ -45,8 +45,8 @@ class Deadline:
     ) -> None:
         """Call `done(seconds)`, which waits up to that long, until it is true.
 
-        Raises Unreachable at the end of the time. A value of `progress` that changes starts the time afresh. `waiting_for`
-        (redacted) is named in the error, and in a log line after a while.
+        Raises Unreachable at the end of the time. A value of `progress` that changes starts the time afresh.
+        `waiting_for` (redacted) is named in the error, and in a log line after a while.
         """
         seen = progress()
         while not done(min(_SLICE, self.left())):
@@ -67,7 +67,7 @@ class Deadline:
 
 
 def retried(attempt: Callable[[Deadline], T], retries: int, timeout: float, stop: threading.Event | None = None) -> T:
-    """The result of `attempt`, made 1 + retries times at most, in (1 + retries) x timeout seconds at most, pauses included.
+    """The result of `attempt`, made at most 1 + retries times within (1 + retries) x timeout seconds, pauses included.
 
     Every DataError but a Final one makes another attempt; the last one is raised.
     """

@@ -52,14 +52,16 @@ def map_identified(path: Path) -> tuple[np.ndarray, FileIdentity]:
 
 
 def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int) -> BlockRows:
-    """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the labels.
+    """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the
+    labels.
 
     Raises DataError (without a location) when a payload is not what the manifest says.
     """
     acts = _payload(data, block, block.acts, "activations")
     if acts.shape != (block.rows, width) or acts.dtype != STORED_DTYPES[dtype]:
         raise DataError(
-            f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} ({block.rows}, {width})"
+            f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} "
+            f"({block.rows}, {width})"
         )
     concept = _labels(data, block, block.concept, "concept", concepts)
     answer = _labels(data, block, block.answer, "answer", answers)
@@ -67,7 +69,7 @@ def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts:
 
 
 def check_extent(block: Block, width: int, dtype: str) -> None:
-    """Raise DataError (without a location) when a block claims more rows than its bytes hold, before anything is sized by them."""
+    """Raise DataError (without a location) when a block claims more rows than its bytes hold; nothing is allocated."""
     sizes = [(block.acts, width * STORED_DTYPES[dtype].itemsize), (block.concept, 1), (block.answer, 1)]
     most = min((span[1] - npy.SHORTEST_HEADER) // row_bytes for span, row_bytes in sizes if span is not None)
     if block.rows > most:

@@ -1,8 +1,8 @@
 """Remote blocks through a bounded folder that all processes of a node share.
 
-Blocks are kept, not shards: an epoch visits blocks in random order, and a cache of whole shards smaller than the data set would
-fetch every shard once per block. A file is written under a temporary name, checked against the block's crc32, fsynced and renamed;
-its name is a hash of the full URL, the server's ETag and the byte range.
+Blocks are kept, not shards: an epoch visits blocks in random order, and a cache of whole shards smaller than the data
+set would fetch every shard once per block. A file is written under a temporary name, checked against the block's crc32,
+fsynced and renamed; its name is a hash of the full URL, the server's ETag and the byte range.
 """
 
 import contextlib
@@ -88,7 +88,8 @@ class BlockCache:
     def _reserve(self, temporary: Path, size: int) -> None:
         """Make room and claim it with a file of that size, which other processes count.
 
-        Measuring a large folder takes longer than a download: it is done once per hundredth of the limit, with a margin.
+        Measuring a large folder takes longer than a download: it is done once per hundredth of the limit, with a
+        margin.
         """
         with self._lock:
             self._unseen += size

@@ -1,4 +1,4 @@
-"""Where shards live: a local folder, a URL, or a `pipe:` command. Everything that prints one prints `redact(location)`."""
+"""Where shards live: a local folder, a URL, or a `pipe:` command. What prints one prints `redact(location)`."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from trainer.errors import UserError
 
-# s3://bucket/key, https://host/path?signature, simplecache::http://...; a Windows drive letter or a plain path is none of these.
+# s3://bucket/key, https://host/path?signature, simplecache::http://...; a drive letter or a plain path is none of
+# these.
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]+(://|::)", re.IGNORECASE)
 _FILE = "file://"
 

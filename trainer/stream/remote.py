@@ -1,7 +1,7 @@
-"""Fetching bytes from wherever a data set lives: the only home of fsspec. No message ever holds a credential or a signature.
+"""Fetching bytes from wherever a data set lives: the only home of fsspec. No message holds a credential or a signature.
 
-A function here makes one attempt within its Deadline; the backends' own retries are switched off, since `retried` is the one
-that tries again.
+A function here makes one attempt within its Deadline; the backends' own retries are switched off, since `retried` is
+the one that tries again.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ def save(url: str, path: Path, retries: int = 4, timeout: float = 60.0) -> None:
 
 
 def _open(url: str, timeout: float) -> tuple[Any, str]:
-    """(file system, path) that read a URL, without retries of their own and with `timeout` for connecting and for each answer."""
+    """(file system, path) that read a URL, without retries of its own; `timeout` limits connecting and each answer."""
     scheme, separator, rest = url.partition("://")
     url = scheme.lower() + separator + rest
     try:
@@ -155,7 +155,7 @@ def _limit(system: Any, deadline: Deadline) -> dict[str, float]:
 
 
 class _Worker:
-    """A thread that makes the reads of one other thread, so that this one can stop waiting. It does not outlive its process."""
+    """A thread that reads for one other thread, so that this one can stop waiting. It does not outlive its process."""
 
     def __init__(self) -> None:
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -183,7 +183,8 @@ def _call(
 ) -> T:
     """`function()` while the deadline lasts. Raises Unreachable.
 
-    Backends raise anything from OSError to their own client errors, whose texts hold full URLs: only the type is repeated.
+    Backends raise anything from OSError to their own client errors, whose texts hold full URLs: only the type is
+    repeated.
     """
     shown = redact(url)
     if not hasattr(_own, "worker"):

@@ -1,4 +1,4 @@
-"""Blocks of rows as arrays: memory-mapped, checked once per file that holds them, masked when damaged within a budget."""
+"""Blocks of rows as arrays: memory-mapped, checked once per file, masked when damaged within a budget."""
 
 import logging
 import threading
@@ -39,8 +39,8 @@ class Extents(Protocol):
 class LocalExtents:
     """Blocks of local shards by memory map.
 
-    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`, else as
-    warnings, and then their blocks fail one by one when they are read.
+    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`,
+    else as warnings, and then their blocks fail one by one when they are read.
     """
 
     def __init__(self, manifest: Manifest, folder: str, strict: bool):
@@ -89,8 +89,9 @@ class _Checked(NamedTuple):
 class BlockSource:
     """Checked blocks of a data set by number. Thread-safe.
 
-    A block that stays damaged after `retries` fresh reads is masked while the quarantine budget lasts (valid False, labels -1,
-    activations = mean), rows with NaN or infinity likewise within theirs; otherwise DataError names shard, block and byte.
+    A block that stays damaged after `retries` fresh reads is masked while the quarantine budget lasts (valid False,
+    labels -1, activations = mean), rows with NaN or infinity likewise within theirs; otherwise DataError names shard,
+    block and byte.
     """
 
     def __init__(self, config: DataConfig, manifest: Manifest):
