@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["allocator", "topology", "stream", "dictionary", "journal", "run_folder", "private"],
+    ["private", "redact"],
+    ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
     ["losses", "guard", "interrupt"],
     ["kernels"],
     ["objective", "optimizer"],

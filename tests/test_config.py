@@ -89,7 +89,7 @@ def test_what_is_kept_carries_no_credentials(tmp_path):
     inputs = Inputs(config, Layout("single"), manifest, None, None, config.dictionary.form(2))
     open_tracker(inputs, RunFolder(tmp_path / "run"), 0, Topology()).close("finished")
     kept = (tmp_path / "run" / "config.yaml").read_text()
-    assert "https://host/data" in kept and "secret" not in kept and "private" not in kept
+    assert "https://***@host/data?X-Signature=***" in kept and "secret" not in kept and "private" not in kept
     assert config.data.shards == shards
 
 

@@ -17,10 +17,10 @@ from trainer.journal import Journal
 from trainer.kernels import usable_precision
 from trainer.loop import Run
 from trainer.objective import AlignObjective
+from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.strategies import Layout, Strategy, build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
-from trainer.stream.location import redact
 from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology
 from trainer.tracking import Tracker
@@ -47,7 +47,8 @@ def read_inputs(config: Config, world: int = 1) -> Inputs:
     """
     layout = config.parallel.resolve(world, config.dictionary.banks)
     config.optim.refuse_sharding(layout.zero_stage)
-    manifest = Manifest.load(config.data.shards, allow_pipe=config.data.allow_pipe)
+    data = config.data
+    manifest = Manifest.load(data.shards, allow_pipe=data.allow_pipe, retries=data.retries, timeout=data.timeout)
     plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
     lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
     chosen = config.dictionary

@@ -1,4 +1,4 @@
-"""Real servers on loopback that fail or cut short a part of the requests."""
+"""Real servers on loopback that fail, cut short or never finish a part of the requests."""
 
 import contextlib
 import hashlib
@@ -10,22 +10,27 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+PASSING = ("error", "cut", "flip")
+# Never an answer; more bytes announced than come, on a connection that stays open; a bit now and then.
+HANGING = ("silent", "longer", "trickle")
+
 
 class Faults:
     """Which request fails how; seeded, so that a run can be repeated up to thread timing."""
 
-    def __init__(self, share: float, seed: int = 0):
-        self.share, self.random, self.lock = share, random.Random(seed), threading.Lock()
+    def __init__(self, share: float, kinds: tuple[str, ...] = PASSING, seed: int = 0):
+        self.share, self.kinds, self.random, self.lock = share, kinds, random.Random(seed), threading.Lock()
         self.requests = self.failed = 0
+        self.closed = threading.Event()  # ends the answers that never end
 
     def draw(self) -> str:
-        """'' (fine), 'error', 'cut' or 'flip'."""
+        """'' (fine) or one of the kinds."""
         with self.lock:
             self.requests += 1
             if self.random.random() >= self.share:
                 return ""
             self.failed += 1
-            return self.random.choice(["error", "cut", "flip"])
+            return self.random.choice(self.kinds)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -48,6 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.seen.append(self.path)
         path = self.folder / self.asked()
         fault = self.faults.draw()
+        if fault == "silent":
+            self.faults.closed.wait()
+            return
         if fault == "error" or not path.is_file():
             self.send_response(503 if fault else 404)
             self.send_header("Content-Length", "0")
@@ -60,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             low, high = span.removeprefix("bytes=").split("-")
             data, status = data[int(low) : int(high) + 1 if high else None], 206
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + 1000 * (fault == "longer")))
         self.send_header("ETag", f'"{tag}"')
         if self.ranges:
             self.send_header("Accept-Ranges", "bytes")
@@ -69,9 +77,18 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "flip" and len(data) > 600:
             data = data[:600] + bytes([data[600] ^ 1]) + data[601:]
+        if fault == "trickle":
+            piece = max(1, len(data) // 60)
+            for start in range(0, len(data), piece):  # three seconds
+                if self.faults.closed.wait(0.05):
+                    return
+                self.wfile.write(data[start : start + piece])
+            return
         self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
         if fault == "cut":
             self.close_connection = True
+        if fault == "longer":
+            self.faults.closed.wait()
 
     def asked(self) -> str:
         """Path of the request below the folder."""
@@ -79,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class HubHandler(_Handler):
-    """What `hf://datasets/me/acts/...` and `gs://bucket/...` ask of their services, for reading. Only the bytes of files fail."""
+    """What `hf://datasets/me/acts/...` and `gs://bucket/...` ask of their services. Only the bytes of files fail."""
 
     REPOSITORY = "/api/datasets/me/acts"
     OBJECTS = "/storage/v1/b/bucket/o/"
@@ -126,17 +143,23 @@ class HubHandler(_Handler):
 
 @contextlib.contextmanager
 def http_server(
-    folder: Path, share: float = 0.0, ranges: bool = True, kind: type[_Handler] = _Handler
+    folder: Path,
+    share: float = 0.0,
+    ranges: bool = True,
+    kind: type[_Handler] = _Handler,
+    faults: tuple[str, ...] = PASSING,
 ) -> Iterator[tuple[str, Faults, list[str]]]:
     """Serves a folder; yields its URL, the fault counters and the list of requested paths."""
-    faults, seen = Faults(share), []
-    handler = type("Handler", (kind,), {"folder": folder, "faults": faults, "ranges": ranges, "seen": seen})
+    counters, seen = Faults(share, faults), []
+    handler = type("Handler", (kind,), {"folder": folder, "faults": counters, "ranges": ranges, "seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None  # a client that hangs up on a server that hangs is no news
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", faults, seen
+        yield f"http://127.0.0.1:{server.server_port}", counters, seen
     finally:
+        counters.closed.set()
         server.shutdown()
         server.server_close()
 

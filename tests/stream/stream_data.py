@@ -1,5 +1,7 @@
-"""Small data sets for the stream tests: what is in them, and how they are written."""
+"""Small data sets for the stream tests: what is in them, how they are written, and rows that no writer lets through."""
 
+import dataclasses
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ ANSWERS = ["a", "b", "c", "d", "e"]
 
 
 def rows(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """acts [n, D] whose first entry is the row number, so that a row can be told from its content; labels -1 included."""
+    """acts [n, D] whose first entry is the row number, which tells a row from its content; labels -1 included."""
     generator = np.random.default_rng(seed)
     acts = generator.standard_normal((count, width)).astype(np.float32)
     acts[:, 0] = np.arange(count)
@@ -34,3 +36,29 @@ def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = next(stream)
     order = batch.row_ids.argsort()
     return batch.acts[order], batch.concept[order], batch.answer[order]
+
+
+def poison(folder: Path, manifest: Manifest, values: dict[int, float], dtype: str) -> None:
+    """Overwrite the second number of rows of the first shard, which has blocks of 16."""
+    path = folder / manifest.shards[0].name
+    data = bytearray(path.read_bytes())
+    for row, value in values.items():
+        block = manifest.shards[0].blocks[row // 16]
+        bits = torch.tensor([value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
+        start = block.acts[0] + 128 + (row % 16) * 4 * len(bits) + len(bits)
+        data[start : start + len(bits)] = bits
+    path.write_bytes(data)
+
+
+def recount(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the checksums of the files as they are now."""
+    shards = []
+    for shard in manifest.shards:
+        data = (folder / shard.name).read_bytes()
+        blocks = tuple(
+            dataclasses.replace(b, crc32=zlib.crc32(data[b.offset : b.offset + b.bytes])) for b in shard.blocks
+        )
+        shards.append(dataclasses.replace(shard, blocks=blocks))
+    changed = dataclasses.replace(manifest, shards=tuple(shards))
+    changed.save(folder)
+    return changed

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stream_data import rows, write
+from stream_data import poison, recount, rows, write
 
 from tools import verify
 from trainer.errors import DataError
@@ -45,7 +45,7 @@ def header_bytes(data: bytes) -> list[int]:
 
 
 def test_every_flipped_header_byte_is_found(tmp_path):
-    """Tar and npy headers of a whole shard, each byte three ways: by the tar reader alone, by the block checks, by verify."""
+    """Tar and npy headers of a shard, each byte three ways: by the tar reader alone, the block checks, verify."""
     manifest = write(tmp_path / "d", 16, rows_per_block=8, shard_bytes=1 << 20)
     path = tmp_path / "d" / manifest.shards[0].name
     good = path.read_bytes()
@@ -193,34 +193,6 @@ def test_nonfinite_rows_are_counted_and_masked_within_their_budget(tmp_path, dty
     with pytest.raises(DataError, match=r"2 exceed data.nonfinite_budget=1"):
         read_epoch(tmp_path / "d", manifest, nonfinite_budget=1)
     assert sum("NaN or infinity" in line for line in problems(tmp_path / "d", manifest)) == 2
-
-
-def poison(folder, manifest, values, dtype):
-    path = folder / manifest.shards[0].name
-    data = bytearray(path.read_bytes())
-    for row, value in values.items():
-        block = manifest.shards[0].blocks[row // 16]
-        bits = torch.tensor([value], dtype=getattr(torch, dtype)).view(torch.uint8).numpy().tobytes()
-        start = block.acts[0] + 128 + (row % 16) * 4 * len(bits) + len(bits)
-        data[start : start + len(bits)] = bits
-    path.write_bytes(data)
-
-
-def recount(folder, manifest):
-    """The manifest with the checksums of the files as they are now."""
-    import dataclasses
-    import zlib
-
-    shards = []
-    for shard in manifest.shards:
-        data = (folder / shard.name).read_bytes()
-        blocks = tuple(
-            dataclasses.replace(b, crc32=zlib.crc32(data[b.offset : b.offset + b.bytes])) for b in shard.blocks
-        )
-        shards.append(dataclasses.replace(shard, blocks=blocks))
-    changed = dataclasses.replace(manifest, shards=tuple(shards))
-    changed.save(folder)
-    return changed
 
 
 @pytest.mark.parametrize(

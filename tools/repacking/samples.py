@@ -20,9 +20,10 @@ from webdataset.autodecode import basichandlers
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from trainer.errors import DataError, UserError
+from trainer.redact import redact
 from trainer.stream import npy
 from trainer.stream.blocks import map_file
-from trainer.stream.location import is_remote, local_path, redact
+from trainer.stream.location import is_remote, local_path
 from trainer.stream.remote import check_allowed, save
 from trainer.stream.tar import Member, members
 

@@ -1,6 +1,7 @@
 """From the bytes of a block to arrays: shapes, dtypes, label ranges and finiteness are checked, nothing is copied."""
 
 import mmap
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,11 @@ _NONFINITE = {
 _CHUNK = 1 << 18  # bytes, so that both passes read cache
 
 
-class Rows(NamedTuple):
+# Device, inode, bytes and time of the last change: two opened files that agree in all of them have the same content.
+FileIdentity = tuple[int, int, int, int]
+
+
+class BlockRows(NamedTuple):
     """One block: acts [n, D] as stored, concept and answer int32 [n], valid bool [n]."""
 
     acts: np.ndarray
@@ -30,28 +35,45 @@ class Rows(NamedTuple):
 
 def map_file(path: Path) -> np.ndarray:
     """The file as a read-only memory map, uint8 [bytes]; raises DataError when it cannot be read or is empty."""
+    return map_identified(path)[0]
+
+
+def map_identified(path: Path) -> tuple[np.ndarray, FileIdentity]:
+    """The map of `map_file`, and which file it shows: another one may have taken the name since the last time."""
     try:
         with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            status = os.fstat(file.fileno())
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return data, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:  # an empty file cannot be mapped
         raise DataError(f"{path}: is empty") from None
 
 
-def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int) -> Rows:
-    """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the labels.
+def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int) -> BlockRows:
+    """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the
+    labels.
 
     Raises DataError (without a location) when a payload is not what the manifest says.
     """
     acts = _payload(data, block, block.acts, "activations")
     if acts.shape != (block.rows, width) or acts.dtype != STORED_DTYPES[dtype]:
         raise DataError(
-            f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} ({block.rows}, {width})"
+            f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} "
+            f"({block.rows}, {width})"
         )
     concept = _labels(data, block, block.concept, "concept", concepts)
     answer = _labels(data, block, block.answer, "answer", answers)
-    return Rows(acts, concept, answer, np.ones(block.rows, dtype=bool))
+    return BlockRows(acts, concept, answer, np.ones(block.rows, dtype=bool))
+
+
+def check_extent(block: Block, width: int, dtype: str) -> None:
+    """Raise DataError (without a location) when a block claims more rows than its bytes hold; nothing is allocated."""
+    sizes = [(block.acts, width * STORED_DTYPES[dtype].itemsize), (block.concept, 1), (block.answer, 1)]
+    most = min((span[1] - npy.SHORTEST_HEADER) // row_bytes for span, row_bytes in sizes if span is not None)
+    if block.rows > most:
+        raise DataError(f"claims {block.rows} rows, its payloads hold {most} at most")
 
 
 def _payload(data: np.ndarray, block: Block, span: tuple[int, int], name: str) -> np.ndarray:
@@ -75,9 +97,9 @@ def nonfinite_rows(acts: np.ndarray, dtype: str) -> np.ndarray | None:
     """Indices of rows of acts [n, D] (as stored) with NaN or infinity; None when there are none."""
     signed, high, unsigned, low = _NONFINITE[dtype]
     flat = acts.reshape(-1)
-    step = _CHUNK // acts.itemsize
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
+    stride = _CHUNK // acts.itemsize
+    for start in range(0, len(flat), stride):
+        part = flat[start : start + stride]
         if part.view(signed).max() >= high or part.view(unsigned).max() >= low:
             bits = acts.view(unsigned)
             return np.flatnonzero(((bits & high) == high).any(axis=1))

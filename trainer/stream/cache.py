@@ -1,8 +1,8 @@
 """Remote blocks through a bounded folder that all processes of a node share.
 
-The unit is a block, not a shard: an epoch visits blocks in random order, and a cache of whole shards smaller than the data set would
-fetch every shard once per block. A file is written under a temporary name, checked against the block's crc32, fsynced and renamed;
-its name is a hash of the full URL, the server's ETag and the byte range.
+Blocks are kept, not shards: an epoch visits blocks in random order, and a cache of whole shards smaller than the data
+set would fetch every shard once per block. A file is written under a temporary name, checked against the block's crc32,
+fsynced and renamed; its name is a hash of the full URL, the server's ETag and the byte range.
 """
 
 import contextlib
@@ -13,15 +13,18 @@ import os
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from trainer.errors import DataError, UserError
-from trainer.stream.blocks import map_file
+from trainer.redact import redact
+from trainer.stream.attempts import Deadline
+from trainer.stream.blocks import FileIdentity, map_identified
 from trainer.stream.config import DataConfig
-from trainer.stream.location import join, redact
+from trainer.stream.location import is_pipe, join
 from trainer.stream.manifest import Block, Manifest, Shard
 from trainer.stream.remote import fetch, version
 
@@ -51,15 +54,15 @@ class BlockCache:
         """A lock between threads and processes; keys share 4,096 of them."""
         return FileLock(self.folder / "locks" / key[:3])
 
-    def get(self, key: str, size: int) -> np.ndarray | None:
-        """The cached file as uint8 [size], or None. Marks it as used."""
+    def get(self, key: str, size: int) -> tuple[np.ndarray, FileIdentity] | None:
+        """The cached file as uint8 [size], and which file that is; or None. Marks it as used by its access time."""
         path = self.path(key)
         try:
-            data = map_file(path)
-            os.utime(path)
+            data, identity = map_identified(path)
+            os.utime(path, ns=(time.time_ns(), identity[3]))
         except (DataError, FileNotFoundError):
             return None
-        return data if len(data) == size else None
+        return (data, identity) if len(data) == size else None
 
     def put(self, key: str, payload: bytes) -> None:
         """Store a file atomically and make room for it first; raises UserError when the disk is full or read-only."""
@@ -85,7 +88,8 @@ class BlockCache:
     def _reserve(self, temporary: Path, size: int) -> None:
         """Make room and claim it with a file of that size, which other processes count.
 
-        Measuring a large folder takes longer than a download: it is done once per hundredth of the limit, with a margin.
+        Measuring a large folder takes longer than a download: it is done once per hundredth of the limit, with a
+        margin.
         """
         with self._lock:
             self._unseen += size
@@ -107,7 +111,7 @@ class BlockCache:
             except FileNotFoundError:  # another process evicted it
                 continue
             if path.suffix == ".block":
-                finished.append((status.st_mtime, status.st_size, path))
+                finished.append((status.st_atime, status.st_size, path))
             elif time.time() - status.st_mtime > _STALE_SECONDS:
                 path.unlink(missing_ok=True)
                 continue
@@ -131,30 +135,28 @@ class RemoteExtents:
                 f"data.cache_bytes={config.cache_bytes} cannot hold the blocks that {config.download_threads} "
                 f"data.download_threads fetch at a time; raise it to {least} or more"
             )
-        self.manifest, self.url, self.retries = manifest, config.shards, config.retries
+        self.manifest, self.url = manifest, config.shards
         self.cache = BlockCache(Path(config.cache_dir).expanduser(), config.cache_bytes)
         self.downloads = 0
-        self._ranges = not self.url.startswith("pipe:")
+        self._ranges = not is_pipe(self.url)
         self._versions: dict[int, str] = {}
         self._lock = threading.Lock()
 
-    def read(self, shard: int, block: Block, fresh: bool) -> np.ndarray:
-        """uint8 [block.bytes] of the cached file; `fresh` downloads it again."""
-        key = self._key(shard, block)
-        if not fresh:
-            data = self.cache.get(key, block.bytes)
-            if data is not None:
-                return data
-        with self.cache.lock(key):
-            if fresh:
-                self.cache.drop(key)
-            data = self.cache.get(key, block.bytes)  # another process may have been faster
-            if data is None and self._ranges:
-                self._fetch_block(shard, block, key)
-                data = self.cache.get(key, block.bytes)
-        if data is None:
-            data = self._through_whole_shard(shard, block, key)
-        return data
+    def read(self, shard: int, block: Block, deadline: Deadline, fresh: bool) -> tuple[np.ndarray, FileIdentity]:
+        """uint8 [block.bytes] of the cached file, and which file that is; `fresh` downloads it again."""
+        key = self._key(shard, block, deadline)
+        found = None if fresh else self.cache.get(key, block.bytes)
+        if found is None and self._ranges:
+            with self._held(self.cache.lock(key), shard, deadline):
+                if fresh:
+                    self.cache.drop(key)
+                # Another process may have been faster.
+                found = self.cache.get(key, block.bytes) or self._fetch_block(shard, block, key, deadline)
+        elif found is None:
+            found = self._through_whole_shard(shard, block, key, deadline, fresh)
+        if found is None:
+            raise DataError("downloaded bytes do not match crc32")
+        return found
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -162,27 +164,47 @@ class RemoteExtents:
     def _shard_url(self, shard: int) -> str:
         return join(self.url, self.manifest.shards[shard].name)
 
-    def _key(self, shard: int, block: Block) -> str:
+    @contextlib.contextmanager
+    def _held(self, lock: FileLock, shard: int, deadline: Deadline) -> Iterator[None]:
+        """Holds a lock; whoever has it may be downloading the same bytes, for as long as the deadline at most."""
+
+        def acquired(seconds: float) -> bool:
+            try:
+                lock.acquire(timeout=seconds)
+            except Timeout:
+                return False
+            return True
+
+        deadline.wait(acquired, f"{redact(self._shard_url(shard))}: another reader's download")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _key(self, shard: int, block: Block, deadline: Deadline) -> str:
         url = self._shard_url(shard)
         with self._lock:
             known = self._versions.get(shard)
         if known is None:
-            known = version(url, self.retries)
+            known = version(url, deadline)
             with self._lock:
                 self._versions[shard] = known
         return hashlib.sha256(f"{url}\0{known}\0{block.offset}\0{block.bytes}\0{block.crc32}".encode()).hexdigest()
 
-    def _fetch_block(self, shard: int, block: Block, key: str) -> None:
-        payload = fetch(self._shard_url(shard), (block.offset, block.offset + block.bytes), self.retries)
+    def _fetch_block(
+        self, shard: int, block: Block, key: str, deadline: Deadline
+    ) -> tuple[np.ndarray, FileIdentity] | None:
+        payload = fetch(self._shard_url(shard), (block.offset, block.offset + block.bytes), deadline)
         with self._lock:
             self.downloads += 1
         whole = self.manifest.shards[shard]
         if len(payload) == whole.bytes != block.bytes:
             self._ranges = False
             log.warning("%s: the server ignores byte ranges, whole shards are read", redact(self.url))
-            self._store_shard(shard, whole, payload)
+            self._store_shard(shard, whole, payload, block, deadline)
         else:
             self._store(key, block, payload)
+        return self.cache.get(key, block.bytes)
 
     def _store(self, key: str, block: Block, payload: bytes) -> None:
         if len(payload) != block.bytes:
@@ -191,27 +213,30 @@ class RemoteExtents:
             raise DataError("downloaded bytes do not match crc32")
         self.cache.put(key, payload)
 
-    def _through_whole_shard(self, shard: int, block: Block, key: str) -> np.ndarray:
+    def _through_whole_shard(
+        self, shard: int, block: Block, key: str, deadline: Deadline, fresh: bool
+    ) -> tuple[np.ndarray, FileIdentity] | None:
         """The block from a download of its whole shard, of which every other block is kept as well."""
         whole = self.manifest.shards[shard]
         name = hashlib.sha256(self._shard_url(shard).encode()).hexdigest()
-        with FileLock(self.cache.folder / "locks" / f"shard-{name[:16]}"):
-            data = self.cache.get(key, block.bytes)
-            if data is None:
-                payload = fetch(self._shard_url(shard), None, self.retries)
+        lock = FileLock(self.cache.folder / "locks" / f"shard-{name[:16]}")
+        with self._held(lock, shard, deadline):
+            if fresh:
+                self.cache.drop(key)
+            found = self.cache.get(key, block.bytes)
+            if found is None:
+                payload = fetch(self._shard_url(shard), None, deadline)
                 with self._lock:
                     self.downloads += 1
-                self._store_shard(shard, whole, payload, last=block)
-                data = self.cache.get(key, block.bytes)
-        if data is None:
-            raise DataError("downloaded bytes do not match crc32")
-        return data
+                self._store_shard(shard, whole, payload, block, deadline)
+                found = self.cache.get(key, block.bytes)
+        return found
 
-    def _store_shard(self, shard: int, whole: Shard, payload: bytes, last: Block | None = None) -> None:
+    def _store_shard(self, shard: int, whole: Shard, payload: bytes, last: Block, deadline: Deadline) -> None:
         """Keep every undamaged block; `last` is stored last, so that a small cache still holds it."""
         if len(payload) != whole.bytes:
             raise DataError(f"download has {len(payload)} bytes instead of {whole.bytes}")
         for block in sorted(whole.blocks, key=lambda b: b is last):
             part = payload[block.offset : block.offset + block.bytes]
             if zlib.crc32(part) == block.crc32:
-                self.cache.put(self._key(shard, block), part)
+                self.cache.put(self._key(shard, block, deadline), part)

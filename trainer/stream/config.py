@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from trainer.errors import UserError
+from trainer.stream.location import check_allowed
+
+LONGEST_TIMEOUT = 24 * 3600
 
 
 @dataclass
@@ -17,7 +20,8 @@ class DataConfig:
     check: bool = True  # crc32 and finiteness of every block at its first use in a process
     quarantine_budget: int = 0  # damaged blocks that a rank may mask before it stops
     nonfinite_budget: int = 0  # rows with NaN or infinity that a rank may mask before it stops
-    retries: int = 4  # further attempts for a failed read or a block that does not match its crc32
+    retries: int = 4  # further attempts for a read that failed, or a block that does not match its crc32
+    timeout: float = 60.0  # seconds that one attempt at a remote block may take, connecting included
     cache_dir: str = "~/.cache/alignsae"  # remote blocks, shared by the processes of a node
     cache_bytes: int = 32 << 30  # upper bound of that cache
     download_threads: int = 8  # concurrent downloads per process
@@ -33,7 +37,8 @@ class DataConfig:
         for name in ("threads", "quarantine_budget", "nonfinite_budget", "retries"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
-        if self.shards.startswith("pipe:") and not self.allow_pipe:
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise UserError(
-                "data.shards is a pipe: command, which runs a program; set data.allow_pipe=true to permit it"
+                f"data.timeout={self.timeout} must be a number of seconds above 0, at most {LONGEST_TIMEOUT}"
             )
+        check_allowed(self.shards, self.allow_pipe)

@@ -1,4 +1,8 @@
-"""Fingerprint of which rows were trained on at which position, summed over ranks and chained over steps."""
+"""Fingerprint of which rows were trained on at which position, summed over ranks and chained over steps.
+
+Rows count by their numbers. What they hold is bound to the manifest's digest by the crc32 of every block, which
+BlockSource checks.
+"""
 
 import numpy as np
 
@@ -10,8 +14,8 @@ _P = 6364136223846793005
 def mix64(values: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser: a bijection of uint64 that passes for random. uint64 [...] -> uint64 [...].
 
-    Used instead of numpy's generators because their streams may change between numpy versions (NEP 19), and an epoch order
-    must not.
+    Used instead of numpy's generators because their streams may change between numpy versions (NEP 19), and an epoch
+    order must not.
     """
     z = values + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -20,7 +24,7 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def step_digest(row_ids, positions) -> int:
-    """s = sum over rows of hash64(row id, position) mod 2^64, so the digests of the ranks of one step add up to the global one.
+    """s = sum over rows of hash64(row id, position) mod 2^64; digests of the ranks of a step add up to the global one.
 
     row_ids, positions: int64 [B], arrays or CPU tensors.
     """
@@ -32,8 +36,8 @@ def step_digest(row_ids, positions) -> int:
 class RowDigest:
     """The chain D_t = (D_{t-1} P + s_t) mod 2^64 over the steps of a run.
 
-    It is linear: the chains of the data ranks, each fed its own rows, add up mod 2^64 to the chain of the global batches. On
-    resume one rank starts from the saved global value and the others from 0.
+    It is linear: the chains of the data ranks, each fed its own rows, add up mod 2^64 to the chain of the global
+    batches. On resume one rank starts from the saved global value and the others from 0.
     """
 
     def __init__(self, value: int = 0):

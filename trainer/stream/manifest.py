@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import DataError, UserError
-from trainer.stream.location import redact
+from trainer.redact import redact
 from trainer.stream.remote import read_file
 
 SCHEMA = 1
@@ -109,9 +109,11 @@ class Manifest:
         return write_atomically(Path(folder) / FILE_NAME, self.to_json().encode() + b"\n")
 
     @classmethod
-    def load(cls, location: str | Path, *, allow_pipe: bool = False, retries: int = 4) -> "Manifest":
+    def load(
+        cls, location: str | Path, *, allow_pipe: bool = False, retries: int = 4, timeout: float = 60.0
+    ) -> "Manifest":
         """Read and check the manifest of a folder or URL; raises DataError when it is missing, foreign or inconsistent."""
-        payload = read_file(str(location), FILE_NAME, allow_pipe=allow_pipe, retries=retries)
+        payload = read_file(str(location), FILE_NAME, allow_pipe=allow_pipe, retries=retries, timeout=timeout)
         return cls.parse(payload, f"{redact(str(location)).rstrip('/')}/{FILE_NAME}")
 
     @classmethod

@@ -7,6 +7,7 @@ import numpy as np
 
 from trainer.errors import DataError
 
+SHORTEST_HEADER = 64  # bytes; magic, length and dictionary need a few more
 _MAGIC = b"\x93NUMPY"
 # numpy writes exactly this form; a regular expression cannot allocate or recurse on hostile bytes.
 _HEADER = re.compile(
@@ -45,6 +46,8 @@ def view(payload: np.ndarray, where: str) -> np.ndarray:
         raise DataError(f"{where}: npy header is damaged") from None
     if dtype.kind not in "fiu" or fortran == b"True" or len(shape) > 8:
         raise DataError(f"{where}: npy of dtype {descr.decode()} is not plain row-major numbers")
+    if max(shape, default=0) > len(payload):  # also of an empty array, whose other extents no byte vouches for
+        raise DataError(f"{where}: npy header says {shape}, payload has {len(payload) - start} bytes")
     count = 1
     for extent in shape:
         count *= extent  # Python integers: no overflow to hide behind

@@ -24,9 +24,9 @@ from trainer.stream.source import BlockSource
 class Batch:
     """B rows of one rank and one global step.
 
-    acts [B, D] in the dtype of the shards; concept and answer int64 [B], -1 for none; row_ids int64 [B], unique in the data
-    set; positions int64 [B], place in the global batch (lane * G/L + i); valid bool [B], False for masked rows (damaged or not
-    finite), which must weigh nothing; step, the global step.
+    acts [B, D] in the dtype of the shards; concept and answer int64 [B], -1 for none; row_ids int64 [B], unique in the
+    data set; positions int64 [B], place in the global batch (lane * G/L + i); valid bool [B], False for masked rows
+    (damaged or not finite), which must weigh nothing; step, the global step.
     """
 
     acts: Tensor
@@ -81,8 +81,9 @@ class _Window(NamedTuple):
 class Stream:
     """Iterator of Batch for the global steps start_step, start_step + 1, ...; it never ends.
 
-    lanes: the run of lanes that this rank owns (`lanes_of_rank`). The batches depend on manifest, plan and lanes alone, not on
-    threads or timing. With `pin` batches arrive in page-locked memory. Raises DataError for damage beyond the budgets.
+    lanes: the run of lanes that this rank owns (`lanes_of_rank`). The batches depend on manifest, plan and lanes alone,
+    not on threads or timing. With `pin` batches arrive in page-locked memory. Raises DataError for damage beyond the
+    budgets.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Stream:
         else:
             while len(self._queue) <= self._ahead:
                 self._queue.append(self._readers.submit(self._assemble, self.step + len(self._queue)))
-            # Taken off the queue only when it is whole: after an error the next call raises it again, no step is skipped.
+            # Taken off the queue only when it is whole: the next call raises an error again, no step is skipped.
             batch = self._queue[0].result()
             self._queue.popleft()
         self.step += 1
@@ -142,6 +143,7 @@ class Stream:
     def close(self) -> None:
         """Stop the threads and unmap the shards; batches already handed out stay valid."""
         self._closed = True
+        self.source.stop()
         for pool in (self._readers, self._openers):
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -187,8 +189,8 @@ class Stream:
     def _open(self, epoch: int, lane: int, window: Window, first: int) -> _Window:
         """The opened window, shared by the threads that need it.
 
-        first: the lane's first row of the step that asks. The step in which a window begins (or the first one after a start in
-        its middle) also has the lane's next window opened in the background.
+        first: the lane's first row of the step that asks. The step in which a window begins (or the first one after a
+        start in its middle) also has the lane's next window opened in the background.
         """
         future = self._windows.get((epoch, lane, window.number))
         if future is not None and future.done() and window.start < first:

@@ -1,21 +1,22 @@
-"""Blocks of rows as arrays: memory-mapped, checked at first use, masked when damaged within a budget."""
+"""Blocks of rows as arrays: memory-mapped, checked once per file, masked when damaged within a budget."""
 
 import logging
 import threading
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from trainer.errors import DataError
-from trainer.stream.blocks import Rows, map_file, nonfinite_rows, open_block
+from trainer.redact import redact
+from trainer.stream.attempts import Deadline, Final, Unreachable, retried
+from trainer.stream.blocks import BlockRows, FileIdentity, check_extent, map_identified, nonfinite_rows, open_block
 from trainer.stream.cache import RemoteExtents
 from trainer.stream.config import DataConfig
-from trainer.stream.location import is_remote, join, local_path, redact
+from trainer.stream.location import check_allowed, is_remote, join, local_path
 from trainer.stream.manifest import Block, Manifest
-from trainer.stream.remote import check_allowed
 from trainer.stream.shards import to_stored
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,11 @@ _MAPS = 128  # shards mapped at a time; a map holds a file descriptor
 class Extents(Protocol):
     """Where the bytes of a block come from."""
 
-    def read(self, shard: int, block: Block, fresh: bool) -> np.ndarray:
-        """uint8 [block.bytes]; `fresh` drops whatever copy was read before. Raises DataError when it cannot."""
+    def read(self, shard: int, block: Block, deadline: Deadline, fresh: bool) -> tuple[np.ndarray, FileIdentity]:
+        """uint8 [block.bytes], and which file they are of; `fresh` drops whatever copy was read before.
+
+        Raises DataError when it cannot.
+        """
         ...
 
     def close(self) -> None: ...
@@ -35,13 +39,13 @@ class Extents(Protocol):
 class LocalExtents:
     """Blocks of local shards by memory map.
 
-    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`, else as
-    warnings, and then their blocks fail one by one when they are read.
+    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`,
+    else as warnings, and then their blocks fail one by one when they are read.
     """
 
     def __init__(self, manifest: Manifest, folder: str, strict: bool):
         self.manifest, self.folder = manifest, local_path(folder)
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[int, tuple[np.ndarray, FileIdentity]] = OrderedDict()
         self._lock = threading.Lock()
         for shard in manifest.shards:
             path = self.folder / shard.name
@@ -55,34 +59,50 @@ class LocalExtents:
             if problem:
                 log.warning("%s: %s", path, problem)
 
-    def read(self, shard: int, block: Block, fresh: bool) -> np.ndarray:
+    def read(self, shard: int, block: Block, deadline: Deadline, fresh: bool) -> tuple[np.ndarray, FileIdentity]:
         with self._lock:
             if fresh:
                 self._maps.pop(shard, None)
             mapped = self._maps.get(shard)
             if mapped is None:
-                mapped = self._maps[shard] = map_file(self.folder / self.manifest.shards[shard].name)
+                mapped = self._maps[shard] = map_identified(self.folder / self.manifest.shards[shard].name)
                 while len(self._maps) > _MAPS:
                     self._maps.popitem(last=False)
             else:
                 self._maps.move_to_end(shard)
-        if len(mapped) < block.offset + block.bytes:
-            raise DataError(f"shard is truncated at byte {len(mapped)}")
-        return mapped[block.offset : block.offset + block.bytes]
+        data, identity = mapped
+        if len(data) < block.offset + block.bytes:
+            raise DataError(f"shard is truncated at byte {len(data)}")
+        return data[block.offset : block.offset + block.bytes], identity
 
     def close(self) -> None:
         self._maps.clear()
 
 
+class _Checked(NamedTuple):
+    """What the checks of a block found, and of which file."""
+
+    identity: FileIdentity
+    bad: np.ndarray | None  # rows that are not finite; None: all are
+
+
 class BlockSource:
     """Checked blocks of a data set by number. Thread-safe.
 
-    A block that stays damaged after `retries` fresh reads is masked while the quarantine budget lasts (valid False, labels -1,
-    activations = mean), rows with NaN or infinity likewise within theirs; otherwise DataError names shard, block and byte.
+    A block that stays damaged after `retries` fresh reads is masked while the quarantine budget lasts (valid False,
+    labels -1, activations = mean), rows with NaN or infinity likewise within theirs; otherwise DataError names shard,
+    block and byte.
     """
 
     def __init__(self, config: DataConfig, manifest: Manifest):
         self.config, self.manifest = config, manifest
+        for index, (_, block) in enumerate(manifest.blocks):
+            try:
+                check_extent(block, manifest.width, manifest.dtype)
+            except DataError as error:
+                raise DataError(
+                    f"{self.where(index)} {error}; write the manifest again with `alignsae index`"
+                ) from None
         self.extents: Extents
         self._downloaders: ThreadPoolExecutor | None = None
         if is_remote(config.shards):
@@ -94,28 +114,45 @@ class BlockSource:
         self.quarantined: set[int] = set()
         self.nonfinite_rows = 0
         self.reread = 0
-        self._checked: dict[int, np.ndarray | None] = {}  # block -> rows that are not finite (None: all are)
+        self._checked: dict[int, _Checked] = {}
+        self._stop = threading.Event()
+        self._lost = ""  # why the server was given up
         self._lock = threading.Lock()
         self.mean = to_stored(np.asarray(manifest.mean), manifest.dtype)  # what a masked row holds
 
-    def rows(self, index: int) -> Rows:
+    def rows(self, index: int) -> BlockRows:
         """The block with that number in manifest order."""
         shard, block = self.manifest.blocks[index]
         if index in self.quarantined:
             return self._masked(block)
-        problem = ""
-        for attempt in range(1 + self.config.retries):
+        damaged = False
+
+        def attempt(deadline: Deadline) -> BlockRows:
+            nonlocal damaged
             try:
-                return self._read(index, shard, block, fresh=attempt > 0)
-            except _BudgetSpent:
+                return self._read(index, shard, block, deadline, fresh=damaged)
+            except (Unreachable, Final):
                 raise
-            except DataError as error:
-                problem = str(error)
+            except DataError:
+                damaged = True
                 with self._lock:
                     self.reread += 1
-        return self._quarantine(index, block, problem)
+                raise
 
-    def many(self, indices: list[int]) -> dict[int, Rows]:
+        # A local file is there or is not: no pause between attempts.
+        timeout = self.config.timeout if self._downloaders else 0.0
+        try:
+            return retried(attempt, self.config.retries, timeout, self._stop)
+        except _BudgetSpent:
+            raise
+        except DataError as error:
+            return self._quarantine(index, block, error)
+
+    def stop(self) -> None:
+        """Let reads that are waiting for a server fail soon; further ones fail at once."""
+        self._stop.set()
+
+    def many(self, indices: list[int]) -> dict[int, BlockRows]:
         """Several blocks by number; remote ones are downloaded side by side."""
         if self._downloaders is None:
             return {index: self.rows(index) for index in indices}
@@ -135,32 +172,35 @@ class BlockSource:
             "nonfinite_rows": self.nonfinite_rows, "reread_blocks": self.reread,
         }  # fmt: skip
 
-    def _read(self, index: int, shard: int, block: Block, fresh: bool) -> Rows:
-        data = self.extents.read(shard, block, fresh)
-        first_use = self.config.check and index not in self._checked
-        if first_use and zlib.crc32(data.data) != block.crc32:
+    def _read(self, index: int, shard: int, block: Block, deadline: Deadline, fresh: bool) -> BlockRows:
+        data, identity = self.extents.read(shard, block, deadline, fresh)
+        known = self._checked.get(index)
+        unchecked = self.config.check and (known is None or known.identity != identity)
+        if unchecked and zlib.crc32(data.data) != block.crc32:
             raise DataError("bytes do not match crc32")
         manifest = self.manifest
         rows = open_block(data, block, manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
-        if first_use:
-            self._note(index, nonfinite_rows(rows.acts, manifest.dtype))
-        bad = self._checked.get(index)
-        if bad is not None:
-            rows = Rows(*(array.copy() for array in rows))
+        if unchecked:
+            self._note(index, identity, nonfinite_rows(rows.acts, manifest.dtype))
+        known = self._checked.get(index)
+        if known is not None and known.bad is not None:
+            bad = known.bad
+            rows = BlockRows(*(array.copy() for array in rows))
             rows.acts[bad], rows.concept[bad], rows.answer[bad], rows.valid[bad] = self.mean, -1, -1, False
         return rows
 
-    def _note(self, index: int, bad: np.ndarray | None) -> None:
-        """Remember that a block was checked, and count its rows that are not finite against the budget.
+    def _note(self, index: int, identity: FileIdentity, bad: np.ndarray | None) -> None:
+        """Remember that a block was checked, and count its rows that are not finite against the budget, once.
 
         A block beyond the budget is not remembered: whichever thread comes next must fail too instead of masking it.
         """
         with self._lock:
-            total = self.nonfinite_rows + (0 if bad is None else len(bad))
-            spent = bad is not None and index not in self._checked and total > self.config.nonfinite_budget
-            if not spent and index not in self._checked:
-                self._checked[index], self.nonfinite_rows = bad, total
-        if bad is None:
+            again = index in self._checked  # of another file with the same crc32, or by another thread
+            total = self.nonfinite_rows + (0 if bad is None or again else len(bad))
+            spent = total > self.nonfinite_rows and total > self.config.nonfinite_budget
+            if not spent:
+                self._checked[index], self.nonfinite_rows = _Checked(identity, bad), total
+        if bad is None or again:
             return
         first = int(self.manifest.block_rows[:index].sum()) + int(bad[0])
         message = f"{self.where(index)}: {len(bad)} rows hold NaN or infinity, first row id {first}"
@@ -171,32 +211,41 @@ class BlockSource:
             )
         log.warning("%s; masked", message)
 
-    def _quarantine(self, index: int, block: Block, problem: str) -> Rows:
+    def _quarantine(self, index: int, block: Block, problem: DataError) -> BlockRows:
+        message = f"{self.where(index)}: {problem}"
+        unreachable = isinstance(problem, Unreachable)
         with self._lock:
+            if unreachable and self._stop.is_set():  # says nothing about the block
+                raise _BudgetSpent(self._lost or message) from None
             count = len(self.quarantined | {index})
             spent = count > self.config.quarantine_budget
             if not spent:
                 self.quarantined.add(index)
-        message = f"{self.where(index)}: {problem}"
+            elif unreachable:
+                self._lost = message
+        if spent and unreachable:
+            self.stop()  # no other thread need wait as long to say the same
+            raise _BudgetSpent(message) from None
         if spent:
             raise _BudgetSpent(
                 f"{message}; {count} damaged blocks exceed data.quarantine_budget={self.config.quarantine_budget}, "
                 "restore the shard (`alignsae verify` lists all damage) or raise the budget"
-            )
+            ) from None
         log.warning("%s; its %d rows are masked", message, block.rows)
         return self._masked(block)
 
-    def _masked(self, block: Block) -> Rows:
+    def _masked(self, block: Block) -> BlockRows:
         none = np.full(block.rows, -1, dtype=np.int32)
         acts = np.broadcast_to(self.mean, (block.rows, self.manifest.width))
-        return Rows(np.ascontiguousarray(acts), none, none, np.zeros(block.rows, dtype=bool))
+        return BlockRows(np.ascontiguousarray(acts), none, none, np.zeros(block.rows, dtype=bool))
 
     def close(self) -> None:
         """Stop downloading and unmap the shards."""
+        self.stop()
         if self._downloaders is not None:
             self._downloaders.shutdown(wait=True, cancel_futures=True)
         self.extents.close()
 
 
-class _BudgetSpent(DataError):
+class _BudgetSpent(Final):
     """Damage beyond the budget; not worth another attempt."""

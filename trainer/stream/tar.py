@@ -26,7 +26,7 @@ _MAX_EXTENDED = 1 << 16
 
 
 class Member(NamedTuple):
-    """A regular file of the archive: name, byte where its first header starts, payload [offset, offset + size), end of padding."""
+    """A regular file of the archive: name, byte of its first header, payload [offset, offset + size), end."""
 
     name: str
     start: int
@@ -46,7 +46,7 @@ class Sample:
 
 
 def members(data: np.ndarray, where: str) -> Iterator[Member]:
-    """Regular members in file order. data: uint8 [bytes]. Raises DataError naming `where` and the byte at the first damage."""
+    """Regular members in file order. data: uint8 [bytes]. Raises DataError naming `where` and the byte of damage."""
     position, start, name = 0, None, None
     while True:
         header = data[position : position + BLOCK].tobytes()
@@ -115,7 +115,7 @@ def _parse(header: bytes, where: str) -> tuple[bytes, str, int]:
 
 
 def _extended(payload: np.ndarray, where: str) -> str | None:
-    """The member name of a PAX header, if it gives one; anything else that would change how members are read is refused."""
+    """The member name of a PAX header, if it gives one; what else would change how members are read is refused."""
     if len(payload) > _MAX_EXTENDED:
         raise DataError(f"{where} has {len(payload)} bytes, more than {_MAX_EXTENDED}")
     rest, name = payload.tobytes(), None
