@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from small_run import STEPS_PER_EPOCH, TOTAL, metrics, train_here
 from tracking_server import Gate, Server, eventually, free_port, history
 
@@ -20,6 +22,7 @@ from tools.cli import main
 from trainer.errors import UserError
 from trainer.journal import Journal
 from trainer.tracking import DatasetInput, Tracker, TrackingConfig, add_artifacts, connect, mirror
+from trainer.tracking.points import MAX_METRICS, Backlog
 
 ALL = ["tracking.uri=null"]
 
@@ -54,8 +57,9 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("mlflow"))
+    shutil.copy(empty_store, server.folder / "server.db")
     server.start()
     yield server
     server.kill()
@@ -343,6 +347,60 @@ def test_track_enters_a_run_that_was_not_tracked_and_refuses_what_is_none(
     assert main(["track", str(run_dir), "--uri", uri]) == 2 and "tracking.json" in capsys.readouterr().err
 
 
+def test_the_status_comes_after_the_points_and_does_not_wait_for_files(
+    run_dir: Path, impatient: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("not today")
+
+    (run_dir / "config.yaml").write_text("a: 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", lambda self, run_id, **more: more.get("metrics") and fails())
+        tracker = Tracker(run_dir, TrackingConfig(), {}, {}, 0)
+        log_steps(tracker, range(1, 3))
+        tracker.close(patience=3)
+    client = connect(None, run_dir)
+    assert client.get_run(run_id_of(run_dir)).info.status == "RUNNING"
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", fails)
+    resumed = Tracker(run_dir, TrackingConfig(), {}, {}, 2)
+    resumed.artifact(run_dir / "config.yaml")
+    log_steps(resumed, range(3, 5))
+    resumed.close()
+    assert_complete(client, run_dir, "FINISHED")
+    assert "did not take config.yaml (OSError: not today)" in caplog.text
+
+
+@given(
+    steps=st.lists(st.integers(0, 30), max_size=40),
+    width=st.integers(0, 60),
+    cuts=st.lists(st.tuples(st.integers(1, 200), st.booleans()), max_size=60),
+)
+def test_the_backlog_gives_every_whole_line_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[int], width: int, cuts: list[tuple[int, bool]]
+) -> None:
+    """The file grows by pieces that end anywhere; a batch that is not accepted is given again by a new Backlog, as after a failure."""
+    path = tmp_path_factory.mktemp("backlog") / "metrics.jsonl"
+    values = {f"m{i}": 0.5 for i in range(width)}
+    text = b"".join(json.dumps({"step": step, "time": step / 4, **values}).encode() + b"\n" for step in steps)
+    expected = [step for i, step in enumerate(steps) if step > max(steps[:i], default=-1)]
+    backlog, taken, at = Backlog(path), [], 0
+    for size, accepted in [*cuts, *[(len(text), True)] * (len(steps) + 1)]:
+        with path.open("ab") as file:
+            file.write(text[at : at + size])
+        at += size
+        points = backlog.next()
+        assert sum(len(point.values) for point in points) <= MAX_METRICS
+        assert all(point.values == values and point.milliseconds == point.step * 250 for point in points)
+        if accepted:
+            backlog.accept()
+            taken += [point.step for point in points]
+        elif points:
+            backlog, taken = Backlog(path), []
+    assert taken == expected
+
+
 def test_a_point_that_the_disk_refuses_goes_to_mlflow(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = Tracker(run_dir, TrackingConfig(), {}, {}, 0)
     log_steps(tracker, range(1, 3))
@@ -376,7 +434,7 @@ def test_journal_is_taken_up_on_a_full_disk_or_left_as_it_was(tmp_path: Path, da
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # what is larger cannot be written, as on a full disk
     try:
         if damaged:  # must be written again
-            with pytest.raises(UserError, match="metrics[.]jsonl cannot be taken up at step 100"):
+            with pytest.raises(UserError, match="cannot be taken up at step 100"):
                 Journal(path, 100)
         else:
             Journal(path, 100)
