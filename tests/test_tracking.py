@@ -311,10 +311,18 @@ def test_credentials_are_used_and_can_come_from_outside(run_dir: Path, monkeypat
     assert client.tracking_uri == "http://host:1"
     assert (read_mlflow_creds().username, read_mlflow_creds().password) == ("user", "Pa 55")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:Pa55word@host/db")
-    from trainer.tracking.config import store_uri
+    from trainer.tracking.config import shown, store_uri
 
     assert store_uri("postgresql://host/db", run_dir) == "postgresql://user:Pa55word@host/db"
     assert store_uri("postgresql://host/other", run_dir) == "postgresql://host/other"
+    for location in ("/Data/Mine", "sqlite:////tmp/A.db", "sqlite:///a.db", "databricks", "C:\\Data"):
+        assert shown(location) == location
+    for location in (
+        "HTTP://user:Pa55word@host/A",
+        "mysql+pymysql://user:Pa55word@host/a?x=Pa55word",
+        "http://u:Pa55word@[",
+    ):
+        assert "Pa55word" not in shown(location) and "user" not in shown(location)
 
 
 def test_figures_of_the_machine_when_asked_for(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

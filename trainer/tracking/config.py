@@ -1,10 +1,12 @@
 """Which MLflow store, and what of its address may be shown."""
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from trainer.errors import UserError
 from trainer.stream.location import redact
 
 OFF = "off"
@@ -19,6 +21,16 @@ class TrackingConfig:
     run_name: str | None = None  # None: MLFLOW_RUN_NAME, else the name of the run folder
     parent: str | None = None  # id of the MLflow run that this run is a part of, such as a sweep
 
+    def validate(self) -> None:
+        """Raise UserError for a name that cannot be."""
+        for name in ("experiment", "run_name", "parent"):
+            if getattr(self, name) == "":
+                raise UserError(f"tracking.{name} is empty; give it a name or leave it out")
+
+    def redacted(self) -> "TrackingConfig":
+        """As it may be stored and shown."""
+        return replace(self, uri=self.uri and shown(self.uri))
+
 
 def store_uri(uri: str | None, run_dir: Path) -> str:
     """The configured store, MLFLOW_TRACKING_URI, or the SQLite file beside the run folder.
@@ -32,14 +44,14 @@ def store_uri(uri: str | None, run_dir: Path) -> str:
 
 
 def shown(uri: str) -> str:
-    """The URI as it may be stored, logged and shown: without credentials and query."""
-    scheme, colon, rest = uri.partition(":")
-    if scheme.lower().startswith("sqlite"):  # a path and no host
+    """The URI or location as it may be stored, logged and shown: without credentials and query."""
+    if uri.lower().startswith("sqlite"):  # a path and no host
         return uri
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.\-]*(?=://)", uri)
     try:
-        return redact(scheme.lower() + colon + rest)
+        return redact(uri if scheme is None else scheme.group().lower() + uri[scheme.end() :])
     except ValueError:  # no URI at all, such as http://[
-        return f"{scheme}:..."
+        return f"{uri.partition(':')[0]}:..."
 
 
 def split(uri: str) -> SplitResult:

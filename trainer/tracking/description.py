@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import DataError
+from trainer.run_folder import RunFolder
 from trainer.stream.manifest import write_atomically
-from trainer.tracking.config import OFF, TrackingConfig, shown
+from trainer.tracking.config import TrackingConfig, shown
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "tracking.json"
 RUN_KEY = "run_key"  # tag that finds a run whose id was lost with the server's answer
 PACKAGES = ("alignsae", "torch", "accelerate", "deepspeed", "transformers", "mlflow")
 MAX_PARAM = 6000  # characters that MLflow takes
@@ -56,15 +56,16 @@ class Description:
 
     def save(self, run_dir: Path) -> None:
         """Write RUN/tracking.json; a disk that refuses is named and nothing more, the run can be tracked without."""
+        path = RunFolder(run_dir).tracking
         try:
-            write_atomically(run_dir / FILE_NAME, json.dumps(asdict(self), indent=1).encode() + b"\n")
+            write_atomically(path, json.dumps(asdict(self), indent=1).encode() + b"\n")
         except OSError as error:
-            log.warning("%s cannot be written (%s)", run_dir / FILE_NAME, error.strerror)
+            log.warning("%s cannot be written (%s)", path, error.strerror)
 
     @classmethod
     def load(cls, run_dir: Path) -> "Description | None":
         """The description in RUN/tracking.json, None where there is none. Raises DataError for a damaged one."""
-        path = run_dir / FILE_NAME
+        path = RunFolder(run_dir).tracking
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             inputs = tuple(DatasetInput(**item) for item in stored.pop("inputs"))
@@ -87,12 +88,12 @@ def describe(
     inputs: Sequence[DatasetInput],
 ) -> Description:
     """The description of a run that starts. Credentials are taken out of `tracking.uri` and of the sources of inputs."""
-    uri = shown(config.uri) if config.uri and config.uri != OFF else config.uri
+    uri = config.redacted().uri
     texts = {key: str(value)[:MAX_PARAM] for key, value in params.items()}
     if "tracking.uri" in texts:
         texts["tracking.uri"] = str(uri)
     return Description(
-        run_name=config.run_name or environ.get("MLFLOW_RUN_NAME") or run_dir.resolve().name,
+        run_name=config.run_name or environ.get("MLFLOW_RUN_NAME") or RunFolder(run_dir).name,
         uri=uri,
         experiment=config.experiment or environ.get("MLFLOW_EXPERIMENT_NAME") or "alignsae",
         params=texts,

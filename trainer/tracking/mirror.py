@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from trainer.run_folder import RunFolder
 from trainer.tracking.config import reason, shown, store_uri
 from trainer.tracking.description import Description
 from trainer.tracking.points import Backlog, Point
@@ -93,7 +94,7 @@ class Mirror:
         run = StoredRun(self._run_dir, self._uri, self._description, training=True)
         self._stop_monitor()  # MLflow's ends at the first failure
         self._monitor = run.system_monitor()
-        return run, Backlog(self._run_dir / "metrics.jsonl")
+        return run, Backlog(RunFolder(self._run_dir).metrics)
 
     def _send(self, run: StoredRun, backlog: Backlog) -> None:
         """All that waits; what was sent is taken off only afterwards."""

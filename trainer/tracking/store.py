@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from trainer.run_folder import RunFolder
 from trainer.tracking.config import split, store_uri
 from trainer.tracking.description import RUN_KEY, DatasetInput, Description
 from trainer.tracking.points import Point
 
 log = logging.getLogger(__name__)
 
-RUN_ID_FILE = "mlflow_run_id"
 MAX_ITEMS = 100  # params or tags that MLflow takes in one call
 MAX_DIGEST = 36  # characters of a data set's digest that MLflow takes
 
@@ -63,7 +63,7 @@ class StoredRun:
                 experiment, description.start_time, tags, description.run_name
             )
             with suppress(OSError):  # a full disk: the key finds the run
-                (run_dir / RUN_ID_FILE).write_text(found.info.run_id + "\n")
+                RunFolder(run_dir).mlflow_run_id.write_text(found.info.run_id + "\n")
         self.run_id = found.info.run_id
         if training and found.info.status != "RUNNING":
             self._client.update_run(self.run_id, status="RUNNING")
@@ -74,7 +74,7 @@ class StoredRun:
         """The run that RUN/mlflow_run_id names; None when there is none or it was deleted."""
         from mlflow.exceptions import MlflowException
 
-        run_file = run_dir / RUN_ID_FILE
+        run_file = RunFolder(run_dir).mlflow_run_id
         if not run_file.exists():
             return None
         try:

@@ -10,17 +10,16 @@ from typing import Any
 
 from trainer.errors import DataError, UserError
 from trainer.journal import Journal
+from trainer.run_folder import RunFolder
 from trainer.tracking.config import OFF, TrackingConfig, reason, shown, store_uri
 from trainer.tracking.description import DatasetInput, Description, describe
 from trainer.tracking.mirror import Mirror
 from trainer.tracking.points import Backlog, point_of
-from trainer.tracking.store import RUN_ID_FILE, StoredRun, connect
+from trainer.tracking.store import StoredRun, connect
 
 log = logging.getLogger(__name__)
 
-METRICS, OUTCOME = "metrics.jsonl", "outcome.json"
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}  # of outcome.json -> of MLflow
-FILES = ("config.yaml", OUTCOME, "evaluation.json", "swap.json", "report.html")  # that `fill_in` attaches
 
 
 class Tracker:
@@ -47,10 +46,11 @@ class Tracker:
         inputs: Sequence[DatasetInput] = (),
     ):
         self._run_dir = run_dir
-        self._journal = Journal(run_dir / METRICS, step)
+        folder = RunFolder(run_dir)
+        self._journal = Journal(folder.metrics, step)
         description = describe(run_dir, config, params, tags, inputs)
         if step == 0:
-            (run_dir / RUN_ID_FILE).unlink(missing_ok=True)  # of another run
+            folder.mlflow_run_id.unlink(missing_ok=True)  # of another run
         elif earlier := _earlier(run_dir):
             description = replace(description, key=earlier.key, start_time=earlier.start_time)
         description.save(run_dir)
@@ -104,28 +104,32 @@ def fill_in(run_dir: Path, uri: str | None = None) -> Filled:
 
     uri: the store; None: that of the run. Raises UserError when there is nothing to enter or the store fails.
     """
-    if not (run_dir / METRICS).is_file():
-        raise UserError(f"{run_dir} has no {METRICS}; is it the folder of a training run?")
+    folder = RunFolder(run_dir)
+    if not folder.metrics.is_file():
+        raise UserError(f"{run_dir} has no {folder.metrics.name}; is it the folder of a training run?")
     description = Description.load(run_dir)
     if description is None:  # of a version that kept none
-        description = Description(run_name=run_dir.resolve().name)
+        description = Description(run_name=folder.name)
         description.save(run_dir)
     if uri is None and description.uri == OFF:
         raise UserError(f"{run_dir} was trained with tracking.uri=off; name the store with --uri")
     uri = store_uri(uri or description.uri, run_dir)
-    ended, when = _outcome(run_dir / OUTCOME)
-    files: list[tuple[Path, str | None]] = [(path, None) for name in FILES if (path := run_dir / name).is_file()]
-    files += [(path, "plots") for path in sorted((run_dir / "plots").glob("*.png"))]
+    ended, when = _outcome(folder.outcome)
+    single = (folder.config, folder.outcome, folder.evaluation, folder.swap, folder.report)
+    files: list[tuple[Path, str | None]] = [
+        *((path, None) for path in single),
+        *((path, "plots") for path in sorted(folder.plots.glob("*.png"))),
+    ]
     try:
         run = StoredRun(run_dir, uri, description, training=False)
-        backlog, numbers = Backlog(run_dir / METRICS), 0
+        backlog, numbers = Backlog(folder.metrics), 0
         while points := backlog.next():
             numbers += run.add(points)
             backlog.accept()
         if ended is not None:
             run.end(ended, when)
-        for path, folder in files:
-            run.artifact(path, folder)
+        for path, inner in files:
+            run.artifact(path, inner)
     except Exception as error:
         raise UserError(
             f"MLflow at {shown(uri)} fails ({reason(error, uri)}); try again, what it has is not added twice"
@@ -148,7 +152,7 @@ def _outcome(path: Path) -> tuple[str | None, int | None]:
 
 def add_artifacts(run_dir: Path, uri: str | None, paths: list[Path]) -> bool:
     """Attach files made after training (plots, report) to the run's MLflow run; False when the run was not tracked or the store fails."""
-    run_file = run_dir / RUN_ID_FILE
+    run_file = RunFolder(run_dir).mlflow_run_id
     if uri == OFF or not run_file.exists():
         return False
     try:
