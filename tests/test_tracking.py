@@ -1,4 +1,4 @@
-"""Tracking: metrics.jsonl is the truth; MLflow gets all of it once, whatever happens to its server, and training never waits for it."""
+"""metrics.jsonl is the truth; MLflow gets all of it once, whatever happens to its server; training never waits."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ ALL = ["tracking.uri=null"]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing from outside, and a client that fails at once; what this sets is undone, what `connect` sets in the environment too."""
+    """No setting from outside; what `connect` sets is undone afterwards."""
     for name in ("URI", "USERNAME", "PASSWORD"):
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
@@ -39,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short pauses; and a time of its own for every point that is sent, as the store itself would hide a second one of the same time."""
+    """Short pauses; and a new time for every point that is sent, as the store hides a second point of the same time."""
     import mlflow.entities
 
     monkeypatch.setattr(mirror, "FIRST_PAUSE", 0.05)
@@ -388,7 +388,7 @@ def test_the_status_comes_after_the_points_and_does_not_wait_for_files(
 def test_the_backlog_gives_every_whole_line_once_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, steps: list[int], width: int, cuts: list[tuple[int, bool]]
 ) -> None:
-    """The file grows by pieces that end anywhere; a batch that is not accepted is given again by a new Backlog, as after a failure."""
+    """The file grows by pieces that end anywhere; after a batch that is not accepted a new Backlog starts over."""
     path = tmp_path_factory.mktemp("backlog") / "metrics.jsonl"
     values = {f"m{i}": 0.5 for i in range(width)}
     text = b"".join(json.dumps({"step": step, "time": step / 4, **values}).encode() + b"\n" for step in steps)

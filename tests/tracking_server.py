@@ -67,7 +67,7 @@ class Server:
 
 
 class Gate(socketserver.ThreadingTCPServer):
-    """Passes connections on to a port. shut: it closes them at once; losing: the next answer is lost, then it is shut."""
+    """Passes connections on to a port. shut: closes them at once; losing: an answer is lost, then it is shut."""
 
     allow_reuse_address = daemon_threads = True
 

@@ -3,9 +3,10 @@
   alignsae track runs/demo
   alignsae track runs/sweep/* --uri http://127.0.0.1:5000
 
-The store is asked which steps it has and gets the others, the files of the run folder, and then the status that outcome.json
-says; done twice it adds nothing. A run that was trained with tracking.uri=off is entered anew into the store of --uri. Credentials
-of a store are kept nowhere: give them in --uri, MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+The store is asked which steps it has and gets the others, then the status that outcome.json says and the files of the
+run folder; done twice it adds nothing. A run that was trained with tracking.uri=off is entered into the store of --uri. A
+store's credentials are kept nowhere: give them in --uri, in MLFLOW_TRACKING_URI, or in MLFLOW_TRACKING_USERNAME and
+MLFLOW_TRACKING_PASSWORD.
 """
 
 import argparse

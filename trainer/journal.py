@@ -28,7 +28,7 @@ class Journal:
             _drop_later(path, step)
         except OSError as error:
             raise UserError(
-                f"{path} cannot be taken up at step {step} ({error.strerror}); free some space or choose another run.dir"
+                f"{path} cannot be taken up at step {step} ({error.strerror}); free some space or take another run.dir"
             ) from error
 
     def write(self, values: Mapping[str, Any]) -> bool:

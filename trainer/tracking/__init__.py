@@ -1,5 +1,6 @@
-"""Where figures go: metrics.jsonl, which is always written and is the truth, and MLflow, which is filled from it and whose absence never
-stops training. The only home of mlflow.
+"""Where figures go: metrics.jsonl, which is always written and is the truth, and MLflow, which is filled from it.
+
+MLflow's absence never stops training. The only home of mlflow.
 """
 
 from trainer.tracking.config import TrackingConfig

@@ -35,7 +35,7 @@ class TrackingConfig:
 def store_uri(uri: str | None, run_dir: Path) -> str:
     """The configured store, MLFLOW_TRACKING_URI, or the SQLite file beside the run folder.
 
-    MLFLOW_TRACKING_URI also stands in for a configured store that is the same but for credentials: those are never stored.
+    MLFLOW_TRACKING_URI also stands in for a store that is the same but for credentials, which are never kept.
     """
     outside = os.environ.get("MLFLOW_TRACKING_URI")
     if outside and (not uri or uri == shown(outside)):

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run besides its points, kept as RUN/tracking.json, so that the run can be entered or completed later."""
+"""What MLflow is told about a run besides its points, kept as RUN/tracking.json to enter or complete the run later."""
 
 import getpass
 import json
@@ -42,7 +42,8 @@ class DatasetInput:
 class Description:
     """A run as MLflow is to show it. Holds no credentials.
 
-    key: made once per run, stored as a tag. uri: as configured, without credentials; None is the default store. start_time: ms since 1970.
+    key: made once per run, stored as a tag. uri: as configured, without credentials; None is the default store.
+    start_time: ms since 1970.
     """
 
     run_name: str
@@ -87,7 +88,7 @@ def describe(
     tags: Mapping[str, str],
     inputs: Sequence[DatasetInput],
 ) -> Description:
-    """The description of a run that starts. Credentials are taken out of `tracking.uri` and of the sources of inputs."""
+    """The description of a run that starts, without the credentials of `tracking.uri` and of the inputs' sources."""
     uri = config.redacted().uri
     texts = {key: str(value)[:MAX_PARAM] for key, value in params.items()}
     if "tracking.uri" in texts:

@@ -20,11 +20,11 @@ MAX_REFUSED = 1000  # points in memory that the disk did not take
 
 
 class Mirror:
-    """MLflow in a thread of its own: importing it, making its database or trying a server that does not answer take seconds to
-    minutes, which training does not wait for.
+    """MLflow in a thread of its own: importing it, making its database or trying a server that does not answer take
+    seconds to minutes, which training does not wait for.
 
-    Points are read from metrics.jsonl. After a failure nothing is known about what arrived, so the store is asked, after a pause that
-    grows, and gets what it lacks.
+    Points are read from metrics.jsonl. After a failure nothing is known about what arrived, so the store is asked,
+    after a pause that grows, and gets what it lacks.
     """
 
     def __init__(self, run_dir: Path, uri: str | None, description: Description):
@@ -106,7 +106,7 @@ class Mirror:
             self._refused.popleft()
 
     def _send_artifacts(self, run: StoredRun) -> None:
-        """New files. Where they cannot be stored (a store may take points and no files) points and status go on without."""
+        """New files. Where they cannot be stored (some stores take points alone) points and status go on without."""
         while self._artifacts:
             item = self._artifacts.popleft()
             try:

@@ -1,4 +1,4 @@
-"""metrics.jsonl as a line of points that wait for the store: read in batches, so that memory is bounded however long the store is away."""
+"""metrics.jsonl as the points that wait for the store: read in batches, so that memory is bounded in any outage."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ class Backlog:
         self._last: float = float("-inf")  # step of the last point returned
 
     def next(self) -> list[Point]:
-        """Whole lines that follow those that were accepted, at most MAX_METRICS numbers; empty where there are none so far.
+        """Whole lines that follow those that were accepted, at most MAX_METRICS numbers; empty when there are none.
 
         Damaged lines and steps that do not go on from the last one are left out.
         """
@@ -57,12 +57,15 @@ class Backlog:
 
 
 def point_of(line: dict[str, object], milliseconds: int) -> Point:
-    """The point of a line of metrics.jsonl; `milliseconds` where the line has no time. Raises KeyError, TypeError, ValueError, OverflowError."""
+    """The point of a line of metrics.jsonl; `milliseconds` where the line has no time.
+
+    Raises KeyError, TypeError, ValueError or OverflowError for a line without a step or with impossible numbers.
+    """
     values = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in _NOT_METRICS}
     step, at = line["step"], line.get("time")
     if not isinstance(step, int):
         raise TypeError("step is no whole number")
-    return Point(step, int(at * 1000) if isinstance(at, int | float) else milliseconds, values)
+    return Point(step, round(at * 1000) if isinstance(at, int | float) else milliseconds, values)
 
 
 def _parse(line: bytes, milliseconds: int) -> Point | None:

@@ -1,4 +1,4 @@
-"""The run in the MLflow store. Everything here may be done again after a failure: what the store has is asked for and not added twice."""
+"""The run in the MLflow store. All of it may be done again after a failure: what the store has is not added twice."""
 
 import json
 import logging
@@ -23,8 +23,8 @@ MAX_DIGEST = 36  # characters of a data set's digest that MLflow takes
 def connect(uri: str | None, run_dir: Path) -> Any:
     """An MlflowClient of `store_uri`."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # Every failure comes back at once: the mirror tries again itself, after asking what arrived, and MLflow's own repetition would take
-    # many minutes at a server that does not answer.
+    # Every failure comes back at once: the mirror tries again itself, after asking what arrived, and MLflow's own
+    # repetition would take many minutes at a server that does not answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import mlflow  # imported here: it takes seconds, and ranks that do not track never need it
@@ -86,7 +86,7 @@ class StoredRun:
         return found if found.info.lifecycle_stage == "active" else None
 
     def _experiment(self, name: str, run_dir: Path, uri: str) -> str:
-        """Id of the experiment; one made in a local database keeps its artifacts beside it instead of in the working directory."""
+        """Id of the experiment; a new one of a local database keeps its artifacts beside it, not in the working directory."""
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
@@ -137,11 +137,11 @@ class StoredRun:
         self._client.log_artifact(self.run_id, str(path), folder)
 
     def end(self, status: str, milliseconds: int | None = None) -> None:
-        """Set a terminal status; to be called when all points are there. milliseconds: when the run ended; None: just then."""
+        """Set a terminal status; to be called when all points are there. milliseconds: when it ended; None: now."""
         self._client.set_terminated(self.run_id, status, milliseconds)
 
     def system_monitor(self) -> Any:
-        """MLflow's own thread for figures of this machine, running, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
+        """MLflow's thread for figures of this machine, running, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
 
         if not ENABLED.get():

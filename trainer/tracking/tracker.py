@@ -71,8 +71,10 @@ class Tracker:
             self._mirror.artifact(path, folder)
 
     def close(self, status: str = "FINISHED", patience: float = 60.0) -> None:
-        """End the run with an MLflow status: FINISHED, FAILED or KILLED, which it gets after its points. MLflow has at most `patience`
-        seconds for what is left."""
+        """End the run with an MLflow status (FINISHED, FAILED or KILLED), which it gets after its points.
+
+        MLflow has at most `patience` seconds for what is left.
+        """
         if self._mirror is not None and not self._mirror.close(status, patience):
             log.warning(
                 "MLflow did not take everything within %.0f s; metrics.jsonl is complete, and "
@@ -92,7 +94,7 @@ def _earlier(run_dir: Path) -> Description | None:
 
 @dataclass(frozen=True)
 class Filled:
-    """What `fill_in` did: numbers added, MLflow's run id, and its terminal status (None: the run has no outcome so far)."""
+    """What `fill_in` did: numbers added, MLflow's run id, its terminal status (None: the run has no outcome so far)."""
 
     numbers: int
     run_id: str
@@ -100,7 +102,7 @@ class Filled:
 
 
 def fill_in(run_dir: Path, uri: str | None = None) -> Filled:
-    """Bring the MLflow run of a run folder level with metrics.jsonl: points, then the status that outcome.json says, files.
+    """Bring the MLflow run of a run folder level with metrics.jsonl: points, the status of outcome.json, files.
 
     uri: the store; None: that of the run. Raises UserError when there is nothing to enter or the store fails.
     """
@@ -151,7 +153,10 @@ def _outcome(path: Path) -> tuple[str | None, int | None]:
 
 
 def add_artifacts(run_dir: Path, uri: str | None, paths: list[Path]) -> bool:
-    """Attach files made after training (plots, report) to the run's MLflow run; False when the run was not tracked or the store fails."""
+    """Attach files made after training (plots, report) to the run's MLflow run.
+
+    False when the run was not tracked or the store fails.
+    """
     run_file = RunFolder(run_dir).mlflow_run_id
     if uri == OFF or not run_file.exists():
         return False
