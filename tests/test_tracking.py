@@ -113,6 +113,9 @@ def test_sqlite_beside_the_run_by_default_and_one_run_over_resumes(small_data: P
     assert (tmp_path / "mlflow.db").exists() and run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["dictionary.free_slots"] == "40" and run.data.params["stages.1.name"] == "align"
     assert {"git_revision", "manifest_digest"} <= run.data.tags.keys()
+    assert [run.data.tags[name] for name in ("world_size", "device", "strategy")] == ["1", "cpu", "single"]
+    (shards,) = run.inputs.dataset_inputs
+    assert json.loads(shards.dataset.profile)["digest"] == run.data.tags["manifest_digest"]
     points = client.get_metric_history(run_id, "loss/rec")
     assert [(m.step, m.value, m.timestamp / 1000) for m in points] == [
         (step, line["loss/rec"], line["time"]) for step, line in metrics(tmp_path).items()
@@ -142,10 +145,13 @@ def test_a_server_that_does_not_answer_holds_nothing_up(run_dir: Path, caplog: p
 def test_training_ends_without_its_store_which_is_named_once(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    connect(None, tmp_path)  # imports mlflow, which takes longer than what is waited for here
     close = Tracker.close
     monkeypatch.setattr(Tracker, "close", lambda self, status, patience: close(self, status, 3.0))
-    assert train_here(tmp_path, small_data, "tracking.uri=http://127.0.0.1:9", "run.log_every=1") == 0
+    assert train_here(tmp_path, small_data, "tracking.uri=http://user:Pa55word@127.0.0.1:9", "run.log_every=1") == 0
     assert sum("http://127.0.0.1:9 fails" in message for message in caplog.messages) == 1
+    texts = [path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file()]
+    assert len(texts) >= 4 and "Pa55word" not in "".join([*texts, caplog.text])
     assert list(metrics(tmp_path)) == list(range(1, TOTAL + 1))
     assert not add_artifacts(tmp_path / "run", "off", [])
 
@@ -368,7 +374,8 @@ def test_the_status_comes_after_the_points_and_does_not_wait_for_files(
         patch.setattr(mlflow.MlflowClient, "log_batch", lambda self, run_id, **more: more.get("metrics") and fails())
         tracker = Tracker(run_dir, TrackingConfig(), {}, {}, 0)
         log_steps(tracker, range(1, 3))
-        tracker.close(patience=3)
+        eventually(lambda: (run_dir / "mlflow_run_id").exists())
+        tracker.close(patience=1)
     client = connect(None, run_dir)
     assert client.get_run(run_id_of(run_dir)).info.status == "RUNNING"
     monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", fails)

@@ -86,7 +86,7 @@ class StoredRun:
         return found if found.info.lifecycle_stage == "active" else None
 
     def _experiment(self, name: str, run_dir: Path, uri: str) -> str:
-        """Id of the experiment; a new one of a local database keeps its artifacts beside it, not in the working directory."""
+        """Id of the experiment; a new one of a local database has its files beside it, not in the working folder."""
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
