@@ -22,6 +22,7 @@ TOOLS = {
     "export": ("tools.export", "write a dictionary for other programs, normalisation folded in"),
     "plan": ("tools.plan", "memory and traffic per rank for a configuration, before anything is launched"),
     "bench": ("tools.bench", "time the objective against its floor and against dense baselines"),
+    "track": ("tools.track", "bring MLflow level with the metrics.jsonl of runs"),
     "sweep": ("tools.sweep", "run a grid of configurations and tabulate the results"),
 }
 

@@ -23,7 +23,7 @@ from trainer.strategies import Layout, Strategy, build_strategy, join, owned_ban
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
 from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology
-from trainer.tracking import Tracker
+from trainer.tracking import DatasetInput, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -182,14 +182,23 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
         return None
     config, manifest = inputs.config, inputs.manifest
     # What is kept and shown elsewhere carries no credentials and no signed query.
-    shown = replace(config, data=replace(config.data, shards=redact(config.data.shards)))
+    location = redact(config.data.shards)
+    shown = replace(config, data=replace(config.data, shards=location), tracking=config.tracking.redacted())
+    tags = {
+        "manifest_digest": manifest.digest,
+        "hook_point": manifest.hook_point,
+        "model": manifest.model,
+        "world_size": str(topology.world),
+        "device": topology.device.type,
+        "strategy": inputs.layout.strategy,
+    }
+    shards = DatasetInput("data.shards", location, manifest.digest, manifest.rows)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.config, to_yaml(shown).encode())
+        tracker = Tracker(folder.path, config.tracking, flatten(shown), tags, step, inputs=[shards])
         folder.outcome.unlink(missing_ok=True)  # of an earlier attempt
     except OSError as error:
         raise UserError(f"run.dir={folder.path} cannot be written ({error.strerror}); choose another folder") from error
-    tags = {"manifest_digest": manifest.digest, "hook_point": manifest.hook_point, "model": manifest.model}
-    tracker = Tracker(folder.path, config.tracking, flatten(shown), tags, step)
     tracker.artifact(folder.config)
     return tracker

@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "mlflow_run_id"
 
     @property
+    def tracking(self) -> Path:
+        """What MLflow is to be told of the run besides its figures."""
+        return self.path / "tracking.json"
+
+    @property
     def evaluation(self) -> Path:
         """What `alignsae evaluate` found."""
         return self.path / "evaluation.json"

@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.interrupt import Interrupt
 from trainer.stream.manifest import write_atomically
 from trainer.topology import launched_world
-from trainer.tracking import Tracker
+from trainer.tracking import STATUS, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ def write_outcome(built: loop.Run, tracker: Tracker, outcome: dict[str, object])
         tracker.artifact(path)
     ended = str(outcome["status"])
     # A run that was asked to leave, or whose other ranks are gone, has seconds.
-    status = {"finished": "FINISHED", "interrupted": "KILLED"}.get(ended, "FAILED")
-    tracker.close(status, patience=60.0 if ended == "finished" else 10.0)
+    tracker.close(STATUS[ended], patience=60.0 if ended == "finished" else 10.0)
 
 
 def exit_with(code: int) -> None:

@@ -1,0 +1,11 @@
+"""Where figures go: metrics.jsonl, which is always written and is the truth, and MLflow, which is filled from it.
+
+MLflow's absence never stops training. The only home of mlflow.
+"""
+
+from trainer.tracking.config import TrackingConfig
+from trainer.tracking.description import DatasetInput
+from trainer.tracking.store import connect
+from trainer.tracking.tracker import STATUS, Filled, Tracker, add_artifacts, fill_in
+
+__all__ = ["STATUS", "DatasetInput", "Filled", "Tracker", "TrackingConfig", "add_artifacts", "connect", "fill_in"]
