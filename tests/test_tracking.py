@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import STEPS_PER_EPOCH, TOTAL, metrics, train_here
 
+from tests.support.runs import STEPS_PER_EPOCH, TOTAL, metrics, train_here
 from trainer.journal import Journal
 from trainer.tracking import Tracker, TrackingConfig, add_artifacts, connect
 

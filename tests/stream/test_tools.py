@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from stream_data import CONCEPTS, rows, write
 
+from tests.stream.stream_data import CONCEPTS, rows, write
 from tools.cli import main
 from trainer.stream import DataConfig, Manifest, Plan, Stream
 
