@@ -1,4 +1,4 @@
-"""Data that several suites train on. (This file also puts tests/ on the import path of the suites in its folders.)"""
+"""Fixtures of several suites."""
 
 import os
 from pathlib import Path
@@ -8,10 +8,18 @@ import pytest
 # Tests are small and many start several processes: threads would only wait for each other. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from small_run import write_data
+from tests.support.data import write_data
 
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shard folder of small_run; read only."""
+    """Shard folder of tests.support.data; read only."""
     return write_data(tmp_path_factory.mktemp("small") / "train")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `train_tiny_run`; nobody may change the runs in it."""
+    from tests.support.language_model import train_tiny_run  # imports transformers, which most suites do not need
+
+    return train_tiny_run(tmp_path_factory.mktemp("tiny"))

@@ -116,7 +116,7 @@ def test_files_stay_short(path):
 
 
 def test_the_rules_find_what_they_forbid(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_architecture.ROOT", tmp_path)
+    monkeypatch.setattr("tests.test_architecture.ROOT", tmp_path)
     for text, rule in (
         ("from trainer.loop import train", test_imports_go_downward),
         ("from trainer import loop", test_imports_go_downward),

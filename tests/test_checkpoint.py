@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_run import TOTAL, assert_same, edit_json, outcome, tensors, train_here
 
+from tests.support.runs import TOTAL, assert_same, edit_json, outcome, tensors, train_here
 from trainer.checkpoint import find, load_dictionary, read_state, refuse_later, saver, verify
 from trainer.checkpoint.saver import clean
 from trainer.checkpoint.tensorfile import TensorFile

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 
+from tests.support.language_model import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 from trainer.analysis import evaluation
 from trainer.analysis.evaluation import (
     activation_blocks,

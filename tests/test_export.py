@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CONCEPTS, WIDTH, random_dictionary, tiny_run  # noqa: F401  (a fixture)
 
+from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary
 from tools.cli import main
 from tools.export import compare, fold
 from trainer.checkpoint import load_dictionary
@@ -28,7 +28,7 @@ def test_folded_weights_take_raw_activations(decoder_norm, mean_norm):
 
 
 @pytest.mark.parametrize("layout", ["saelens", "safetensors"])
-def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):  # noqa: F811
+def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):
     out = tmp_path / "out"
     assert main(["export", "--run", str(tiny_run / "aligned"), "--out", str(out), "--format", layout]) == 0
     dictionary, manifest = load_dictionary(tiny_run / "aligned")
@@ -58,7 +58,7 @@ def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):
     torch.testing.assert_close(code @ w["W_dec"] + w["b_dec"], dictionary.decode(code), rtol=1e-4, atol=1e-4)
 
 
-def test_reading_back_finds_a_changed_weight(tiny_run, tmp_path):  # noqa: F811
+def test_reading_back_finds_a_changed_weight(tiny_run, tmp_path):
     out = tmp_path / "out"
     assert main(["export", "--run", str(tiny_run / "aligned"), "--out", str(out)]) == 0
     dictionary, _ = load_dictionary(tiny_run / "aligned")
@@ -70,7 +70,7 @@ def test_reading_back_finds_a_changed_weight(tiny_run, tmp_path):  # noqa: F811
         compare(dictionary, out)
 
 
-def test_an_existing_folder_is_not_overwritten(tiny_run, tmp_path, capsys):  # noqa: F811
+def test_an_existing_folder_is_not_overwritten(tiny_run, tmp_path, capsys):
     assert main(["export", "--run", str(tiny_run / "aligned"), "--out", str(tmp_path)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["export", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2

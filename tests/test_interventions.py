@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import (
+from torch.nn.functional import cross_entropy
+
+from tests.support.language_model import (
     ANSWERS,
     CONCEPTS,
     PEOPLE,
@@ -16,8 +18,6 @@ from tiny import (
     tiny_tokenizer,
     words,
 )
-from torch.nn.functional import cross_entropy
-
 from trainer.analysis.interventions import (
     Swap,
     answer_loss,

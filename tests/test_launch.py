@@ -2,8 +2,6 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import jsonschema
@@ -13,10 +11,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-sys.path.insert(0, str(Path(__file__).parent / "strategies"))
-from pytorchjob_schema import PYTORCH_JOB
-from strategy_runs import ROOT, launch, launcher, metrics, torchrun, write_config, write_shards
-
+from tests.pytorchjob_schema import PYTORCH_JOB
+from tests.support.commands import ROOT, launch, program, torchrun
+from tests.support.runs import arguments, metrics
 from trainer.config import load_config
 from trainer.strategies import ParallelConfig
 
@@ -31,6 +28,7 @@ AS_WRITTEN = {
     "mesh-cpu": ("dictionary", 2),
     "single": ("single", 1),
 }
+THREE_STEPS = {"stages": [{"name": "pretrain", "steps": 3}]}
 FAST = ("zero3-cpu", "dictionary-cpu")
 # Files for GPUs: what the configuration of 8 processes must resolve to (strategy, dictionary ranks, offload).
 ON_GPUS = {
@@ -42,12 +40,6 @@ ON_GPUS = {
     "dictionary": ("dictionary", 8, False),
     "mesh": ("dictionary", 4, False),
 }
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("launch")
-    return write_config(folder / "config.yaml", write_shards(folder / "shards"), align=False)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
@@ -64,18 +56,14 @@ def test_accelerate_reads_every_file(path):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in AS_WRITTEN])
-def test_accelerate_launch_works_as_written(config, tmp_path, name):
-    run_dir = tmp_path / "run"
-    result = launch(
-        launcher(
-            *("accelerate", "launch", "--config_file", f"launch/accelerate/{name}.yaml"),
-            *("-m", "trainer.train", "--config", str(config), f"run.dir={run_dir}", "stages.0.steps=3"),
-        )
-    )
+def test_accelerate_launch_works_as_written(small_data, tmp_path, name):
+    argv = arguments(tmp_path, small_data, changes=THREE_STEPS)
+    file = f"launch/accelerate/{name}.yaml"
+    result = launch(program("accelerate", "launch", "--config_file", file, "-m", "trainer.train", *argv))
     assert result.code == 0, result.output[-4000:]
-    resolved = load_config(run_dir / "config.yaml", [])
+    resolved = load_config(tmp_path / "run" / "config.yaml", [])
     assert (resolved.parallel.strategy, resolved.parallel.dictionary_ranks) == AS_WRITTEN[name]
-    assert len(metrics(run_dir)) == 3
+    assert len(metrics(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
@@ -96,12 +84,11 @@ def test_files_for_gpus_start_what_they_name(monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_torchrun_works_with_the_strategy_on_the_command_line(config, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = ("-m", "trainer.train", "--config", str(config), f"run.dir={run_dir}", "stages.0.steps=3")
-    result = torchrun(2, *arguments, "parallel.strategy=zero3")
+def test_torchrun_works_with_the_strategy_on_the_command_line(small_data, tmp_path):
+    argv = arguments(tmp_path, small_data, "parallel.strategy=zero3", changes=THREE_STEPS)
+    result = launch(torchrun(2, "-m", "trainer.train", *argv))
     assert result.code == 0, result.output[-4000:]
-    assert len(metrics(run_dir)) == 3
+    assert len(metrics(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "kubernetes").glob("*.yaml")), ids=lambda path: path.stem)

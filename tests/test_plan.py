@@ -2,17 +2,13 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent / "strategies"))
-from strategy_runs import ROOT, torchrun
-
+from tests.support.commands import ROOT, launch, program, torchrun
 from tools import plan
 from tools.cli import main
 from trainer.dictionary import DictionaryConfig
@@ -29,7 +25,8 @@ def measured(world: int, strategy: str, **sizes: int | str) -> list[dict]:
         arguments += [f"--{name}", str(value)]
     # Freed tensors go back to the system at once, so that resident memory is what is held.
     env = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = torchrun(world, *arguments, timeout=900, env=env)
+    command = torchrun(world, *arguments) if world > 1 else program("python", *arguments)
+    result = launch(command, timeout=900, env=env)
     assert result.code == 0, result.output[-4000:]
     # Ranks share one pipe: two lines may arrive as one.
     return [json.loads(found) for found in re.findall(r'\{"rank".*?\}', result.output)]

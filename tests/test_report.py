@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tiny import CONCEPTS, tiny_run  # noqa: F401  (a fixture)
 
+from tests.support.language_model import CONCEPTS
 from tools import plots
 from tools.cli import main
 from tools.summary import collect, compare, read_bars
@@ -36,7 +36,7 @@ SUMMARY_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):  # noqa: F811
+def finished(tiny_run, tmp_path_factory):
     """A copy of the tiny runs with evaluation.json, swap.json, plots and report.html."""
     folder = tmp_path_factory.mktemp("finished") / "copy"
     shutil.copytree(tiny_run, folder)
@@ -118,7 +118,7 @@ def test_report_escapes_what_prompts_contain(finished, tmp_path):
     assert "<script>" not in (run / "report.html").read_text()
 
 
-def test_report_of_a_run_that_was_not_evaluated(tiny_run, tmp_path):  # noqa: F811
+def test_report_of_a_run_that_was_not_evaluated(tiny_run, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     for name in ("metrics.jsonl", "config.yaml"):

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import STEPS_PER_EPOCH, TOTAL, metrics, train_here
-from tracking_server import Gate, Server, eventually, free_port, history
 
+from tests.support.runs import STEPS_PER_EPOCH, TOTAL, metrics, train_here
+from tests.tracking_server import Gate, Server, eventually, free_port, history
 from tools.cli import main
 from trainer.errors import UserError
 from trainer.journal import Journal

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import (
+
+from tests.support.data import CONCEPTS, WIDTH, write_data
+from tests.support.runs import (
     BATCH,
-    CONCEPTS,
     LANES,
     STEPS_PER_EPOCH,
     SWITCH,
     TOTAL,
-    WIDTH,
     arguments,
     assert_same,
     digests,
@@ -23,9 +23,7 @@ from small_run import (
     outcome,
     tensors,
     train_here,
-    write_data,
 )
-
 from trainer import loop, train
 from trainer.checkpoint import load_dictionary, saver
 from trainer.stream import Manifest, Plan, RowDigest

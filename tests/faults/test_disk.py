@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_run import TOTAL, assert_same, metrics, outcome, tensors, train_here
 
+from tests.support.runs import TOTAL, assert_same, metrics, outcome, tensors, train_here
 from trainer import loop
 from trainer.checkpoint import verify
 

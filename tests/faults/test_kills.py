@@ -1,15 +1,16 @@
 """SIGKILL at chosen and at random moments, on one and on several ranks: the run ends where an undisturbed one ends."""
 
-import json
-import multiprocessing
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from launching import launch
-from small_run import (
+
+from tests.faults.dying import train_apart
+from tests.support.data import write_data
+from tests.support.ranks import Ranks
+from tests.support.runs import (
     STEPS_PER_EPOCH,
     SWITCH,
     TOTAL,
@@ -20,10 +21,8 @@ from small_run import (
     outcome,
     tensors,
     train_here,
-    write_data,
+    train_rank,
 )
-
-from trainer import train
 
 # In this order each attempt gets beyond the last point: saves are after 7, 14, 21, 28, 35 steps.
 POINTS = [
@@ -41,8 +40,8 @@ def undisturbed(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_two_ranks_killed_while_saving_and_at_the_switch(undisturbed: Path, small_data: Path, tmp_path: Path) -> None:
     for point in ("write:14", f"step:{SWITCH + 1}"):
-        assert launch(tmp_path, small_data, world=2, die_at=point).returncode != 0
-    assert launch(tmp_path, small_data).returncode == 0  # and on to the end on one rank
+        assert any(train_apart(tmp_path, small_data, world=2, die_at=point).codes)
+    assert train_apart(tmp_path, small_data).codes == [0]  # and on to the end on one rank
     assert digests(undisturbed) == digests(tmp_path)
     close(undisturbed, tmp_path)
 
@@ -62,9 +61,10 @@ def test_row_digests_over_worlds_threads_and_kill_points(
 ) -> None:
     reader = f"data.threads={threads}"
     for point in POINTS:
-        ended = launch(tmp_path, small_data, reader, world=world, die_at=point)
-        assert ended.returncode != 0, (point, ended.stderr[-2000:])
-    assert launch(tmp_path, small_data, reader, world=world).returncode == 0
+        ended = train_apart(tmp_path, small_data, reader, world=world, die_at=point)
+        assert -signal.SIGKILL in ended.codes, (point, ended.report())
+    ended = train_apart(tmp_path, small_data, reader, world=world)
+    assert not any(ended.codes), ended.report()
     assert digests(undisturbed) == digests(tmp_path)
     assert outcome(tmp_path)["rows_digest"] == digests(undisturbed)[TOTAL]
     if world == 1:
@@ -74,36 +74,31 @@ def test_row_digests_over_worlds_threads_and_kill_points(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     argv = ["stages.0.epochs=60", "stages.1.epochs=60", "revival.every=50", "checkpoint.every=10"]
     argv += [f"checkpoint.asynchronous={asynchronous}", "run.log_every=10"]
     assert train_here(tmp_path / "undisturbed", data, *argv) == 0
-    # Real processes and real kills; forked from one that has imported everything, which would take most of the time.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.train"])
     generator, moments = random.Random(1), []
     folder = tmp_path / "killed"
     while len(moments) < 50:
-        process = context.Process(target=train.main, args=(arguments(folder, data, *argv),))
         began = newest_step(folder)
-        process.start()
-        if len(moments) % 2:  # somewhere between the start and the first steps
-            time.sleep(generator.random())
-        else:  # right after a save of this attempt: while it cleans up, trains, or saves again
-            deadline = time.monotonic() + 60
-            while newest_step(folder) == began and process.is_alive() and time.monotonic() < deadline:
-                time.sleep(0.002)
-            time.sleep(generator.random() * 0.2)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, f"ended with {process.exitcode} after {len(moments)} kills"
+        with Ranks(1, train_rank, arguments(folder, data, *argv)) as ranks:
+            if len(moments) % 2:  # somewhere between the start and the first steps
+                time.sleep(generator.random())
+            else:  # right after a save of this attempt: while it cleans up, trains, or saves again
+                deadline = time.monotonic() + 60
+                while newest_step(folder) == began and ranks.running and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                time.sleep(generator.random() * 0.2)
+            ranks.kill()
+            codes = ranks.wait().codes
+        assert codes == [-signal.SIGKILL], f"ended with {codes} after {len(moments)} kills"
         moments.append(newest_step(folder).strip())
-    assert launch(folder, data, *argv).returncode == 0
+    assert train_apart(folder, data, *argv).codes == [0]
     assert_same(tensors(tmp_path / "undisturbed"), tensors(folder))
     assert digests(tmp_path / "undisturbed") == digests(folder)
-    print(json.dumps({"kills": len(moments), "newest_checkpoint_at_each": moments}))
+    assert len(set(moments)) > 25, moments  # it got on between the kills
 
 
 def newest_step(folder: Path) -> str:

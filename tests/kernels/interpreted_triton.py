@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kernel_oracle import assert_same, by_kernel, by_oracle, make_case
 
+from tests.kernels.kernel_oracle import assert_same, by_kernel, by_oracle, make_case
 from trainer.kernels import KernelChoice, StepContext
 
 

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
 
+from tests.kernels.kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
 from trainer.dictionary import BankWeights
 from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
 

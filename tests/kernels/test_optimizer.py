@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from kernel_oracle import make_case
-from small_run import assert_same, tensors, train_here
 
+from tests.kernels.kernel_oracle import make_case
+from tests.support.runs import assert_same, tensors, train_here
 from trainer.dictionary import BankWeights
 from trainer.errors import UserError
 from trainer.kernels import KernelChoice, StepContext

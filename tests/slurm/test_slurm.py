@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from slurm_cluster import Cluster, missing_programs
 
+from tests.slurm.slurm_cluster import Cluster, missing_programs
 from trainer.checkpoint import load_dictionary
 from trainer.stream import ShardWriter
 

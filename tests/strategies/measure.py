@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from strategy_runs import forget_engine
+from accelerate.state import AcceleratorState
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
 from trainer.objective import AlignObjective, MicroBatch
 from trainer.optimizer import OptimConfig
+from trainer.private import reach
 from trainer.strategies import Layout, ParallelConfig, build_strategy, join, owned_banks
 from trainer.topology import Topology, launched_world
 
@@ -150,7 +151,8 @@ def main() -> None:
         **vars(args) | {"slots": 4 * world, "bank_slots": 4, "width": 8, "rows": 4 * world, "steps": 1}
     )
     exercise(tiny, layout, topology)  # what is loaded and compiled on first use is not what is measured
-    forget_engine()
+    # Accelerate keeps the DeepSpeed settings of the first engine of a process.
+    reach(AcceleratorState, "_reset_state", "accelerate", "tests/strategies/measure.py")()
     gc.collect()
     topology.barrier()
     before = reset_peak()

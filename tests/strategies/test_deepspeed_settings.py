@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from strategy_runs import ROOT, TERMS, metrics, relative, run_jobs, write_config, write_shards
 
+from tests.strategies.curriculum_runs import CURRICULUM, TERMS
+from tests.support.commands import ROOT
+from tests.support.ranks import run_ranks
+from tests.support.runs import arguments, metrics, train_here, train_rank
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
 from trainer.strategies import ParallelConfig
 from trainer.strategies.deepspeed_settings import engine_config, read_tuning
 
 SHIPPED = sorted((ROOT / "launch" / "deepspeed").glob("*.json"))
+SHORT = ["stages.0.steps=2", "stages.1.steps=2"]
 
 
 def strategy_of(path: Path) -> str:
@@ -29,15 +33,22 @@ def test_shipped_files_are_read_and_win_over_what_is_computed(path):
     assert config["gradient_clipping"] == 0.0 and "fp16" not in config and "bf16" not in config
 
 
+@pytest.fixture(scope="module")
+def single(small_data, tmp_path_factory) -> dict[int, dict]:
+    """What a single process wrote."""
+    folder = tmp_path_factory.mktemp("single")
+    assert train_here(folder, small_data, *SHORT, changes=CURRICULUM) == 0
+    return metrics(folder)
+
+
 @pytest.mark.slow
-def test_shipped_files_train_to_the_numbers_of_a_single_process(tmp_path):
-    config = write_config(tmp_path / "config.yaml", write_shards(tmp_path / "shards"))
-    short = ["stages.0.steps=2", "stages.1.steps=2"]
-    single = metrics(run_jobs(tmp_path / "one", 1, {config: {"single": short}})["single"])
-    jobs = {p.stem: [f"parallel.strategy={strategy_of(p)}", f"parallel.deepspeed={p}", *short] for p in SHIPPED}
-    for name, folder in run_jobs(tmp_path / "two", 2, {config: jobs}).items():
-        for ours, theirs in zip(metrics(folder), single, strict=True):
-            assert all(relative(ours[term], theirs[term]) <= 1e-5 for term in (*TERMS, "grad_norm")), name
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_train_to_the_numbers_of_a_single_process(path, single, small_data, tmp_path):
+    settings = [f"parallel.strategy={strategy_of(path)}", f"parallel.deepspeed={path}", *SHORT]
+    run_ranks(2, train_rank, arguments(tmp_path, small_data, *settings, changes=CURRICULUM))
+    for step, ours in metrics(tmp_path).items():
+        for term in (*TERMS, "grad_norm"):
+            assert ours[term] == pytest.approx(single[step][term], rel=1e-5), (step, term)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from strategy_runs import ROOT, torchrun
 
+from tests.support.commands import ROOT
+from tests.support.ranks import run_ranks
+from tests.support.runs import train_rank
 from tools.cli import main
 from tools.summary import compare, read_bars
 from trainer.stream import ShardWriter
@@ -74,13 +76,15 @@ def figures(evaluation: dict) -> dict:
 def test_every_strategy_trains_the_demos_dictionary_to_the_demos_table(data, tmp_path, name):
     world, overrides = LAYOUTS[name]
     began = time.monotonic()
-    result = torchrun(
-        *(world, "-m", "trainer.train", "--config", "configs/demo.yaml", f"data.shards={data / 'train'}"),
-        *(f"run.dir={tmp_path / 'run'}", "run.precision=bf16", "tracking.uri=off", *overrides),
-        timeout=1800,
-    )
+    settings = [
+        f"data.shards={data / 'train'}",
+        f"run.dir={tmp_path / 'run'}",
+        "run.precision=bf16",
+        "tracking.uri=off",
+    ]
+    argv = ["--config", str(ROOT / "configs" / "demo.yaml"), *settings, *overrides]
+    run_ranks(world, train_rank, argv, timeout=1800)
     seconds = time.monotonic() - began
-    assert result.code == 0, result.output[-4000:]
     assert main(["evaluate", "--run", str(tmp_path / "run"), "--train", str(data / "train")]) == 0
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     found = figures(evaluation)

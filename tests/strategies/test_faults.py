@@ -2,36 +2,33 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from strategy_runs import ROOT, launcher, metrics, torchrun, write_config, write_shards
 
-from trainer import train
+from tests.strategies.curriculum_runs import CURRICULUM
+from tests.support.commands import start, torchrun
+from tests.support.ranks import Ranks
+from tests.support.runs import arguments, metrics, train_rank
+from trainer import loop, train
 from trainer.errors import UserError
 from trainer.strategies import ParallelConfig
-
-FAILING = """
-import sys
-from trainer import loop, train
 from trainer.topology import launched_world
-original = loop.to_micro_batch
-def failing(run, rows):
-    if run.state.step == 5 and launched_world()[0] == 1:
-        raise RuntimeError("thrown on purpose")
-    return original(run, rows)
-loop.to_micro_batch = failing
-train.exit_with(train.main(sys.argv[1:]))
-"""
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("faults")
-    return write_config(folder / "config.yaml", write_shards(folder / "shards"))
+def train_and_throw(argv: list[str]) -> None:
+    """A rank that trains; rank 1 throws before update 5."""
+    original = loop.to_micro_batch
+
+    def failing(run, rows):
+        if run.state.step == 5 and launched_world()[0] == 1:
+            raise RuntimeError("thrown on purpose")
+        return original(run, rows)
+
+    loop.to_micro_batch = failing
+    train_rank(argv)
 
 
 @pytest.mark.parametrize(
@@ -78,25 +75,12 @@ def test_the_launch_file_chooses_the_strategy(monkeypatch):
         (2, "parallel.deepspeed=launch/deepspeed/zero3.json", "needs parallel.strategy=zero1, zero2 or zero3"),
     ],
 )
-def test_refusals_come_before_any_process_group(config, monkeypatch, capsys, world, override, message):
+def test_refusals_come_before_any_process_group(small_data, tmp_path, monkeypatch, capsys, world, override, message):
     """The other ranks do not exist here: a process group would never form."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world}.items():
         monkeypatch.setenv(name, str(value))
-    assert train.main(["--config", str(config), override]) == 2
+    assert train.main(arguments(tmp_path, small_data, override, changes=CURRICULUM)) == 2
     assert message in capsys.readouterr().err
-
-
-def start(config: Path, folder: Path, *overrides: str) -> subprocess.Popen:
-    """Two ranks that would train for hours."""
-    command = launcher("torchrun", "--standalone", "--nproc-per-node=2", "-m", "trainer.train", "--config", str(config))
-    return subprocess.Popen(
-        [*command, f"run.dir={folder}", "stages.0.steps=10000000", *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def process_of_rank(launcher_pid: int, rank: int) -> int:
@@ -117,11 +101,14 @@ def process_of_rank(launcher_pid: int, rank: int) -> int:
     "strategy",
     ["dictionary", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)],
 )
-def test_a_killed_rank_ends_the_job_by_name(config, tmp_path, strategy):
-    job = start(config, tmp_path / "run", f"parallel.strategy={strategy}")
+def test_a_killed_rank_ends_the_job_by_name(small_data, tmp_path, strategy):
+    argv = arguments(
+        tmp_path, small_data, "stages.0.steps=10000000", f"parallel.strategy={strategy}", changes=CURRICULUM
+    )
+    job = start(torchrun(2, "-m", "trainer.train", *argv))
     try:
         deadline = time.monotonic() + 120
-        while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3):
+        while not ((tmp_path / "run" / "metrics.jsonl").exists() and len(metrics(tmp_path)) > 3):
             assert time.monotonic() < deadline and job.poll() is None, job.communicate(timeout=10)[0]
             time.sleep(0.2)
         os.kill(process_of_rank(job.pid, 1), signal.SIGKILL)
@@ -134,12 +121,8 @@ def test_a_killed_rank_ends_the_job_by_name(config, tmp_path, strategy):
     assert "rank      : 1 (local_rank: 1)" in output and "Signal 9 (SIGKILL)" in output
 
 
-def test_an_exception_on_one_rank_ends_the_job_by_name(config, tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    began = time.monotonic()
-    result = torchrun(2, str(script), "--config", str(config), f"run.dir={tmp_path / 'run'}", timeout=150)
-    assert result.code != 0
-    assert time.monotonic() - began < 60 + 60  # starting takes its time on a busy machine
-    assert "[rank1]: RuntimeError: thrown on purpose" in result.output
-    assert "rank      : 1 (local_rank: 1)" in result.output
+def test_an_exception_on_one_rank_ends_every_rank(small_data, tmp_path):
+    with Ranks(2, train_and_throw, arguments(tmp_path, small_data, changes=CURRICULUM)) as ranks:
+        ended = ranks.wait()
+    assert "RuntimeError: thrown on purpose" in ended.outputs[1]
+    assert ended.codes[1] == 1 and ended.codes[0] > 0, ended.report()  # not ended by the signal that ends what hangs

@@ -1,88 +1,143 @@
 """One curriculum under every strategy: losses, gradients, state and skipped updates are those of a single process."""
 
 import json
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ALL_RESUMED, ALL_VARIANTS, FAST_PLAIN, FAST_RESUMED, FAST_VARIANTS, LAYOUTS, SINGLE
-from strategy_runs import STEPS, SWITCH, TERMS, metrics, relative
 
+from tests.strategies.curriculum_runs import (
+    LAYOUTS,
+    ON_TWO,
+    SAVED,
+    SINGLE,
+    STEPS,
+    SWITCH,
+    TERMS,
+    VARIANTS,
+    ZERO,
+    Layout,
+    Runs,
+    covering,
+    meetings,
+)
+from tests.support.runs import metrics
 from trainer.checkpoint import load_dictionary
 
-EARLY = [*range(5), *range(SWITCH, SWITCH + 5)]
+EARLY = [*range(1, 6), *range(SWITCH + 1, SWITCH + 6)]  # the first five steps of each stage
+DDP4, MESH4, ZERO3 = Layout("ddp", 4), Layout("mesh", 4), Layout("zero3", 2)
+FAST_PLAIN = [*ON_TWO, DDP4, Layout("zero3", 4), MESH4]
+FAST_VARIANTS = [
+    (Layout("zero2", 2), "accumulate"),
+    (ZERO3, "spike"),
+    (Layout("dictionary", 2), "overflow"),
+    (Layout("zero1", 2), "overflow"),
+    (ZERO3, "overflow"),
+    (ZERO3, "revival"),
+    (ZERO3, "bare"),
+    (ZERO3, "offload"),
+]
+FAST_RESUMED = [
+    (DDP4, DDP4),  # sums over more than two ranks depend on their order
+    (Layout("zero1", 2), Layout("zero1", 2)),
+    (ZERO3, ZERO3),
+    (SINGLE, Layout("dictionary", 2)),
+    (MESH4, ZERO3),
+    (Layout("zero2", 2), Layout("zero3", 1)),
+]
+ALL_VARIANTS = [
+    (layout, variant)
+    for layout, variant in product(ON_TWO, VARIANTS)
+    if variant != "offload" or layout.strategy in ZERO
+]
 
 
-def fast_and_all(fast: list, everything: list) -> list:
-    """Cases of the fast suite, then all of them marked slow."""
-    return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in everything)]
+def fast_and_slow(fast: list[Any], everything: Iterable[Any]) -> list[Any]:
+    """Cases of the fast suite, then the others marked slow."""
+    return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in everything if case not in fast)]
 
 
-def label(case: tuple) -> str:
-    """`zero3x2` for a layout, `zero3x2-spike` for a variant, `meshx4-to-zero3x2` for a resumed run."""
-    if isinstance(case[0], int):
-        return f"{case[1]}x{case[0]}"
-    return f"{label(case[0])}-{case[1]}" if isinstance(case[1], str) else f"{label(case[0])}-to-{label(case[1])}"
+def label(case: Layout | tuple[Layout, object]) -> str:
+    """`zero3x2` for a layout, `zero3x2-spike` for a variant, `meshx4-zero3x2` for a resumed run."""
+    return str(case) if isinstance(case, Layout) else "-".join(map(str, case))
 
 
 def weights(folder: Path) -> torch.Tensor:
-    dictionary, _ = load_dictionary(folder)
+    dictionary, _ = load_dictionary(folder / "run")
     return torch.cat([p.flatten() for p in dictionary.parameters()])
 
 
 def skipped_steps(folder: Path) -> list[int]:
-    return [json.loads(line)["batch"] for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
 
 
-def assert_close_runs(ours: list[dict], theirs: list[dict], names=(*TERMS, "grad_norm"), start: int = 0) -> None:
+def assert_close_runs(
+    ours: dict[int, dict[str, Any]],
+    theirs: dict[int, dict[str, Any]],
+    names: Iterable[str] = (*TERMS, "grad_norm"),
+    after: int = 0,
+) -> None:
     """Relative difference <= 1e-5 at the first five steps of each stage, <= 1e-4 at every step."""
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for name in names if index >= start else ():
-            assert relative(a[name], b[name]) <= (1e-5 if index in EARLY else 1e-4), (index, name, a[name], b[name])
+    assert list(ours) == list(theirs)
+    for step, name in product(ours, names):
+        if step > after:
+            tolerance = 1e-5 if step in EARLY else 1e-4
+            assert ours[step][name] == pytest.approx(theirs[step][name], rel=tolerance, abs=1e-12), (step, name)
 
 
-@pytest.mark.parametrize(
-    "layout", fast_and_all(FAST_PLAIN[1:], [layout for layout in LAYOUTS if layout != SINGLE]), ids=label
-)
-def test_losses_and_gradients_are_those_of_a_single_process(runs, layout):
-    ours, theirs = metrics(runs.plain[layout]), metrics(runs.plain[SINGLE])
+@pytest.mark.parametrize("layout", fast_and_slow(FAST_PLAIN, (x for x in LAYOUTS if x != SINGLE)), ids=label)
+def test_losses_and_gradients_are_those_of_a_single_process(runs: Runs, layout: Layout) -> None:
+    ours, theirs = metrics(runs.plain(layout)), metrics(runs.plain(SINGLE))
     assert len(ours) == STEPS
-    assert all(line["loss/bind"] > 0 and line["loss/perp"] > 0 and line["loss/val"] > 0 for line in theirs[SWITCH:])
+    aligned = [theirs[step] for step in range(SWITCH + 1, STEPS + 1)]
+    assert all(line["loss/bind"] > 0 and line["loss/perp"] > 0 and line["loss/val"] > 0 for line in aligned)
     assert_close_runs(ours, theirs)
-    assert ours[-1]["rows_digest"] == theirs[-1]["rows_digest"]
-    reference = weights(runs.plain[SINGLE])
-    assert (weights(runs.plain[layout]) - reference).norm() <= 1e-4 * reference.norm()
+    assert ours[STEPS]["rows_digest"] == theirs[STEPS]["rows_digest"]
+    reference = weights(runs.plain(SINGLE))
+    assert (weights(runs.plain(layout)) - reference).norm() <= 1e-4 * reference.norm()
 
 
-@pytest.mark.parametrize("case", fast_and_all(FAST_VARIANTS, ALL_VARIANTS), ids=label)
-def test_variants_are_those_of_a_single_process(runs, case):
+@pytest.mark.parametrize("case", fast_and_slow(FAST_VARIANTS, ALL_VARIANTS), ids=label)
+def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, str]) -> None:
     """Micro-batches, updates that are skipped, dead slots revived in the live engine, no concepts at all, offload."""
-    _, variant = case
-    ours = metrics(runs.variants[case])
-    theirs = metrics(runs.plain[SINGLE] if variant == "offload" else runs.variants[SINGLE, variant])
+    layout, variant = case
+    folder = runs.variant(layout, variant)
+    alone = runs.plain(SINGLE) if variant == "offload" else runs.variant(SINGLE, variant)
+    ours, theirs = metrics(folder), metrics(alone)
     if variant in ("overflow", "spike"):
-        skipped = skipped_steps(runs.variants[case])
-        assert skipped == skipped_steps(runs.variants[SINGLE, variant])
-        assert skipped == list(range(SWITCH)) if variant == "overflow" else 0 < len(skipped) < STEPS
-        assert_close_runs(ours, theirs, start=SWITCH)
+        skipped = skipped_steps(folder)
+        assert skipped == skipped_steps(alone)
+        assert skipped == list(range(1, SWITCH + 1)) if variant == "overflow" else 0 < len(skipped) < STEPS
+        assert_close_runs(ours, theirs, after=SWITCH)
         return
     if variant == "revival":
-        dead = [line["dead"] for line in ours]
-        assert max(dead[:12]) > 0.2 > dead[12] > 0  # the slots that were dead after 12 steps were revived
-        ours, theirs = ours[:SWITCH], theirs[:SWITCH]  # the rate that kills slots in 12 steps amplifies rounding later
+        dead = {step: line["dead"] for step, line in ours.items()}
+        assert max(dead[step] for step in range(1, 13)) > 0.2 > dead[13] > 0  # what was dead after 12 steps was revived
+        # The rate that kills slots in 12 steps amplifies rounding later.
+        ours, theirs = ({step: lines[step] for step in range(1, SWITCH + 1)} for lines in (ours, theirs))
     if variant == "bare":
-        assert ours[-1]["loss/bind"] == ours[-1]["loss/val"] == 0
+        assert ours[SWITCH]["loss/bind"] == ours[SWITCH]["loss/val"] == 0
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))
 
 
-@pytest.mark.parametrize("case", fast_and_all(FAST_RESUMED, ALL_RESUMED), ids=label)
-def test_a_checkpoint_resumes_under_any_strategy_and_world(runs, case):
+@pytest.mark.parametrize("case", fast_and_slow(FAST_RESUMED, covering(LAYOUTS)), ids=label)
+def test_a_checkpoint_resumes_under_any_strategy_and_world(runs: Runs, case: tuple[Layout, Layout]) -> None:
     saved, resumed = case
-    ended, undisturbed = weights(runs.resumed[case]), weights(runs.plain[saved])
+    ended, undisturbed = weights(runs.resumed(saved, resumed)), weights(runs.plain(saved))
     if saved == resumed:
         assert torch.equal(ended, undisturbed)
     assert (ended - undisturbed).norm() <= 1e-4 * undisturbed.norm()
-    lines = metrics(runs.resumed[case])
-    assert lines[0]["step"] == 11
-    assert lines[-1]["rows_digest"] == metrics(runs.plain[saved])[-1]["rows_digest"]
+    lines = metrics(runs.resumed(saved, resumed))
+    assert next(iter(lines)) == SAVED + 1
+    assert lines[STEPS]["rows_digest"] == metrics(runs.plain(saved))[STEPS]["rows_digest"]
+
+
+def test_resumed_pairs_stand_for_all() -> None:
+    pairs = covering(LAYOUTS)
+    assert {(layout, layout) for layout in LAYOUTS} <= set(pairs)
+    tried = set().union(*(meetings(*pair) for pair in pairs))
+    assert tried == set().union(*(meetings(*pair) for pair in product(LAYOUTS, LAYOUTS)))
+    assert len(pairs) == len(set(pairs)) < len(LAYOUTS) ** 2 / 3

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stream_data import write
 
+from tests.stream.stream_data import write
 from trainer.stream import Manifest
 
 

@@ -9,8 +9,8 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from stream_data import poison, recount, write
 
+from tests.stream.stream_data import poison, recount, write
 from trainer.errors import DataError
 from trainer.stream import DataConfig, Plan, Stream, npy
 from trainer.stream.source import BlockSource

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stream_data import poison, recount, rows, write
 
+from tests.stream.stream_data import poison, recount, rows, write
 from tools import verify
 from trainer.errors import DataError
 from trainer.stream import DataConfig, Manifest, Plan, Stream

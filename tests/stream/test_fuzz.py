@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_data import rows
 
+from tests.stream.stream_data import rows
 from trainer.errors import DataError
 from trainer.stream import Block, Manifest, Shard, npy
 from trainer.stream.blocks import open_block

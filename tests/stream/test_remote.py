@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import pytest
 import torch
-from faulty_server import HubHandler, http_server, s3_server
 from filelock import FileLock
-from stream_data import write
 
+from tests.stream.faulty_server import HubHandler, http_server, s3_server
+from tests.stream.stream_data import write
 from trainer.errors import DataError, UserError
 from trainer.redact import redact
 from trainer.stream import DataConfig, Manifest, Plan, RowDigest, Stream

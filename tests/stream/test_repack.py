@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 import webdataset
-from stream_data import CONCEPTS, read, rows
 
+from tests.stream.stream_data import CONCEPTS, read, rows
 from tools.cli import main
 from tools.repacking import samples as foreign_samples
 from tools.repacking.samples import read_samples

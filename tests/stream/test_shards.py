@@ -13,8 +13,8 @@ import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_data import ANSWERS, CONCEPTS, rows, write
 
+from tests.stream.stream_data import ANSWERS, CONCEPTS, rows, write
 from trainer.errors import DataError, UserError
 from trainer.stream import Manifest, ShardWriter
 

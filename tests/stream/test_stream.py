@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_data import rows, write
 
+from tests.stream.stream_data import rows, write
 from trainer.errors import UserError
 from trainer.stream import DataConfig, Plan, RowDigest, Stream, lanes_of_rank, step_digest
 

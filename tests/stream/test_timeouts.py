@@ -7,9 +7,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faulty_server import HANGING, HubHandler, http_server, s3_server
-from stream_data import write
 
+from tests.stream.faulty_server import HANGING, HubHandler, http_server, s3_server
+from tests.stream.stream_data import write
 from trainer.errors import DataError, UserError
 from trainer.stream import DataConfig, Manifest, Plan, Stream
 from trainer.stream.attempts import Deadline, Refused, Unreachable, retried

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import webdataset
-from stream_data import CONCEPTS, read, rows, write
 
+from tests.stream.stream_data import CONCEPTS, read, rows, write
 from tools.cli import main
 from trainer.stream import Manifest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from trainer.errors import UserError
-from trainer.stream.location import redact
+from trainer.redact import redact
 
 OFF = "off"
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -144,13 +143,3 @@ STAGES = {
     "aligned": "[{name: pretrain, steps: 20}, {name: align, steps: 150}]",
     "plain": "[{name: pretrain, steps: 40}]",
 }
-
-_trained: list[Path] = []
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `train_tiny_run`, made once for all modules that import this fixture. Nobody may change the runs in it."""
-    if not _trained:
-        _trained.append(train_tiny_run(tmp_path_factory.mktemp("tiny")))
-    return _trained[0]

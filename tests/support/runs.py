@@ -1,7 +1,7 @@
-"""A run of forty steps that takes a second: data, configuration, and what it left."""
+"""A run of forty steps that takes a second: how it is configured and started, and what it left."""
 
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.support.data import ROWS
 from trainer import train
-from trainer.stream import ShardWriter
 
-ROWS, WIDTH, CONCEPTS, BATCH, LANES = 496, 12, ["born", "studied", "works"], 48, 4
+BATCH, LANES = 48, 4
 STEPS_PER_EPOCH = ROWS // BATCH
 SWITCH, TOTAL = 2 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH
 CONFIG: dict[str, Any] = {
@@ -29,57 +29,33 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_data(
-    folder: Path,
-    *,
-    width: int = WIDTH,
-    concepts: list[str] = CONCEPTS,
-    dtype: str = "float16",
-    factors: dict[int, float] | None = None,
-    rows: int = ROWS,
-) -> Path:
-    """Shards of `rows` rows in blocks of 20; row i is multiplied by factors[i]."""
-    generator = torch.Generator().manual_seed(1)
-    parts = torch.randn(30, width, generator=generator)
-    codes = (torch.rand(rows, 30, generator=generator) < 0.1) * torch.rand(rows, 30, generator=generator)
-    concept = torch.randint(-1, len(concepts), (rows,), generator=generator) if concepts else torch.full((rows,), -1)
-    acts = codes @ parts
-    if concepts:
-        acts += torch.randn(len(concepts), width, generator=generator)[concept.clamp_min(0)]
-    for row, factor in (factors or {}).items():
-        acts[row] *= factor
-    answer = torch.randint(-1, 5, (rows,), generator=generator)
-    names = {"concepts": concepts, "answers": [f"a{i}" for i in range(5)], "model": "none", "hook_point": "layer-01"}
-    # With factors: as if the normalisation had been measured on the other rows.
-    usual = ([0.0] * width, 3.0) if factors else None
-    with ShardWriter(
-        folder, "train", width=width, dtype=dtype, rows_per_block=20, normalisation=usual, **names
-    ) as writer:
-        writer.write(acts, concept, answer)
-    return folder
-
-
 def edit_json(path: Path, **changes: Any) -> None:
     """Set fields of a JSON object in a file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def write_config(folder: Path) -> Path:
-    """CONFIG as a file."""
+def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes, which may be nested."""
+    deeper = {k: merged(settings[k], v) for k, v in changes.items() if isinstance(v, Mapping) and k in settings}
+    return {**settings, **changes, **deeper}
+
+
+def arguments(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> list[str]:
+    """Command line of a run in folder/run on a data folder: CONFIG with changes as a file, then overrides."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(CONFIG))
-    return path
+    path.write_text(yaml.safe_dump(merged(CONFIG, changes or {})))
+    return ["--config", str(path), f"data.shards={data}", f"run.dir={folder / 'run'}", *overrides]
 
 
-def arguments(folder: Path, data: Path, *overrides: str) -> list[str]:
-    """Command line of a run in folder/run."""
-    return ["--config", str(write_config(folder)), f"data.shards={data}", f"run.dir={folder / 'run'}", *overrides]
+def train_rank(argv: list[str]) -> None:
+    """What `python -m trainer.train` does; for tests.support.ranks."""
+    train.exit_with(train.main(argv))
 
 
-def train_here(folder: Path, data: Path, *overrides: str) -> int:
+def train_here(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> int:
     """Train in this process; the exit code."""
-    return train.main(arguments(folder, data, *overrides))
+    return train.main(arguments(folder, data, *overrides, changes=changes))
 
 
 def tensors(folder: Path, checkpoint: str = "") -> dict[str, Tensor]:
@@ -114,9 +90,3 @@ def digests(folder: Path) -> dict[int, str]:
 def outcome(folder: Path) -> dict[str, Any]:
     """outcome.json."""
     return json.loads((folder / "run" / "outcome.json").read_text())
-
-
-def quiet_environment(**more: str) -> dict[str, str]:
-    """Environment of a started process: one thread, no launcher's variables."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**env, "OMP_NUM_THREADS": "1", **more}
