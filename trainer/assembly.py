@@ -183,7 +183,12 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
     config, manifest = inputs.config, inputs.manifest
     # What is kept and shown elsewhere carries no credentials and no signed query.
     location = redact(config.data.shards)
-    shown = replace(config, data=replace(config.data, shards=location), tracking=config.tracking.redacted())
+    shown = replace(
+        config,
+        data=replace(config.data, shards=location),
+        checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
+        tracking=config.tracking.redacted(),
+    )
     tags = {
         "manifest_digest": manifest.digest,
         "hook_point": manifest.hook_point,
