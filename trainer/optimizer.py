@@ -67,11 +67,11 @@ class OptimConfig:
 class ScaledAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step takes a scale for the gradients, so that clipping needs no pass over them.
 
-    With fp32 moments, state and update are those of torch's fused AdamW; on CPU, with the compiled operators at hand, the
-    pass is ours (trainer/kernels/adamw.cpp). With bf16 moments (`state_dtype`) an update computes in fp32 and rounds the
-    moments up or down at random, in proportion: they are right on average, where rounding to the nearest would lose every
-    change below 1/256 (exp_avg_sq changes by 1/1000 a step). The randomness is a hash of step and element, so that every
-    strategy, and a resumed run, rounds alike.
+    With fp32 moments, state and update are those of torch's fused AdamW; on CPU, with the compiled operators at hand,
+    the pass is ours (trainer/kernels/adamw.cpp). With bf16 moments (`state_dtype`) an update computes in fp32 and
+    rounds the moments up or down at random, in proportion: they are right on average, where rounding to the nearest
+    would lose every change below 1/256 (exp_avg_sq changes by 1/1000 a step). The randomness is a hash of step and
+    element, so that every strategy, and a resumed run, rounds alike.
     """
 
     def __init__(self, *args: Any, state_dtype: torch.dtype = torch.float32, **options: Any):
@@ -94,7 +94,7 @@ class ScaledAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None, *, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """Update with gradients times `grad_scale`; the gradients themselves are left as they are on CPU, scaled on CUDA."""
+        """Update with gradients times `grad_scale`; the gradients stay as they are on CPU and are scaled on CUDA."""
         if closure is not None:
             raise ValueError("a closure is not supported")
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -179,7 +179,7 @@ def step_bf16(
     factors: Factors,
     seed: int,
 ) -> None:
-    """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit `adamw_bf16` of trainer/kernels/adamw.cpp."""
+    """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit `adamw_bf16` of kernels/adamw.cpp."""
     f = factors
     for p, g, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         grad = g * f.scale
@@ -192,7 +192,7 @@ def step_bf16(
 
 
 def _seed(step: int) -> int:
-    """Where the hash of an update starts: mixed, since adding the step itself would only move the noise along by an element."""
+    """Where the hash of an update starts; the step itself would only move the noise along by an element."""
     return int(_mixed(torch.tensor(step)))
 
 

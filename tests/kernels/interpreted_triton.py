@@ -1,4 +1,7 @@
-"""The Triton kernel against losses.py in Triton's interpreter. Run by test_triton.py in a process of its own (TRITON_INTERPRET=1)."""
+"""The Triton kernel against losses.py in Triton's interpreter.
+
+Run by test_triton.py in a process of its own (TRITON_INTERPRET=1).
+"""
 
 import pytest
 import torch

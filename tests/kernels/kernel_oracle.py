@@ -49,8 +49,8 @@ def make_case(
 ) -> Case:
     """A random bank.
 
-    `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%); `threshold` are the ends
-    of the range that the slots' thresholds are drawn from, in the same units.
+    `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%); `threshold` are the
+    ends of the range that the slots' thresholds are drawn from, in the same units.
     """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=g) / width**0.5

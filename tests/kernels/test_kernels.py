@@ -207,7 +207,7 @@ def test_correlations_over_pairs_of_rows_in_bf16(concepts: int) -> None:
 
 @pytest.mark.parametrize("rows,bias,taken", [(64, -3.0, False), (64, -1.0, True), (64, 1.5, False), (150, -1.0, False)])
 def test_pairs_of_rows_are_taken_where_they_cost_less(rows: int, bias: float, taken: bool) -> None:
-    """Too few active entries for the dense products, enough, slots that are active on too many rows, and more pairs than [n, R]."""
+    """Too few active entries for dense products, enough, slots active on too many rows, and more pairs than [n, R]."""
     used = []
 
     class Watched(RowPairs):

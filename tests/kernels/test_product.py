@@ -1,4 +1,4 @@
-"""The encoder product of the sparse kernel in each arithmetic: what is active is found, whatever the product is rounded to."""
+"""The encoder product in each arithmetic: what is active is found, whatever the product is rounded to."""
 
 import pytest
 import torch
@@ -86,12 +86,14 @@ def test_finds_what_is_active(
     x, W = heavy(rows, width) * 10.0**exponent_x, heavy(slots, width) * 10.0**exponent_w
     b = bias * (x.norm(dim=1).mean() * W.norm(dim=1)) / width**0.5
     if arithmetic == "bf16":
-        # bf16 allows for rounding that spreads over all numbers of a row, so it is not asked for rows of a few large ones.
+        # bf16 allows for rounding that spreads over all numbers of a row, so it is not asked for rows of a few large
+        # ones.
         x, W = x.sign(), W.sign()
         b = bias * width**0.5 * torch.ones(slots)
     threshold = None
     if thresholds is not None:
-        # In the units of the bias; both shifted, so that what is decided by a small difference of large numbers is tried too.
+        # In the units of the bias; both shifted, so that what is decided by a small difference of large numbers is
+        # tried too.
         mean, spread, shift = thresholds
         scale = (x.norm(dim=1).mean() * W.norm(dim=1)) / width**0.5
         threshold = scale * (mean + spread * torch.rand(slots, generator=g) + shift)

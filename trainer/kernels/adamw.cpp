@@ -41,8 +41,8 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
     check(params[t], grads[t]);
     float* __restrict p = params[t].mutable_data_ptr<float>();
     const float* __restrict g = grads[t].const_data_ptr<float>();
-    float* __restrict m = exp_avgs[t].mutable_data_ptr<float>(), * __restrict v =
-                                                                     exp_avg_sqs[t].mutable_data_ptr<float>();
+    float* __restrict m = exp_avgs[t].mutable_data_ptr<float>();
+    float* __restrict v = exp_avg_sqs[t].mutable_data_ptr<float>();
     at::parallel_for(0, params[t].numel(), GRAIN, [&](int64_t begin, int64_t end) {
       const Factors own = f;  // in registers, whatever the stores may alias
 #pragma omp simd
@@ -79,22 +79,17 @@ uint16_t rounded(float value, uint32_t noise) {  // 16 bits of noise, then cut o
 // No fused multiply-add: the same step in PyTorch (optimizer.py) must give the same bits.
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
-struct Range {  // of one parameter
-  float* __restrict p;
-  const float* __restrict g;
-  uint16_t* __restrict m, * __restrict v;  // bf16
-  int64_t begin, end;
-};
-
-void update_bf16(Range r, Factors f, uint32_t seed) {
+// m and v are bf16.
+void update_bf16(float* __restrict p, const float* __restrict g, uint16_t* __restrict m, uint16_t* __restrict v,
+                 int64_t begin, int64_t end, Factors f, uint32_t seed) {
 #pragma omp simd
-  for (int64_t i = r.begin; i < r.end; ++i) {
-    const float grad = r.g[i] * f.scale;
-    const float first = widened(r.m[i]) * f.b1 + grad * f.c1, second = widened(r.v[i]) * f.b2 + grad * grad * f.c2;
+  for (int64_t i = begin; i < end; ++i) {
+    const float grad = g[i] * f.scale;
+    const float first = widened(m[i]) * f.b1 + grad * f.c1, second = widened(v[i]) * f.b2 + grad * grad * f.c2;
     const uint32_t noise = mixed(uint32_t(i) + seed);
-    r.m[i] = rounded(first, noise & 0xffff);
-    r.v[i] = rounded(second, noise >> 16);
-    r.p[i] = r.p[i] * f.decay - first * f.size / (std::sqrt(second) * f.root + f.eps);
+    m[i] = rounded(first, noise & 0xffff);
+    v[i] = rounded(second, noise >> 16);
+    p[i] = p[i] * f.decay - first * f.size / (std::sqrt(second) * f.root + f.eps);
   }
 }
 #pragma GCC pop_options
@@ -110,7 +105,7 @@ void adamw_bf16(at::TensorList params, at::TensorList grads, at::TensorList exp_
     auto *m = reinterpret_cast<uint16_t*>(exp_avgs[t].mutable_data_ptr<at::BFloat16>()),
          *v = reinterpret_cast<uint16_t*>(exp_avg_sqs[t].mutable_data_ptr<at::BFloat16>());
     at::parallel_for(0, params[t].numel(), GRAIN, [&](int64_t begin, int64_t end) {
-      update_bf16({p, g, m, v, begin, end}, f, static_cast<uint32_t>(seed));
+      update_bf16(p, g, m, v, begin, end, f, static_cast<uint32_t>(seed));
     });
   }
 }

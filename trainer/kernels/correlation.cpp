@@ -148,9 +148,8 @@ TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("column_sums(Tensor[] entries, Tensor code, Tensor columns, Tensor(a!) out) -> ()", &column_sums);
   m.def("weigh(Tensor(a!) sums, Tensor mean, Tensor inv_norm) -> (Tensor q, Tensor shift)", &weigh);
   m.def(
-      "add_concept_gradient(Tensor[] by_row, Tensor z, Tensor place, Tensor weighted, Tensor shift, Tensor q, Tensor "
-      "code, "
-      "Tensor inv_norm, Tensor(a!) grad_concept) -> ()",
+      "add_concept_gradient(Tensor[] by_row, Tensor z, Tensor place, Tensor weighted, Tensor shift, Tensor q, "
+      "Tensor code, Tensor inv_norm, Tensor(a!) grad_concept) -> ()",
       &add_concept_gradient);
   m.def("pair_products(Tensor[] entries, Tensor[] by_row, Tensor inv_norm, Tensor gram, Tensor(a!) shared) -> Tensor",
         &pair_products);

@@ -26,7 +26,7 @@ def dense_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> t
 
 @dataclass
 class Correlation:
-    """Of one bank, over the global batch: mean [n] and inv_norm [n] (0 for a constant slot) of the code, corr [R, n]."""
+    """Of one bank over the global batch: mean [n], inv_norm [n] (0 for a constant slot), correlations corr [R, n]."""
 
     mean: Tensor
     inv_norm: Tensor

@@ -71,14 +71,14 @@ struct Bank {
   float threshold(int64_t slot) const { return thresholds ? thresholds[slot] : 0; }
 };
 
-// Slots c .. c + size. An entry is a candidate when the product does not rule it out;
-// its pre-activation is then computed again in fp32, and kept where it is above the threshold.
+// Slots c .. c + size. An entry is a candidate when the product does not rule it out; its pre-activation is then
+// computed again in fp32, and kept where it is above the threshold.
 template <typename T>
 void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
   constexpr bool narrow = sizeof(T) == sizeof(uint16_t);
   const int64_t B = bank.B, D = bank.D, width = bank.width, rows = bank.block_rows;
-  const int64_t stride =
-      bank.count * rows + 16;  // not a power of two, which would put all slots into the same sets of the cache
+  // Not a power of two, which would put all slots into the same sets of the cache.
+  const int64_t stride = bank.count * rows + 16;
   const float* w = bank.weights + c * D;
   scratch.bound.resize(size);
   scratch.product.resize(size * stride);
@@ -108,8 +108,7 @@ void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& fo
     if (e + 1 < candidates) fetch_ahead(bank.rows + row[e + 1] * D, D), fetch_ahead(w + slot[e + 1] * D, D);
     const int64_t j = slot[e];
     const float pre = dot(w + j * D, bank.rows + row[e] * D, D) + bank.bias[c + j];
-    if (pre <= bank.threshold(c + j))
-      continue;  // a pre-activation that is not a number goes on, to be seen in the loss
+    if (pre <= bank.threshold(c + j)) continue;  // what is not a number goes on, to be seen in the loss
     found.row.push_back(row[e]);
     found.z.push_back(pre);
     ++start[c + j + 1];
@@ -130,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
   const auto type = blocks.scalar_type();
   const int64_t pair = type == at::kFloat ? 1 : 2;
   const int64_t n = W_enc.size(0), B = x.size(0), threads = at::get_num_threads();
-  TORCH_CHECK(!threshold || threshold->sizes() == b_enc.sizes(), "encode needs one threshold for each slot");
+  TORCH_CHECK(!threshold || (threshold->sizes() == b_enc.sizes() && threshold->is_contiguous()),
+              "encode needs one threshold for each slot");
   const Bank bank{
       .weights = W_enc.const_data_ptr<float>(),
       .bias = b_enc.const_data_ptr<float>(),

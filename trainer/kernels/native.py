@@ -46,8 +46,8 @@ def load() -> str | None:
 def _compile(library: Path) -> None:
     """Build in a folder of our own and move the result into place.
 
-    torch's own lock is a file that a killed process leaves behind, for all others to wait on; the system drops this one with its
-    holder.
+    torch's own lock is a file that a killed process leaves behind, for all others to wait on; the system drops this one
+    with its holder.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:  # noqa: PTH123 - flock wants the file object

@@ -1,9 +1,9 @@
-"""The correlation term as sums over pairs of rows, for many concepts: [G, G] blocks instead of one [R, n] block per bank.
+"""The correlation term as sums over pairs of rows: [G, G] blocks, not an [R, n] block per bank; for many concepts.
 
-With a = Orthogonality.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 = <K, H>: a bank adds to H
-only where two rows share a slot. Slot j needs (K z_j)_b at its active rows; the concept code needs 2/nu_i ( (H' a)_bi - a_bi q_i ) with
-H' = H centred over rows and columns and q_i = (a^T H' a)_ii, once per step. All rows of the global batch must be here, so this is for one
-data rank.
+With a = Orthogonality.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 is
+<K, H>: a bank adds to H only where two rows share a slot. Slot j needs (K z_j)_b at its active rows; the concept code
+needs 2/nu_i ( (H' a)_bi - a_bi q_i ) with H' = H centred over rows and columns and q_i = (a^T H' a)_ii, once per step.
+All rows of the global batch must be here, so this is for one data rank.
 """
 
 from functools import cached_property
@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Cost of a pair of active rows of a slot, and of an entry of the two dense products [G, R] x [G, G], where an active entry times a
-# concept costs 1 without pairs. Measured (docs/performance.md, "Correlation").
+# Cost of a pair of active rows of a slot, and of an entry of the two dense products [G, R] x [G, G], where an active
+# entry times a concept costs 1 without pairs. Measured (docs/performance.md, "Correlation").
 PAIR, DENSE = 2.0, {torch.bfloat16: 0.015, torch.float32: 0.055}
 
 

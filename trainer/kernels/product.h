@@ -74,8 +74,9 @@ struct SlotBounds {
 template <typename T>
 float prepare(const float* row, T* copy, int64_t D, const SlotBounds& slot) {
   constexpr bool bf16 = std::is_same<T, at::BFloat16>::value;
-  const float added = std::abs(slot.bias) + std::abs(slot.threshold);  // to the product, before its sign decides
-  float square, margin, per_count = 1;                                 // per_count: pre-activation of a product of 1
+  const float added = std::abs(slot.bias) + std::abs(slot.threshold);
+  float square, margin;
+  float per_count = 1;  // pre-activation of a product of 1
   if constexpr (std::is_same<T, int16_t>::value) {
     square = dot(row, row, D);
     const float norm = std::sqrt(square);

@@ -51,8 +51,7 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
       for (int64_t k = by.start[b]; k < by.start[b + 1]; ++k) {
         if (k + 1 < by.start[end]) fetch_ahead(w + by.slot[k + 1] * D, D);
         const float* decoder = w + by.slot[k] * D;
-        // The norm costs nothing here, where the row is in the cache; a pass of its own would fetch every row once
-        // more.
+        // The norm costs nothing here, where the row is in the cache; a pass of its own would fetch every row again.
         const float norm = std::sqrt(dot(decoder, decoder, D)), value = code[by.entry[k]];
         l1_of_row[b] += unit_rows ? value : value * norm;
         add_scaled(after + b * D, decoder, unit_rows ? value / std::max(norm, LEAST_NORM) : value, D);
@@ -62,8 +61,7 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
   return {out, l1.sum().item<double>()};
 }
 
-// dperp/dz of the entries of one slot, by the correlations of its column: 2/n_j^2 ( (a C')_b - (z - mu) q ), with C' =
-// C n_j.
+// dperp/dz of the entries of one slot is 2/n_j^2 ( (a C')_b - (z - mu) q ), where C' = C n_j are its column's sums.
 struct ColumnSlope {
   const float* column;  // C' [R]
   int64_t concepts;
@@ -110,8 +108,8 @@ struct Backward {
     fetch_ahead(correlation.code + b * correlation.concepts, correlation.concepts);
   }
 
-  // The gradients of slot j, which has an entry: of W_enc and W_dec [D] into enc and dec, of the bias returned. Entries
-  // before `last` may follow.
+  // The gradients of slot j, which has an entry: those of W_enc and W_dec into enc and dec [D]; returns that of the
+  // bias. Entries up to `last` are the next to be asked for.
   float of_slot(int64_t j, int64_t last, float* enc, float* dec) const {
     const float* decoder = W_dec + j * D;
     const float norm = std::sqrt(dot(decoder, decoder, D)), inverse = 1 / std::max(norm, LEAST_NORM);
@@ -143,9 +141,9 @@ struct Backward {
 };
 
 // Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three `grads`; rows of idle slots are zero.
-// Returns the sums of squares of the first and the last. With a correlation term `correlation` is what Correlation is
-// made of, or `slopes` [E] its gradients with respect to z, where they are known already; g_sp = dL/dsp, g_perp =
-// dL/dperp.
+// Returns the sums of squares of the first and the last. g_sp is dL/dsp, g_perp dL/dperp. With a correlation term,
+// `correlation` is what Correlation is made of; or `slopes` [E] are its gradients with respect to z, where they are
+// known already.
 std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, at::TensorList entries,
                                     double g_sp, bool unit_rows, double g_perp, at::TensorList correlation,
                                     const std::optional<Tensor>& slopes, at::TensorList grads) {
@@ -196,7 +194,6 @@ TORCH_LIBRARY_FRAGMENT(alignsae, m) {
         &decode);
   m.def(
       "backward(Tensor W_dec, Tensor x, Tensor g_recon, Tensor[] entries, float g_sp, bool unit_rows, float g_perp, "
-      "Tensor[] correlation, "
-      "Tensor? slopes, Tensor(a!)[] grads) -> (float enc_square, float dec_square)",
+      "Tensor[] correlation, Tensor? slopes, Tensor(a!)[] grads) -> (float enc_square, float dec_square)",
       &backward);
 }

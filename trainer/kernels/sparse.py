@@ -1,8 +1,8 @@
 """The sparse kernel for CPU: one encoder product, and everything else on the active entries.
 
-Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16 or int16: it only says
-where to look; the pre-activations that count are computed again in fp32 (trainer/kernels/encode.cpp). What is kept for backward is
-O(active).
+Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16 or
+int16: it only says where to look; the pre-activations that count are computed again in fp32
+(trainer/kernels/encode.cpp). What is kept for backward is O(active).
 
 Shapes: B rows, D width, R concepts, n slots of the bank, E active entries, m columns (slots active on some data rank).
 """
@@ -57,6 +57,8 @@ class Columns(NamedTuple):
 def find_entries(W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext) -> Entries:
     """Entries (b, j) with x_b . W_enc_j + b_enc_j above threshold [n] (None: 0), in fp32, and their pre-activations."""
     blocks = context.once(_operand_blocks)
+    if threshold is not None:
+        threshold = threshold.contiguous()  # one number for all slots comes expanded
     return Entries(*ops.encode(W_enc, b_enc, threshold, context.x, blocks, context.max_row_norm))
 
 
