@@ -2,15 +2,17 @@
 
 import functools
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.kernels import native
+from trainer.kernels.gradients import noted_square
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +53,10 @@ class OptimConfig:
             raise UserError(f"optim.decay={self.decay} must be between 0 and 1")
 
     def refuse_sharding(self, zero_stage: int) -> None:
-        """Raise UserError when the state cannot be kept under this ZeRO stage (0 = not ZeRO): what is rounded at random depends on the place of
-        an element in its parameter, which a shard does not know."""
+        """Raise UserError when the state cannot be kept under this ZeRO stage (0 = not ZeRO).
+
+        What is rounded at random depends on the place of an element in its parameter, which a shard does not know.
+        """
         if zero_stage and self.state != "fp32":
             raise UserError(
                 f"optim.state={self.state} does not work with parallel.strategy=zero{zero_stage}; "
@@ -63,10 +67,11 @@ class OptimConfig:
 class ScaledAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose step takes a scale for the gradients, so that clipping needs no pass over them.
 
-    With fp32 moments state and numbers are those of torch's fused AdamW; on CPU, with the compiled operators at hand, the pass is ours.
-    With bf16 moments (`state_dtype`) an update computes in fp32 and rounds the moments up or down at random, in proportion: they are right on
-    average, where rounding to the nearest would lose every change below 1/256 (exp_avg_sq changes by 1/1000 a step). The randomness is a
-    hash of step and element, so that every strategy, and a resumed run, rounds alike.
+    With fp32 moments, state and update are those of torch's fused AdamW; on CPU, with the compiled operators at hand,
+    the pass is ours (trainer/kernels/adamw.cpp). With bf16 moments (`state_dtype`) an update computes in fp32 and
+    rounds the moments up or down at random, in proportion: they are right on average, where rounding to the nearest
+    would lose every change below 1/256 (exp_avg_sq changes by 1/1000 a step). The randomness is a hash of step and
+    element, so that every strategy, and a resumed run, rounds alike.
     """
 
     def __init__(self, *args: Any, state_dtype: torch.dtype = torch.float32, **options: Any):
@@ -89,7 +94,7 @@ class ScaledAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None, *, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """Update with gradients times `grad_scale`; the gradients themselves are left as they are on CPU, scaled on CUDA."""
+        """Update with gradients times `grad_scale`; the gradients stay as they are on CPU and are scaled on CUDA."""
         if closure is not None:
             raise ValueError("a closure is not supported")
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -123,44 +128,71 @@ class ScaledAdamW(torch.optim.AdamW):
                     [self.state[p]["exp_avg"] for p in params],
                     [self.state[p]["exp_avg_sq"] for p in params],
                 )
-                if self.state_dtype != torch.float32:
-                    numbers, seed = _numbers(group, step, grad_scale), _seed(int(step))
-                    (torch.ops.alignsae.adamw_low if compiled else low_step)(*tensors, numbers, seed)
-                    continue
-                rates = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
-                torch.ops.alignsae.adamw(*tensors, step, *rates, grad_scale)
+                factors = Factors.of(group, step, grad_scale)
+                if self.state_dtype == torch.float32:
+                    torch.ops.alignsae.adamw(*tensors, factors)
+                elif compiled:
+                    torch.ops.alignsae.adamw_bf16(*tensors, factors, _seed(int(step)))
+                else:
+                    step_bf16(*tensors, factors, _seed(int(step)))
 
 
-def _numbers(group: dict[str, Any], step: float, grad_scale: float) -> list[float]:
-    """What a step multiplies with, computed once for every way to take it."""
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    size, root = lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
-    decay = 1 - lr * group["weight_decay"]
-    return [beta1, 1 - beta1, beta2, 1 - beta2, decay, size, root, group["eps"], grad_scale]
+class Factors(NamedTuple):
+    """What an update multiplies with, computed once for every way to take it; the order is that of adamw.cpp.
+
+    b1, b2 are the betas and c1, c2 what is left to 1; decay of the weights; size of the update, with the correction of
+    exp_avg's bias; root, the correction of sqrt(exp_avg_sq)'s; eps; scale of the gradients.
+    """
+
+    b1: float
+    c1: float
+    b2: float
+    c2: float
+    decay: float
+    size: float
+    root: float
+    eps: float
+    scale: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any], step: float, grad_scale: float) -> "Factors":
+        """For a parameter group at an update, counted from 1."""
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return cls(
+            b1=beta1,
+            c1=1 - beta1,
+            b2=beta2,
+            c2=1 - beta2,
+            decay=1 - lr * group["weight_decay"],
+            size=lr / (1 - beta1**step),
+            root=1 / math.sqrt(1 - beta2**step),
+            eps=group["eps"],
+            scale=grad_scale,
+        )
 
 
-def low_step(
+def step_bf16(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    numbers: Sequence[float],
+    factors: Factors,
     seed: int,
 ) -> None:
-    """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit what `adamw_low` of trainer/kernels/adamw.cpp does."""
-    b1, c1, b2, c2, decay, size, root, eps, scale = numbers
+    """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit `adamw_bf16` of kernels/adamw.cpp."""
+    f = factors
     for p, g, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        grad = g * scale
-        first, second = exp_avg.float() * b1 + grad * c1, exp_avg_sq.float() * b2 + grad * grad * c2
+        grad = g * f.scale
+        first, second = exp_avg.float() * f.b1 + grad * f.c1, exp_avg_sq.float() * f.b2 + grad * grad * f.c2
         noise = _mixed(torch.arange(p.numel(), device=p.device) + seed).view(p.shape)
         exp_avg.copy_(_rounded(first, noise & 0xFFFF))
         exp_avg_sq.copy_(_rounded(second, noise >> 16))
         deviation = second.double().sqrt().float()  # torch's fp32 square root is off by a bit on some CPUs
-        p.copy_(p * decay - first * size / (deviation * root + eps))
+        p.copy_(p * f.decay - first * f.size / (deviation * f.root + f.eps))
 
 
 def _seed(step: int) -> int:
-    """Steps must not only shift the noise along the elements."""
+    """Where the hash of an update starts; the step itself would only move the noise along by an element."""
     return int(_mixed(torch.tensor(step)))
 
 
@@ -198,7 +230,7 @@ def square_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Sum of squares of all gradients, fp64; those that a kernel noted as it wrote them are not read again."""
     total, rest = 0.0, []
     for gradient in gradients:
-        noted = torch.ops.alignsae.noted_square(gradient) if gradient.device.type == "cpu" and _compiled() else None
+        noted = noted_square(gradient)
         if noted is None:
             rest.append(gradient)
         else:

@@ -1,4 +1,7 @@
-"""The Triton kernel against losses.py in Triton's interpreter. Run by test_triton.py in a process of its own (TRITON_INTERPRET=1)."""
+"""The Triton kernel against losses.py in Triton's interpreter.
+
+Run by test_triton.py in a process of its own (TRITON_INTERPRET=1).
+"""
 
 import pytest
 import torch
@@ -20,6 +23,14 @@ def test_matches_the_oracle_in_fp32(kernel, decoder_norm, shape, bias):
     assert_same(by_kernel(kernel, case), by_oracle(case), 5e-5)
 
 
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("threshold", [(0.0, 2.0), (50.0, 90.0), (0.0, 0.0), (-1.0, 1.0)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_thresholds(kernel, decoder_norm, threshold, bf16):
+    case = make_case(9, 70, 6, bias=-0.2, decoder_norm=decoder_norm, threshold=threshold)
+    assert_same(by_kernel(kernel, case, bf16=bf16), by_oracle(case), 1e-3 if bf16 else 5e-5)
+
+
 @pytest.mark.parametrize("bias", [-9.0, 9.0], ids=["all dead", "all active"])
 def test_banks_at_the_ends(kernel, bias):
     """All active: more entries than the first attempt has room for."""
@@ -29,7 +40,7 @@ def test_banks_at_the_ends(kernel, bias):
 
 def test_bf16_products(kernel):
     case = make_case(16, 66, 4, width=80, bias=-1.5)
-    assert_same(by_kernel(kernel, case, low=True), by_oracle(case), 1e-3)
+    assert_same(by_kernel(kernel, case, bf16=True), by_oracle(case), 1e-3)
 
 
 def test_a_rank_without_rows(kernel):
@@ -37,9 +48,10 @@ def test_a_rank_without_rows(kernel):
     assert figures["sp"] == 0 and not figures["grad W_enc"].any()
 
 
-def test_weights_that_are_not_numbers_reach_the_loss(kernel):
-    case = make_case(4, 10, 0, bias=-3.0)
+@pytest.mark.parametrize("threshold", [None, (5.0, 9.0)])
+def test_weights_that_are_not_numbers_reach_the_loss(kernel, threshold):
+    case = make_case(4, 10, 0, bias=-3.0, threshold=threshold)
     case.W_enc[3, 5] = float("nan")
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = kernel(W_enc, b_enc, W_dec, recon, StepContext(case.x, None, "free", None))
+    out, _, _ = kernel(case.bank(W_enc, b_enc, W_dec), recon, StepContext(case.x, None, None))
     assert not torch.isfinite(out).all()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer import losses
-from trainer.dictionary import BankWeights
+from trainer.dictionary import BankWeights, apply_gate
 from trainer.kernels import BankKernel, Orthogonality, RowPairs, StepContext
 
 WEIGHTS = (1.0, 0.3, 0.7)  # of rec, sp and perp in the scalar that is differentiated
@@ -24,6 +24,12 @@ class Case:
     x: Tensor
     z_concept: Tensor
     decoder_norm: str = "free"
+    threshold: Tensor | None = None
+
+    def bank(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> BankWeights:
+        """These weights with the threshold and the form of the case."""
+        threshold = None if self.threshold is None else self.threshold.to(W_enc.dtype)
+        return BankWeights(W_enc, b_enc, W_dec, threshold, self.decoder_norm)
 
     def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         named = (self.W_enc, self.b_enc, self.W_dec, self.recon, self.z_concept)
@@ -39,8 +45,13 @@ def make_case(
     bias: float = 0.0,
     decoder_norm: str = "free",
     seed: int = 0,
+    threshold: tuple[float, float] | None = None,
 ) -> Case:
-    """A random bank; `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%)."""
+    """A random bank.
+
+    `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%); `threshold` are the
+    ends of the range that the slots' thresholds are drawn from, in the same units.
+    """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=g) / width**0.5
     return Case(
@@ -51,6 +62,7 @@ def make_case(
         x=x,
         z_concept=torch.relu(torch.randn(rows, concepts, generator=g)),
         decoder_norm=decoder_norm,
+        threshold=None if threshold is None else torch.empty(slots).uniform_(*threshold, generator=g),
     )
 
 
@@ -58,22 +70,23 @@ def by_oracle(case: Case) -> dict[str, Tensor]:
     """recon, sp, perp and the gradients of their weighted sum, from losses.py on the whole code, in double."""
     W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves(torch.float64)
     x = case.x.double()
-    # Spelled out, in double: BankWeights computes in fp32.
-    z = torch.relu(x @ W_enc.T + b_enc)
-    decoder = BankWeights(W_enc, b_enc, W_dec, None, case.decoder_norm).decoder()
+    bank = case.bank(W_enc, b_enc, W_dec)
+    pre = x @ W_enc.T + b_enc  # in double, where BankWeights computes in fp32
+    z, decoder = apply_gate(pre, bank.threshold), bank.decoder()
     out = recon + z @ decoder
     sp = losses.sparsity(z, decoder) * len(case.x)
     perp = losses.orthogonality(z_concept, z) if z_concept.shape[1] else z.new_zeros(())
     rec = losses.reconstruction(x, out) * len(case.x)
     (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * perp).backward()
-    return _figures(out, sp, perp, [_grad(t) for t in leaves], (z > 0).sum())
+    active = pre > (0 if bank.threshold is None else bank.threshold)
+    return _figures(out, sp, perp, [_grad(t) for t in leaves], active.sum())
 
 
 def by_kernel(
     kernel: BankKernel,
     case: Case,
     *,
-    low: bool = False,
+    bf16: bool = False,
     reduce: Callable[[Tensor], Tensor] = lambda t: t,
     pairs: type[RowPairs] | None = None,
 ) -> dict[str, Tensor]:
@@ -84,15 +97,15 @@ def by_kernel(
         code = z_concept.detach()
         perp = Orthogonality.standardise(code, reduce(code.new_tensor(float(len(code)))), reduce)
         if pairs is not None:
-            perp.pairs = pairs(perp.concept, perp.rows, len(b_enc), torch.bfloat16 if low else torch.float32)
-    context = StepContext(case.x, case.x.bfloat16() if low else None, perp)
-    out, sp, value = kernel(BankWeights(W_enc, b_enc, W_dec, None, case.decoder_norm), recon, context)
+            perp.pairs = pairs(perp.concept, perp.rows, len(b_enc), torch.bfloat16 if bf16 else torch.float32)
+    context = StepContext(case.x, case.x.bfloat16() if bf16 else None, perp)
+    out, sp, value = kernel(case.bank(W_enc, b_enc, W_dec), recon, context)
     rec = (case.x - out).square().sum()
     (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value).backward()
     if perp is not None:
         z_concept.grad = WEIGHTS[2] * perp.concept_gradient()
     figures = _figures(out, sp, value, [_grad(t) for t in leaves], context.stats[0].active)
-    assert torch.equal(context.stats[0].fired, figures["grad b_enc"] != 0) or low or not len(case.x)
+    assert torch.equal(context.stats[0].fired, figures["grad b_enc"] != 0) or bf16 or not len(case.x)
     return figures
 
 

@@ -16,7 +16,10 @@ RELATIONS = ["birth date", "birth city", "university", "major", "employer", "wor
 
 
 def planted(folder: Path) -> Path:
-    """2,400 rows of planted directions: a person's, a relation's and a template's, with as much noise; one label in twenty is wrong."""
+    """2,400 rows of planted directions: a person's, a relation's and a template's, with as much noise.
+
+    One label in twenty is wrong.
+    """
     rng = np.random.default_rng(0)
     person, relation, template = (rng.standard_normal((n, 128)) for n in (200, len(RELATIONS), 2))
     who, what, how = (grid.ravel() for grid in np.meshgrid(range(200), range(len(RELATIONS)), range(2)))
@@ -30,7 +33,7 @@ def planted(folder: Path) -> Path:
 
 
 def ended(folder: Path, data: Path, *overrides: str) -> list[float]:
-    """FVU, diagonal binding accuracy and slot accuracy at the end of a run of the demo's configuration, three quarters as long."""
+    """FVU, diagonal binding accuracy and slot accuracy after a run of the demo, three quarters as long."""
     settings = ["stages.0.epochs=20", "stages.1.epochs=60", "optim.decay=0.7", "checkpoint.every=0", "tracking.uri=off"]
     assert train.main(["--config", str(DEMO), f"data.shards={data}", f"run.dir={folder}", *settings, *overrides]) == 0
     dictionary, _ = load_dictionary(folder)
@@ -42,7 +45,7 @@ def ended(folder: Path, data: Path, *overrides: str) -> list[float]:
 
 @pytest.mark.slow
 def test_sparse_in_bf16_ends_where_dense_in_fp32_ends(tmp_path):
-    """Means of three seeds within 1%: rounding alone moves the FVU of a single run by about as much (docs/performance.md)."""
+    """Means of three seeds within 1%: rounding alone moves the FVU of a run by about as much (docs/performance.md)."""
     data = planted(tmp_path / "train")
     means = {}
     for kernel, precision in (("dense", "fp32"), ("sparse", "bf16")):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.kernels.kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
-from trainer.dictionary import BankWeights
 from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
 
 FP32 = 2e-5
@@ -31,6 +30,55 @@ def test_matches_the_oracle_in_fp32(name: str, decoder_norm: str, shape: tuple[i
     assert_same(by_kernel(kernel_named(name), case), by_oracle(case), tolerance)
 
 
+THRESHOLDS = {
+    "some": (0.0, 2.0),
+    "high": (1.5, 3.0),
+    "out of reach": (50.0, 90.0),
+    "zero": (0.0, 0.0),
+    "signs": (-1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("threshold", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_thresholds(name: str, decoder_norm: str, shape: tuple[int, int, int], threshold: tuple[float, float]) -> None:
+    case = make_case(*shape, bias=-0.2, decoder_norm=decoder_norm, threshold=threshold)
+    assert_same(by_kernel(kernel_named(name), case), by_oracle(case), FP32 if shape[2] < 100 else 1e-4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_threshold_is_a_threshold_of_zero(name: str) -> None:
+    case = make_case(40, 90, 3, bias=-1.0)
+    without = by_kernel(kernel_named(name), case)
+    case.threshold = torch.zeros(90)
+    found = by_kernel(kernel_named(name), case)
+    for figure, value in without.items():
+        assert torch.equal(found[figure], value), figure
+
+
+@pytest.mark.parametrize("threshold", [(0.0, 2.0), (1.0, 3.0)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_thresholds_with_bf16_products(name: str, threshold: tuple[float, float]) -> None:
+    """An entry that the dense kernel's rounding moves over its threshold appears or disappears as a whole."""
+    case = make_case(96, 300, 6, width=160, threshold=threshold)
+    assert_same(by_kernel(kernel_named(name), case, bf16=True), by_oracle(case), {"dense": 1e-1, "sparse": 1e-3}[name])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_entry_on_its_threshold_is_idle_and_one_at_zero_may_be_active(name: str, bf16: bool) -> None:
+    """z = pre where pre > threshold, to the letter."""
+    W = torch.eye(4)
+    case = Case(W, torch.zeros(4), W, torch.zeros(1, 4), torch.tensor([[2.0, 2.0, 0.0, -1.0]]), torch.zeros(1, 0))
+    case.threshold = torch.tensor([2.0, 1.0, -1.0, -2.0])
+    found = by_kernel(kernel_named(name), case, bf16=bf16)
+    assert found["recon"].tolist() == [[0.0, 2.0, 0.0, -1.0]]
+    assert found["active"] == 3
+    assert (found["grad b_enc"] != 0).tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("bias", [-9.0, 9.0], ids=["all dead", "all active"])
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
@@ -45,32 +93,32 @@ def test_banks_at_the_ends(name: str, bias: float, decoder_norm: str) -> None:
 @pytest.mark.parametrize("bias", [-3.0, -2.0, -1.5, -1.0, 0.0])
 def test_bf16_products(name: str, bias: float) -> None:
     case = make_case(96, 300, 6, width=160, bias=bias)
-    assert_same(by_kernel(kernel_named(name), case, low=True), by_oracle(case), BF16[name])
+    assert_same(by_kernel(kernel_named(name), case, bf16=True), by_oracle(case), BF16[name])
 
 
-@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("rows", [1, 31, 32, 63, 64, 65, 97, 128, 2100])
 @pytest.mark.parametrize("width", [1, 7, 33, 64])
-def test_blocks_of_the_sparse_product(low: bool, rows: int, width: int) -> None:
+def test_blocks_of_the_sparse_product(bf16: bool, rows: int, width: int) -> None:
     """Rows and widths around the sizes of its blocks, and more rows than a full chunk of slots is for."""
     case = make_case(rows, 150, 2, width=width, bias=-1.5, seed=1)  # of seed 0 one entry lies within fp32 rounding of 0
-    assert_same(by_kernel(kernel_named("sparse"), case, low=low), by_oracle(case), BF16["sparse"] if low else FP32)
+    assert_same(by_kernel(kernel_named("sparse"), case, bf16=bf16), by_oracle(case), BF16["sparse"] if bf16 else FP32)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own switch warns of another of its settings
-@pytest.mark.parametrize("low", [False, True])
-def test_sparse_without_onednn(low: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sparse_without_onednn(bf16: bool) -> None:
     """As on processors that torch has no block product for."""
     case = make_case(70, 150, 2, width=33, bias=-1.5)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert_same(by_kernel(kernel_named("sparse"), case, low=low), by_oracle(case), FP32)
+        assert_same(by_kernel(kernel_named("sparse"), case, bf16=bf16), by_oracle(case), FP32)
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("low", [False, True])
-def test_a_rank_without_rows(name: str, low: bool) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_rank_without_rows(name: str, bf16: bool) -> None:
     case = make_case(0, 50, 4)
-    figures = by_kernel(kernel_named(name), case, low=low)
+    figures = by_kernel(kernel_named(name), case, bf16=bf16)
     assert figures["recon"].shape == (0, 24)
     assert figures["sp"] == 0 and figures["active"] == 0
     for part in ("grad W_enc", "grad b_enc", "grad W_dec"):
@@ -140,8 +188,11 @@ class Always(RowPairs):
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2]])
 @pytest.mark.parametrize("bias", [-9.0, -2.0, -0.5, 9.0])
-def test_correlations_over_pairs_of_rows(decoder_norm: str, shape: tuple[int, int, int], bias: float) -> None:
-    case = make_case(*shape, bias=bias, decoder_norm=decoder_norm)
+@pytest.mark.parametrize("threshold", [None, (0.0, 1.0)])
+def test_correlations_over_pairs_of_rows(
+    decoder_norm: str, shape: tuple[int, int, int], bias: float, threshold: tuple[float, float] | None
+) -> None:
+    case = make_case(*shape, bias=bias, decoder_norm=decoder_norm, threshold=threshold)
     found = by_kernel(kernel_named("sparse"), case, pairs=Always)
     # Where all rows are active the sums over pairs are small differences too.
     assert_same(found, by_oracle(case), FP32 if shape[2] < 100 and bias < 0 else 1e-4)
@@ -151,12 +202,12 @@ def test_correlations_over_pairs_of_rows(decoder_norm: str, shape: tuple[int, in
 def test_correlations_over_pairs_of_rows_in_bf16(concepts: int) -> None:
     """The two products of a step round; the rest of the term is fp32."""
     case = make_case(96, 300, concepts, width=160, bias=-2.0)
-    assert_same(by_kernel(kernel_named("sparse"), case, low=True, pairs=Always), by_oracle(case), 2e-2)
+    assert_same(by_kernel(kernel_named("sparse"), case, bf16=True, pairs=Always), by_oracle(case), 2e-2)
 
 
 @pytest.mark.parametrize("rows,bias,taken", [(64, -3.0, False), (64, -1.0, True), (64, 1.5, False), (150, -1.0, False)])
 def test_pairs_of_rows_are_taken_where_they_cost_less(rows: int, bias: float, taken: bool) -> None:
-    """Too few active entries for the dense products, enough, slots that are active on too many rows, and more pairs than [n, R]."""
+    """Too few active entries for dense products, enough, slots active on too many rows, and more pairs than [n, R]."""
     used = []
 
     class Watched(RowPairs):
@@ -171,13 +222,13 @@ def test_pairs_of_rows_are_taken_where_they_cost_less(rows: int, bias: float, ta
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_weights_that_are_not_numbers_reach_the_loss(name: str) -> None:
-    case = make_case(8, 20, 0, bias=-3.0)
+@pytest.mark.parametrize("threshold", [None, (5.0, 9.0)])
+def test_weights_that_are_not_numbers_reach_the_loss(name: str, threshold: tuple[float, float] | None) -> None:
+    case = make_case(8, 20, 0, bias=-3.0, threshold=threshold)
     case.W_enc[3, 5] = float("nan")
     W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = kernel_named(name)(
-        BankWeights(W_enc, b_enc, W_dec), recon, StepContext(case.x, case.x.bfloat16(), None)
-    )
+    context = StepContext(case.x, case.x.bfloat16(), None)
+    out, _, _ = kernel_named(name)(case.bank(W_enc, b_enc, W_dec), recon, context)
     assert not torch.isfinite(out).all()
 
 
@@ -188,10 +239,9 @@ def test_two_backward_passes_add_up(name: str) -> None:
     W_enc, b_enc, W_dec, recon, z_concept = case.leaves()
     grads = []
     for _ in range(2):
-        step = StepContext(
-            case.x, None, "free", Orthogonality.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t)
-        )
-        out, sp, perp = kernel_named(name)(W_enc, b_enc, W_dec, recon, step)
+        orthogonality = Orthogonality.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t)
+        context = StepContext(case.x, None, orthogonality)
+        out, sp, perp = kernel_named(name)(case.bank(W_enc, b_enc, W_dec), recon, context)
         (out.square().sum() + sp + perp).backward()
         grads.append([t.grad.clone() for t in (W_enc, b_enc, W_dec)])
     for once, twice in zip(*grads, strict=True):

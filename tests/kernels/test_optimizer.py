@@ -10,6 +10,7 @@ from tests.support.runs import assert_same, tensors, train_here
 from trainer.dictionary import BankWeights
 from trainer.errors import UserError
 from trainer.kernels import KernelChoice, StepContext
+from trainer.kernels.gradients import gradient_buffer, note_square, noted_square
 from trainer.optimizer import OptimConfig, build_optimizer, square_norm
 
 
@@ -65,13 +66,33 @@ def test_the_noted_norm_is_the_norm_and_is_forgotten_on_change(decoder_norm):
         return float(square_norm(grads)), float(sum(g.double().square().sum() for g in grads))
 
     backward()
-    assert torch.ops.alignsae.noted_square(W_enc.grad) is not None
+    assert noted_square(W_enc.grad) is not None
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
     W_dec.grad.mul_(3.0)
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
     backward()  # a second micro-batch adds to what is there
-    assert torch.ops.alignsae.noted_square(W_enc.grad) is None
+    assert noted_square(W_enc.grad) is None
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
+
+
+def test_a_noted_square_goes_with_the_gradient_alone():
+    weight = torch.zeros(7, 11)
+    gradient, other = gradient_buffer(weight), torch.zeros(7, 11)
+    note_square(gradient, 5.0)
+    note_square(other, 5.0)  # memory that is not from a buffer
+    assert noted_square(gradient) == noted_square(gradient.view(11, 7)) == 5.0
+    assert noted_square(other) is noted_square(gradient[1:]) is None
+    where = gradient.data_ptr()
+    del gradient
+    again = gradient_buffer(weight)
+    assert again.data_ptr() == where and noted_square(again) is None
+
+
+def test_without_a_compiler_gradients_are_fresh_and_nothing_is_noted(monkeypatch):
+    monkeypatch.setattr("trainer.kernels.gradients.native.load", lambda: "no compiler at hand")
+    gradient = gradient_buffer(torch.zeros(3, 4))
+    note_square(gradient, 5.0)
+    assert gradient.shape == (3, 4) and noted_square(gradient) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +162,10 @@ def test_bf16_moments_are_the_same_bits_compiled_and_in_plain_torch(monkeypatch)
 
 
 def distance_left(state: str) -> float:
-    """From the minimum of a noisy quadratic, after steps of large gradients that exp_avg_sq has to forget: it loses 1/1000 of itself a step."""
+    """From the minimum of a noisy quadratic, after steps of large gradients that exp_avg_sq has to forget.
+
+    It loses 1/1000 of itself a step.
+    """
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.full((300,), 10.0))
     optimizer = build_optimizer([p], OptimConfig(state=state))
@@ -163,16 +187,16 @@ def test_bf16_moments_converge_like_fp32_and_not_without_random_rounding(monkeyp
 
 def test_a_state_dict_converts_to_the_dtype_of_the_optimizer():
     p = torch.nn.Parameter(torch.ones(300))
-    full, low = build_optimizer([p], OptimConfig()), build_optimizer([p], OptimConfig(state="bf16"))
+    full, half = build_optimizer([p], OptimConfig()), build_optimizer([p], OptimConfig(state="bf16"))
     p.grad = torch.randn(300)
     full.step()
-    low.load_state_dict(copy.deepcopy(full.state_dict()))
-    assert torch.equal(low.state[p]["exp_avg"], full.state[p]["exp_avg"].bfloat16())
-    low.step()
-    kept = low.state[p]["exp_avg_sq"].clone()
-    low.load_state_dict(copy.deepcopy(low.state_dict()))
-    assert kept.dtype == torch.bfloat16 and torch.equal(low.state[p]["exp_avg_sq"], kept)
-    full.load_state_dict(copy.deepcopy(low.state_dict()))
+    half.load_state_dict(copy.deepcopy(full.state_dict()))
+    assert torch.equal(half.state[p]["exp_avg"], full.state[p]["exp_avg"].bfloat16())
+    half.step()
+    kept = half.state[p]["exp_avg_sq"].clone()
+    half.load_state_dict(copy.deepcopy(half.state_dict()))
+    assert kept.dtype == torch.bfloat16 and torch.equal(half.state[p]["exp_avg_sq"], kept)
+    full.load_state_dict(copy.deepcopy(half.state_dict()))
     assert torch.equal(full.state[p]["exp_avg_sq"], kept.float())
 
 

@@ -1,10 +1,11 @@
-"""The encoder product of the sparse kernel in each arithmetic: what is active is found, whatever the product is rounded to."""
+"""The encoder product in each arithmetic: what is active is found, whatever the product is rounded to."""
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from trainer.dictionary import apply_gate
 from trainer.kernels import native
 
 assert native.load() is None
@@ -15,26 +16,36 @@ HAS_INT16 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 ARITHMETICS = [
     "fp32",
     pytest.param("int16", marks=pytest.mark.skipif(not HAS_INT16, reason="int16 products need AVX2")),
-    pytest.param("bf16", marks=pytest.mark.skipif(not ops.low_products(), reason="this CPU has no bf16")),
+    pytest.param("bf16", marks=pytest.mark.skipif(not ops.bf16_products(), reason="this CPU has no bf16")),
 ]
 
 
-def encode(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, arithmetic: str) -> torch.Tensor:
-    """The code [B, n] from the entries that the operator finds."""
-    reach = float(x.norm(dim=1).max())
-    operand = {"fp32": lambda: x, "bf16": x.bfloat16, "int16": lambda: in_int16(x, reach)}[arithmetic]()
-    start, row, z = ops.encode(W, b, x, in_blocks(operand), reach)
-    code = torch.zeros(len(x), len(W))
-    code[row.long(), torch.arange(len(W)).repeat_interleave(start.diff())] = z
-    return code
+def encode(
+    W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, arithmetic: str, threshold: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code [B, n] from the entries that the operator finds, and where there is an entry."""
+    largest = float(x.norm(dim=1).max())
+    operand = {"fp32": lambda: x, "bf16": x.bfloat16, "int16": lambda: in_int16(x, largest)}[arithmetic]()
+    start, row, z = ops.encode(W, b, threshold, x, in_blocks(operand), largest)
+    code, found = torch.zeros(len(x), len(W)), torch.zeros(len(x), len(W), dtype=torch.bool)
+    place = row.long(), torch.arange(len(W)).repeat_interleave(start.diff())
+    code[place], found[place] = z, True
+    return code, found
 
 
-def assert_finds_what_is_active(W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, arithmetic: str) -> None:
+def assert_finds_what_is_active(
+    W: torch.Tensor, b: torch.Tensor, x: torch.Tensor, arithmetic: str, threshold: torch.Tensor | None = None
+) -> None:
     pre = x.double() @ W.double().T + b.double()
+    theta = torch.zeros_like(b) if threshold is None else threshold
     # What fp32 may be off by, of which the pre-activations themselves are not free.
-    noise = 1e-5 * x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + 1e-6 * b.abs().double()
-    found = encode(W, b, x, arithmetic).double()
-    assert ((found - pre.clamp_min(0)).abs() <= noise).all()
+    noise = 1e-5 * x.double().norm(dim=1)[:, None] * W.double().norm(dim=1)
+    noise = noise + 1e-6 * (b.abs() + theta.abs()).double()
+    code, found = encode(W, b, x, arithmetic, threshold)
+    above = pre - theta.double()
+    assert found[above > noise].all()
+    assert not found[above < -noise].any()
+    assert ((code.double() - pre).abs() <= noise)[found].all()
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -47,8 +58,10 @@ def assert_finds_what_is_active(W: torch.Tensor, b: torch.Tensor, x: torch.Tenso
     exponent_w=st.integers(-12, 12),
     tail=st.floats(0, 4),
     bias=st.floats(-4, 2),
+    thresholds=st.none() | st.tuples(st.floats(-2, 4), st.floats(0, 3), st.sampled_from([0.0, 1.0, 1e6])),
 )
-@example(seed=0, rows=16, slots=6, width=2, exponent_x=0, exponent_w=0, tail=0.0, bias=0.0)
+@example(seed=0, rows=16, slots=6, width=2, exponent_x=0, exponent_w=0, tail=0.0, bias=0.0, thresholds=None)
+@example(seed=0, rows=16, slots=6, width=2, exponent_x=0, exponent_w=0, tail=0.0, bias=0.0, thresholds=(2.0, 0.0, 1.0))
 def test_finds_what_is_active(
     arithmetic: str,
     seed: int,
@@ -59,8 +72,12 @@ def test_finds_what_is_active(
     exponent_w: int,
     tail: float,
     bias: float,
+    thresholds: tuple[float, float, float] | None,
 ) -> None:
-    """All sizes and scales, and rows and weights of very unequal norms and with a few very large numbers (`tail`)."""
+    """All sizes and scales, and rows and weights of very unequal norms and with a few very large numbers (`tail`).
+
+    thresholds: mean and spread over slots, and what a shift of bias and threshold alike is multiplied with.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def heavy(*shape: int) -> torch.Tensor:
@@ -69,10 +86,19 @@ def test_finds_what_is_active(
     x, W = heavy(rows, width) * 10.0**exponent_x, heavy(slots, width) * 10.0**exponent_w
     b = bias * (x.norm(dim=1).mean() * W.norm(dim=1)) / width**0.5
     if arithmetic == "bf16":
-        # bf16 allows for rounding that spreads over all numbers of a row, so it is not asked for rows of a few large ones.
+        # bf16 allows for rounding that spreads over all numbers of a row, so it is not asked for rows of a few large
+        # ones.
         x, W = x.sign(), W.sign()
         b = bias * width**0.5 * torch.ones(slots)
-    assert_finds_what_is_active(W, b, x, arithmetic)
+    threshold = None
+    if thresholds is not None:
+        # In the units of the bias; both shifted, so that what is decided by a small difference of large numbers is
+        # tried too.
+        mean, spread, shift = thresholds
+        scale = (x.norm(dim=1).mean() * W.norm(dim=1)) / width**0.5
+        threshold = scale * (mean + spread * torch.rand(slots, generator=g) + shift)
+        b = b + scale * shift
+    assert_finds_what_is_active(W, b, x, arithmetic, threshold)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -93,7 +119,20 @@ def test_zero_rows_and_weights(arithmetic: str, zero: str) -> None:
     for tensor in {"rows": [x], "weights": [W], "both": [x, W]}[zero]:
         tensor.zero_()
     b = torch.tensor([-1.0, 0.0, 1.0, -1e-30, 1e-30, -1e30, 1e30, 0.5, -0.5])
-    assert torch.equal(encode(W, b, x, arithmetic), b.clamp_min(0).expand(20, 9))
+    assert torch.equal(encode(W, b, x, arithmetic)[0], b.clamp_min(0).expand(20, 9))
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("zero", ["rows", "weights", "both"])
+def test_the_bias_is_compared_with_the_threshold_exactly(arithmetic: str, zero: str) -> None:
+    x, W = torch.randn(20, 30), torch.randn(9, 30)
+    for tensor in {"rows": [x], "weights": [W], "both": [x, W]}[zero]:
+        tensor.zero_()
+    b = torch.tensor([1.0, 1.0 + 2**-23, 1e30, 1e30, -2.0, -1.0, 0.0, 3.0, 3.0])
+    threshold = torch.tensor([1.0, 1.0, 1e30, 9e29, -1.0, -2.0, -0.5, float("inf"), -float("inf")])
+    code, found = encode(W, b, x, arithmetic, threshold)
+    assert torch.equal(found, (b > threshold).expand(20, 9))
+    assert torch.equal(code, apply_gate(b.expand(20, 9), threshold))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -102,7 +141,19 @@ def test_zero_rows_and_weights(arithmetic: str, zero: str) -> None:
 def test_what_is_not_finite_is_found(arithmetic: str, value: float, where: str) -> None:
     x, W, b = torch.randn(20, 30), torch.randn(9, 30), torch.full((9,), -8.0)
     {"a row": x[7], "a weight": W[3], "a bias": b[3:]}[where][0] = value
-    pre = x @ W.T + b
-    found = encode(W, b, x, arithmetic)
-    expected = torch.where(pre > 0, pre, torch.where(pre.isnan(), pre, 0.0))
-    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+    for threshold in (None, torch.full((9,), 3.0)):
+        code, _ = encode(W, b, x, arithmetic, threshold)
+        torch.testing.assert_close(code, apply_gate(x @ W.T + b, threshold), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_a_threshold_that_is_not_a_number_lets_everything_pass(arithmetic: str) -> None:
+    x, W, threshold = torch.randn(20, 30), torch.randn(9, 30), torch.zeros(9)
+    threshold[4] = float("nan")
+    _, found = encode(W, torch.zeros(9), x, arithmetic, threshold)
+    assert found[:, 4].all()
+
+
+def test_thresholds_are_one_for_each_slot() -> None:
+    with pytest.raises(RuntimeError, match="one threshold for each slot"):
+        encode(torch.randn(9, 30), torch.zeros(9), torch.randn(20, 30), "fp32", torch.zeros(1))

@@ -4,7 +4,8 @@ import torch
 
 from tools.timing.setting import Setting, bias_for, make_rows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.kernels import KernelChoice, native, usable_precision
+from trainer.kernels import KernelChoice, usable_precision
+from trainer.kernels.gradients import gradient_buffer
 from trainer.losses import LossWeights
 from trainer.objective import SUMS, AlignObjective, MicroBatch
 from trainer.optimizer import OptimConfig
@@ -69,7 +70,7 @@ class FloorAdamW:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
             for parameter in group["params"]:
-                parameter.grad = native.buffer_like(parameter).zero_()
+                parameter.grad = gradient_buffer(parameter).zero_()
 
     def run(self) -> None:
         """The pass."""

@@ -1,5 +1,6 @@
 // Memory for gradients that is used again at every step: touching fresh pages costs more than writing the gradient.
-// With each buffer goes the sum of squares of what a kernel wrote there, so that clipping needs no pass over the gradients.
+// With each buffer goes the sum of squares of what a kernel wrote there, so that clipping needs no pass over the
+// gradients.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -25,45 +26,39 @@ std::vector<Buffer>& pool() {
 at::Tensor buffer(at::IntArrayRef size) {
   std::lock_guard<std::mutex> lock(guard);
   const size_t bytes = c10::multiply_integers(size) * sizeof(float);
-  for (auto& buffer : pool())
-    if (buffer.storage.use_count() == 1 && buffer.storage.nbytes() == bytes) {
-      buffer.version = -1;
-      return at::empty({0}, at::kFloat).set_(buffer.storage, 0, size);
+  for (auto& held : pool())
+    if (held.storage.use_count() == 1 && held.storage.nbytes() == bytes) {
+      held.version = -1;
+      return at::empty({0}, at::kFloat).set_(held.storage, 0, size);
     }
   at::Tensor fresh = at::empty(size, at::kFloat);
   pool().push_back({fresh.storage(), 0.0, -1});
   return fresh;
 }
 
-void note_square(const at::Tensor& tensor, double square) {
+// Valid until the gradient changes or its buffer is used again; nothing is noted for memory that is not from here.
+void note_square(const at::Tensor& gradient, double square) {
   std::lock_guard<std::mutex> lock(guard);
-  for (auto& buffer : pool())
-    if (buffer.storage.unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl()) {
-      buffer.square = square;
-      buffer.version = tensor._version();
+  for (auto& held : pool())
+    if (held.storage.unsafeGetStorageImpl() == gradient.storage().unsafeGetStorageImpl()) {
+      held.square = square;
+      held.version = gradient._version();
     }
 }
 
-// The sum of squares noted for this tensor, if nothing has changed it since.
-std::optional<double> noted_square(const at::Tensor& tensor) {
+// The sum of squares noted for this gradient, if nothing has changed it since.
+std::optional<double> noted_square(const at::Tensor& gradient) {
   std::lock_guard<std::mutex> lock(guard);
-  for (auto& buffer : pool())
-    if (buffer.storage.unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl() &&
-        tensor.numel() * sizeof(float) == buffer.storage.nbytes() && buffer.version == tensor._version())
-      return buffer.square;
+  for (auto& held : pool())
+    if (held.storage.unsafeGetStorageImpl() == gradient.storage().unsafeGetStorageImpl() &&
+        gradient.numel() * sizeof(float) == held.storage.nbytes() && held.version == gradient._version())
+      return held.square;
   return std::nullopt;
-}
-
-// Gives back the buffers that nothing holds.
-void release_buffers() {
-  std::lock_guard<std::mutex> lock(guard);
-  std::erase_if(pool(), [](const Buffer& b) { return b.storage.use_count() == 1; });
 }
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("buffer(int[] size) -> Tensor", &buffer);
-  m.def("note_square", &note_square);
-  m.def("noted_square", &noted_square);
-  m.def("release_buffers", &release_buffers);
+  m.def("note_square(Tensor(a!) gradient, float square) -> ()", &note_square);
+  m.def("noted_square(Tensor gradient) -> float?", &noted_square);
 }

@@ -1,4 +1,7 @@
-"""Which kernel a bank uses at a step, pinned by configuration or chosen from the density at the last one; and whether bf16 products are worth having."""
+"""Which kernel a bank uses at a step: pinned by configuration, or chosen from the density at the last one.
+
+And whether bf16 products are worth having on a machine.
+"""
 
 import importlib.util
 import logging
@@ -15,13 +18,16 @@ from trainer.kernels.dense import dense_kernel
 from trainer.kernels.interface import BankKernel
 
 NAMES = ("auto", "dense", "sparse", "triton")
-# Share of active entries below which a bank leaves the dense kernel, and above which it returns (docs/performance.md, "Switching point").
-# The gap keeps a bank near the switching point from changing at every step.
+# Share of active entries below which a bank leaves the dense kernel, and above which it returns (docs/performance.md,
+# "Switching point"). The gap keeps a bank near the switching point from changing at every step.
 LEAVE_DENSE, RETURN_TO_DENSE = 0.05, 0.07
 
 
 def usable_precision(precision: str, device: torch.device) -> str:
-    """`precision`, fp32 or bf16; but fp32 on a CPU without instructions for bf16, where bf16 products are emulated and many times slower."""
+    """`precision`, fp32 or bf16; but fp32 on a CPU without instructions for bf16.
+
+    There bf16 products are emulated, and many times slower.
+    """
     if precision != "bf16" or device.type != "cpu" or _multiplies_bf16():
         return precision
     return "fp32"
@@ -40,7 +46,8 @@ class KernelChoice:
         name: auto, or a kernel for all banks at all times.
         slots: of each bank held here.
         device: where the weights live; `sparse` runs on CPU, `triton` on CUDA.
-        going_on: names to go on with, where `name` is auto; from a machine with another fast kernel, that of this one is taken.
+        going_on: names to go on with, where `name` is auto; from a machine with another fast kernel, that of this one
+            is taken.
 
     Raises UserError for an unknown name, or one that this machine cannot run.
     """
@@ -79,7 +86,7 @@ class KernelChoice:
         return None
 
     def note(self, counts: Tensor) -> None:
-        """Take active entries and rows [2, banks] of the last step, over the global batch; they are looked at when they are needed."""
+        """Take active entries and rows [2, banks] of the last step, over the global batch, to be used when needed."""
         self._noted = counts
 
     def names(self) -> list[str]:

@@ -1,12 +1,19 @@
 """What a bank kernel is given and what it owes.
 
-A kernel computes one bank of free slots: `recon, sp, perp = kernel(weights, recon, context)`, with the bank's weights (fp32
-masters, see BankWeights), recon [B, D] fp32 (the running reconstruction), and returns
-- recon + z W_dec [B, D], where z is the bank's code and W_dec its decoder rows as they are used, out of place (the banks form one autograd chain);
+A kernel computes one bank of free slots: `recon, sp, perp = kernel(weights, recon, context)`, with the bank's weights
+(fp32 masters, see BankWeights), recon [B, D] fp32 (the running reconstruction), and returns
+- recon + z W_dec [B, D], where z is the bank's code and W_dec its decoder rows as they are used, out of place (the
+  banks form one autograd chain);
 - sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj;
-- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0 without `context.perp`).
-All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients of perp flow to the
-concept code through `Orthogonality.grad_concept`, which a kernel adds to in its forward pass.
+- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0
+  without `context.perp`).
+All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients
+of perp flow to the concept code through `Orthogonality.grad_concept`, which a kernel adds to in its forward pass.
+
+The code is that of `apply_gate`: z_bj = pre_bj where pre_bj > threshold_j (0 without `weights.threshold`), else 0; what
+is not a number passes, to be seen in the loss. An entry is active where the gate lets it pass, and gradients live on
+active entries alone. Kernels take thresholds of any sign as that formula says; it is a gate's duty to give none below
+0, where a code would be negative. A threshold is a constant here: it gets no gradient.
 """
 
 from collections.abc import Callable
@@ -31,7 +38,8 @@ class Orthogonality:
     rows: global number of rows G, a scalar tensor.
     reduce: sums a tensor over data ranks, in place, and returns it.
     grad_concept [B, R]: d perp / d z_concept of the local rows, summed over the banks seen so far.
-    pairs: another way to compute the term, where the local rows are the global batch; what banks add there `concept_gradient` takes up.
+    pairs: another way to compute the term, where the local rows are the global batch; what banks add there
+        `concept_gradient` takes up.
     """
 
     concept: Tensor
@@ -76,18 +84,18 @@ class StepContext:
     x_bf16: Tensor | None
     perp: Orthogonality | None
     stats: list[BankStats] = field(default_factory=list)
-    _kept: dict[str, Tensor] = field(default_factory=dict)
+    _kept: dict[Callable[["StepContext"], Tensor], Tensor] = field(default_factory=dict)
 
     @property
     def operand(self) -> Tensor:
         """x [B, D] in the dtype of the products."""
         return self.x if self.x_bf16 is None else self.x_bf16
 
-    def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """What a kernel computes from the rows at its first bank, and finds again at the others."""
-        if name not in self._kept:
-            self._kept[name] = compute()
-        return self._kept[name]
+    def once(self, compute: Callable[["StepContext"], Tensor]) -> Tensor:
+        """`compute(context)`, a function of the rows alone: called at a kernel's first bank, found again at others."""
+        if compute not in self._kept:
+            self._kept[compute] = compute(self)
+        return self._kept[compute]
 
     @cached_property
     def max_row_norm(self) -> float:
@@ -102,7 +110,10 @@ class BankKernel(Protocol):
 
 
 def column_scale(total: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [n] and inverse norm [n] of centred columns, from global sums of z and z^2; inverse norm 0 for a constant column."""
+    """Mean [n] and inverse norm [n] of centred columns, from global sums of z and z^2.
+
+    The inverse norm of a constant column is 0.
+    """
     # In double: the difference of two large sums is what a correlation divides by.
     centred = square.double() - total.double().square() / rows
     return total / rows, inverse_norm(centred, square).float()

@@ -15,14 +15,20 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-SOURCES = [Path(__file__).with_name(name) for name in ("encode.cpp", "sparse.cpp", "buffers.cpp", "adamw.cpp")]
-HEADERS = [Path(__file__).with_name(name) for name in ("lanes.h", "product.h")]
+SOURCES = [
+    Path(__file__).with_name(name)
+    for name in ("encode.cpp", "sparse.cpp", "correlation.cpp", "buffers.cpp", "adamw.cpp")
+]
+HEADERS = [Path(__file__).with_name(name) for name in ("lanes.h", "product.h", "entries.h")]
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fopenmp", "-std=c++20", "-Wno-psabi"]
 
 
 @functools.cache
 def load() -> str | None:
-    """Register the operators, compiling them where nobody has; once per process. Returns None, or one line saying why it cannot be done."""
+    """Register the operators, compiling them where nobody has; once per process.
+
+    Returns None, or one line saying why it cannot be done.
+    """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"alignsae-{_digest()}.so"
     try:
@@ -37,17 +43,11 @@ def load() -> str | None:
     return None
 
 
-def buffer_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for the gradient of an fp32 weight, contents arbitrary: on CPU a buffer that was used before, where there is one."""
-    if tensor.device.type == "cpu" and load() is None:
-        return torch.ops.alignsae.buffer(tensor.shape)
-    return torch.empty_like(tensor)
-
-
 def _compile(library: Path) -> None:
     """Build in a folder of our own and move the result into place.
 
-    torch's own lock is a file that a killed process leaves behind, for all others to wait on; the system drops this one with its holder.
+    torch's own lock is a file that a killed process leaves behind, for all others to wait on; the system drops this one
+    with its holder.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:  # noqa: PTH123 - flock wants the file object

@@ -1,8 +1,9 @@
-"""The correlation term as sums over pairs of rows, for many concepts: [G, G] blocks instead of one [R, n] block per bank.
+"""The correlation term as sums over pairs of rows: [G, G] blocks, not an [R, n] block per bank; for many concepts.
 
-With a = Orthogonality.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 = <K, H>: a bank adds to H only where two
-rows share a slot. Slot j needs (K z_j)_b at its active rows; the concept code needs 2/nu_i ( (H' a)_bi - a_bi q_i ) with H' = H centred over rows and
-columns and q_i = (a^T H' a)_ii, once per step. All rows of the global batch must be here, so this is for one data rank.
+With a = Orthogonality.concept [G, R], K = a a^T and H = sum_j z_j z_j^T / n_j^2 over the free slots, ||C||_F^2 is
+<K, H>: a bank adds to H only where two rows share a slot. Slot j needs (K z_j)_b at its active rows; the concept code
+needs 2/nu_i ( (H' a)_bi - a_bi q_i ) with H' = H centred over rows and columns and q_i = (a^T H' a)_ii, once per step.
+All rows of the global batch must be here, so this is for one data rank.
 """
 
 from functools import cached_property
@@ -10,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Cost of a pair of active rows of a slot, and of an entry of the two dense products [G, R] x [G, G], where an active entry times a concept costs 1
-# without pairs. Measured (docs/performance.md, "Correlation").
+# Cost of a pair of active rows of a slot, and of an entry of the two dense products [G, R] x [G, G], where an active
+# entry times a concept costs 1 without pairs. Measured (docs/performance.md, "Correlation").
 PAIR, DENSE = 2.0, {torch.bfloat16: 0.015, torch.float32: 0.055}
 
 
@@ -29,9 +30,13 @@ class RowPairs:
         self._a = concept.to(dtype)
         self._rows = rows
         self._slots = slots
+        self._shared: Tensor | None = None  # H, once a bank adds to it
 
     def cheaper(self, per_slot: Tensor) -> bool:
-        """Whether a bank with these numbers of active rows [n] needs less memory and time this way, its share of the dense products counted."""
+        """Whether a bank with these numbers of active rows [n] needs less memory and time this way.
+
+        Its share of the dense products counts.
+        """
         rows, concepts = self._a.shape
         if rows * rows > per_slot.numel() * concepts or rows != int(self._rows):
             return False
@@ -44,16 +49,18 @@ class RowPairs:
         """K [G, G] fp32."""
         return (self._a @ self._a.T).float()
 
-    @cached_property
+    @property
     def shared(self) -> Tensor:
         """H [G, G] fp32, which banks add to."""
-        return torch.zeros_like(self.gram)
+        if self._shared is None:
+            self._shared = torch.zeros_like(self.gram)
+        return self._shared
 
     def concept_gradient(self) -> Tensor | None:
         """(H' a)_bi - a_bi q_i [G, R], to be multiplied by 2/nu_i; None when no bank added to H."""
-        if "shared" not in self.__dict__:
+        if self._shared is None:
             return None
-        centred = self.shared - self.shared.mean(dim=0)
+        centred = self._shared - self._shared.mean(dim=0)
         centred -= centred.mean(dim=1, keepdim=True)
         product = (centred.to(self._a.dtype) @ self._a).float()
         return product.addcmul_(self._a.float(), (self._a * product).sum(dim=0), value=-1.0)

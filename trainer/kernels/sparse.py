@@ -1,16 +1,20 @@
 """The sparse kernel for CPU: one encoder product, and everything else on the active entries.
 
-Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16 or int16: it only says where to
-look; the pre-activations that count are computed again in fp32 (trainer/kernels/encode.cpp, sparse.cpp). What is kept for backward is O(active).
+Where z is 0 so is its gradient in every term, so an exact step needs one dense product. Its arithmetic may be bf16 or
+int16: it only says where to look; the pre-activations that count are computed again in fp32
+(trainer/kernels/encode.cpp). What is kept for backward is O(active).
+
+Shapes: B rows, D width, R concepts, n slots of the bank, E active entries, m columns (slots active on some data rank).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.dictionary import BankWeights
+from trainer.kernels.gradients import gradient_buffer, note_square
 from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 from trainer.kernels.pairs import RowPairs
 
@@ -21,63 +25,104 @@ BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    return _Sparse.apply(weights.W_enc, weights.b_enc, weights.W_dec, recon, context, weights.decoder_norm)
+    W_enc, b_enc, W_dec, threshold, decoder_norm = weights
+    return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm)
+
+
+class Entries(NamedTuple):
+    """The entries of a bank above their thresholds, slot by slot: those of slot j are start[j] .. start[j + 1]."""
+
+    start: Tensor  # [n + 1] int64
+    row: Tensor  # [E] int32
+    z: Tensor  # [E] fp32
+
+
+class RowEntries(NamedTuple):
+    """The same row by row: those of row b are start[b] .. start[b + 1], each at position `entry` in the slot order."""
+
+    start: Tensor  # [B + 1] int64
+    slot: Tensor  # [E] int32
+    entry: Tensor  # [E] int32
+
+
+class Columns(NamedTuple):
+    """The columns of a bank that may correlate with a concept, and what standardises them."""
+
+    slots: Tensor  # [m] int64
+    place: Tensor  # [n] int64, the column of each slot
+    mean: Tensor  # [m] fp32
+    inv_norm: Tensor  # [m] fp32, 0 for a constant column
+
+
+def find_entries(W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext) -> Entries:
+    """Entries (b, j) with x_b . W_enc_j + b_enc_j above threshold [n] (None: 0), in fp32, and their pre-activations."""
+    blocks = context.once(_operand_blocks)
+    if threshold is not None:
+        threshold = threshold.contiguous()  # one number for all slots comes expanded
+    return Entries(*ops.encode(W_enc, b_enc, threshold, context.x, blocks, context.max_row_norm))
 
 
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, context: StepContext, decoder_norm: str
+        ctx: Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        threshold: Tensor | None,
+        recon: Tensor,
+        context: StepContext,
+        decoder_norm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        unit = decoder_norm == "unit"
-        blocks = context.once("blocks", lambda: in_blocks(_operand(context)))
-        start, row, z = ops.encode(W_enc, b_enc, context.x, blocks, context.max_row_norm)
-        by_row = ops.by_row(start, row, len(context.x))
-        recon, sp = ops.decode(W_dec, recon.contiguous(), z, *by_row, unit)
-        fired = start.diff() > 0
-        context.stats.append(BankStats(fired, recon.new_tensor(float(row.numel()))))
+        perp = context.perp
+        entries = find_entries(W_enc, b_enc, threshold, context)
+        by_row = RowEntries(*ops.by_row(entries, len(context.x)))
+        recon, sp = ops.decode(W_dec, recon.contiguous(), entries.z, by_row, decoder_norm == "unit")
+        per_slot = entries.start.diff()
+        context.stats.append(BankStats(per_slot > 0, recon.new_tensor(float(entries.z.numel()))))
         value = recon.new_zeros(())
-        moments, known = None, z.new_zeros(0)
-        pairs = None if context.perp is None else context.perp.pairs
-        if context.perp is not None and pairs is not None and pairs.cheaper(start.diff()):
-            value, known = _by_pairs(start, row, z, by_row, context.perp, pairs)
-        elif context.perp is not None:
-            columns, place = _columns(fired, context.perp)
-            packed = _moments(start, row, z, columns, context.perp)
-            mean, inv_norm = column_scale(packed[:, 0], packed[:, 1], context.perp.rows)
-            moments = (columns, place, mean, inv_norm)
-            value = _add_concept_gradient(context.perp, by_row, z, place, mean, inv_norm, packed)
+        ctx.columns = ctx.slopes = None
+        if perp is not None and perp.pairs is not None and perp.pairs.cheaper(per_slot):
+            value, ctx.slopes = _by_pairs(entries, by_row, perp, perp.pairs)
+        elif perp is not None:
+            value, ctx.columns = _by_columns(entries, by_row, perp)
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries = start, row, z, moments, known
-        ctx.context, ctx.decoder_norm = context, decoder_norm
+        ctx.entries, ctx.context, ctx.decoder_norm = entries, context, decoder_norm
         return recon, recon.new_tensor(sp), value
 
     @staticmethod
     def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
         context: StepContext = ctx.context
         W_enc, b_enc, W_dec = ctx.saved_tensors
-        start, row, z, moments, known = ctx.entries
-        none = W_dec.new_zeros(0, 0)
-        place, mean, inv_norm = start, none, none
-        concept = packed = none
-        if context.perp is not None and moments is not None:
-            columns, place, mean, inv_norm = moments
-            concept = context.perp.concept.contiguous()
-            # Again: kept for all banks, the correlations would be the R x S block that nobody may hold.
-            packed = _moments(start, row, z, columns, context.perp)
-        grads = [ops.buffer(W_enc.shape), torch.empty_like(b_enc), ops.buffer(W_dec.shape)]
-        unit = ctx.decoder_norm == "unit"
-        entries = (W_dec, context.x, g_recon.contiguous(), start, row, z)
-        squares = ops.backward(
-            *entries, float(g_sp), unit, float(g_perp), concept, packed, mean, inv_norm, place, known, *grads
+        columns: Columns | None = ctx.columns
+        correlation: tuple[Tensor, ...] = ()
+        if context.perp is not None and columns is not None:
+            # Again: kept for all banks, the sums would be the R x S block that nobody may hold.
+            sums = _column_sums(ctx.entries, columns.slots, context.perp)
+            correlation = (context.perp.concept.contiguous(), columns.place, columns.mean, columns.inv_norm, sums)
+        grad_enc, grad_b, grad_dec = gradient_buffer(W_enc), torch.empty_like(b_enc), gradient_buffer(W_dec)
+        enc_square, dec_square = ops.backward(
+            W_dec,
+            context.x,
+            g_recon.contiguous(),
+            ctx.entries,
+            float(g_sp),
+            ctx.decoder_norm == "unit",
+            float(g_perp),
+            correlation,
+            ctx.slopes,
+            (grad_enc, grad_b, grad_dec),
         )
-        ops.note_square(grads[0], squares[0])
-        ops.note_square(grads[2], squares[1])
-        return *grads, g_recon, None, None
+        note_square(grad_enc, enc_square)
+        note_square(grad_dec, dec_square)
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
 
 
 def in_blocks(x: Tensor) -> Tensor:
-    """Rows [B, D] of fp32, bf16 or int16 as `encode` multiplies with them: [blocks, words, rows of a block], a word one number of fp32, or two others."""
+    """Rows [B, D] of fp32, bf16 or int16 as `encode` multiplies with them.
+
+    [blocks, words, rows of a block], where a word is one number of fp32, or two of the others.
+    """
     rows, narrow = BLOCK_ROWS[x.dtype], x.element_size() == 2
     count = -(-len(x) // rows)
     words = F.pad(x, (0, x.shape[1] % 2 if narrow else 0, 0, count * rows - len(x)))
@@ -87,55 +132,46 @@ def in_blocks(x: Tensor) -> Tensor:
     return blocks.clone(memory_format=torch.contiguous_format).view(x.dtype)
 
 
-def in_int16(x: Tensor, reach: float) -> Tensor:
-    """Rows [B, D] of norm at most `reach` as int16 numbers; trainer/kernels/product.h says why in this scale."""
-    return (x * (ops.short_norm() / reach if reach > 0 else 0.0)).round().to(torch.int16)
+def in_int16(x: Tensor, max_row_norm: float) -> Tensor:
+    """Rows [B, D] of at most this norm as int16 numbers; trainer/kernels/product.h says why in this scale."""
+    return (x * (ops.int16_norm() / max_row_norm if max_row_norm > 0 else 0.0)).round().to(torch.int16)
 
 
-def _operand(context: StepContext) -> Tensor:
-    """The rows in the arithmetic of the encoder product: bf16 where the run and the CPU have it, else the faster of int16 and fp32."""
-    if context.x_bf16 is not None and ops.low_products():
-        return context.x_bf16
-    return in_int16(context.x, context.max_row_norm) if ops.short_products() else context.x
+def _operand_blocks(context: StepContext) -> Tensor:
+    """The rows in the arithmetic of the encoder product.
+
+    It is bf16 where the run and the CPU have it, else the faster of int16 and fp32.
+    """
+    if context.x_bf16 is not None and ops.bf16_products():
+        return in_blocks(context.x_bf16)
+    return in_blocks(in_int16(context.x, context.max_row_norm) if ops.int16_products() else context.x)
 
 
-def _columns(fired: Tensor, perp: Orthogonality) -> tuple[Tensor, Tensor]:
-    """Slots [m] active on some data rank, and the place [n] of each slot among them."""
-    anywhere = perp.reduce(fired.float()) > 0
-    return anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
-
-
-def _moments(start: Tensor, row: Tensor, z: Tensor, columns: Tensor, perp: Orthogonality) -> Tensor:
-    """[m, R + 2]: sums of z, z^2 and concept^T z of the columns, over the global batch; one reduction."""
+def _column_sums(entries: Entries, slots: Tensor, perp: Orthogonality) -> Tensor:
+    """[m, R + 2]: sums of z, z^2 and concept^T z of the given slots [m], over the global batch; one reduction."""
     # Room for all slots of the bank, so that every bank of this size finds the same buffer again.
-    out = ops.buffer([start.numel() - 1, perp.concept.shape[1] + 2])[: columns.numel()]
-    ops.moments(start, row, z, perp.concept.contiguous(), columns, out)
+    out = ops.buffer([len(entries.start) - 1, perp.concept.shape[1] + 2])[: len(slots)]
+    ops.column_sums(entries, perp.concept.contiguous(), slots, out)
     return perp.reduce(out)
 
 
-def _by_pairs(
-    start: Tensor, row: Tensor, z: Tensor, by_row: tuple[Tensor, ...], perp: Orthogonality, pairs: RowPairs
-) -> tuple[Tensor, Tensor]:
-    """This bank's part of perp, and its gradient [E] with respect to z; adds to `pairs.shared`."""
-    sums = z.new_empty(start.numel() - 1, 2)
-    ops.moments(start, row, z, z.new_empty(len(pairs.gram), 0), torch.arange(len(sums)), sums)
+def _by_columns(entries: Entries, by_row: RowEntries, perp: Orthogonality) -> tuple[Tensor, Columns]:
+    """This bank's part of perp, by the correlations of its columns; adds to `perp.grad_concept`."""
+    anywhere = perp.reduce((entries.start.diff() > 0).float()) > 0
+    slots, place = anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
+    sums = _column_sums(entries, slots, perp)
     mean, inv_norm = column_scale(sums[:, 0], sums[:, 1], perp.rows)
-    products = ops.pair_products(start, row, z, *by_row, inv_norm, pairs.gram, pairs.shared)
-    return z.new_tensor(ops.pair_slopes(start, z, mean, inv_norm, products)), products
+    q, shift = ops.weigh(sums, mean, inv_norm)
+    concept = perp.concept.contiguous()
+    ops.add_concept_gradient(by_row, entries.z, place, sums, shift, q, concept, perp.inv_norm, perp.grad_concept)
+    return q.sum(), Columns(slots, place, mean, inv_norm)
 
 
-def _add_concept_gradient(
-    perp: Orthogonality,
-    by_row: tuple[Tensor, ...],
-    z: Tensor,
-    place: Tensor,
-    mean: Tensor,
-    inv_norm: Tensor,
-    packed: Tensor,
-) -> Tensor:
-    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; uses up `packed`; returns this bank's part of perp."""
-    q, shift = ops.weigh(packed, mean, inv_norm)
-    ops.add_concept_gradient(
-        *by_row, z, place, packed, shift, q, perp.concept.contiguous(), perp.inv_norm, perp.grad_concept
-    )
-    return q.sum()
+def _by_pairs(entries: Entries, by_row: RowEntries, perp: Orthogonality, pairs: RowPairs) -> tuple[Tensor, Tensor]:
+    """This bank's part of perp, and its gradient [E] with respect to z; adds to `pairs.shared`."""
+    z = entries.z
+    sums = z.new_empty(len(entries.start) - 1, 2)
+    ops.column_sums(entries, z.new_empty(len(pairs.gram), 0), torch.arange(len(sums)), sums)
+    mean, inv_norm = column_scale(sums[:, 0], sums[:, 1], perp.rows)
+    products = ops.pair_products(entries, by_row, inv_norm, pairs.gram, pairs.shared)
+    return z.new_tensor(ops.pair_slopes(entries, mean, inv_norm, products)), products

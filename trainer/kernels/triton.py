@@ -1,7 +1,8 @@
-"""The sparse kernel for CUDA in Triton: a fused encoder (product, bias, ReLU, compaction) and two kernels on the active entries.
+"""The sparse kernel for CUDA in Triton: a fused encoder (product, bias, gate, compaction) and two kernels on entries.
 
-The step is that of trainer/kernels/sparse.py. Entries are kept slot by slot: those of slot j are start[j] .. start[j + 1], each with its row
-and z > 0. Runs on CPU under TRITON_INTERPRET=1, which is how the tests run it.
+The step is that of trainer/kernels/sparse.py. Entries are kept slot by slot: those of slot j are start[j] ..
+start[j + 1], each with its row and its pre-activation z above the threshold of the slot. Runs on CPU under
+TRITON_INTERPRET=1, which is how the tests run it.
 
 Shapes: B rows, D width, R concepts, n slots of the bank, E active entries.
 """
@@ -18,23 +19,26 @@ from trainer.dictionary import BankWeights
 from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 
 FIRST_CAPACITY = 1 / 16  # share of entries that the first attempt makes room for
+TILE, TILE_WIDTH = tl.constexpr(64), tl.constexpr(32)  # rows and slots of a tile of the product, and numbers of a step
 
 
 def triton_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    return _Triton.apply(weights.W_enc, weights.b_enc, weights.W_dec, recon, context, weights.decoder_norm)
+    W_enc, b_enc, W_dec, threshold, decoder_norm = weights
+    return _Triton.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm)
 
 
 @triton.jit
-def _encode(
-    x, W, bias, found_row, found_slot, count, B, n, D, capacity, BB: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
-):
-    """Candidates of one tile of x W^T + bias: entries that the product does not put below 0, in no order."""
-    rows = tl.program_id(1) * BB + tl.arange(0, BB)
-    slots = tl.program_id(0) * BN + tl.arange(0, BN)
-    width = tl.arange(0, BD)
-    total = tl.zeros((BB, BN), dtype=tl.float32)
-    for d in range(0, D, BD):
+def _encode(x, W, bias, found, B, n, D, capacity):
+    """Candidates of one tile of x W^T + bias: entries that the product does not put below 0, in no order.
+
+    found [1 + capacity] int64: their number, which may be above `capacity`, and slot * B + row of those that have room.
+    """
+    rows = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    slots = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    width = tl.arange(0, TILE_WIDTH)
+    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for d in range(0, D, TILE_WIDTH):
         inside = (d + width) < D
         a = tl.load(
             x + rows[:, None].to(tl.int64) * D + d + width[None, :],
@@ -50,15 +54,11 @@ def _encode(
     pre = total + tl.load(bias + slots, mask=slots < n, other=0.0)[None, :]
     # Not "above 0": what is not a number has to reach the loss.
     active = tl.where(pre <= 0, 0, 1) * ((rows[:, None] < B) & (slots[None, :] < n)).to(tl.int32)
-    flat = tl.reshape(active, (BB * BN,))
-    here = tl.sum(flat, axis=0)
-    base = tl.atomic_add(count, here)
+    flat = tl.reshape(active, (TILE * TILE,))
+    base = tl.atomic_add(found, tl.sum(flat, axis=0).to(tl.int64))
     place = base + tl.cumsum(flat, axis=0) - 1
-    keep = (flat > 0) & (place < capacity)
-    row_of = tl.reshape(rows[:, None] + tl.zeros((BB, BN), dtype=tl.int32), (BB * BN,))
-    slot_of = tl.reshape(slots[None, :] + tl.zeros((BB, BN), dtype=tl.int32), (BB * BN,))
-    tl.store(found_row + place, row_of, mask=keep)
-    tl.store(found_slot + place, slot_of, mask=keep)
+    key = tl.reshape(slots[None, :].to(tl.int64) * B + rows[:, None], (TILE * TILE,))
+    tl.store(found + 1 + place, key, mask=(flat > 0) & (place < capacity))
 
 
 @triton.jit
@@ -125,32 +125,15 @@ class Entries:
     row_start: Tensor  # [B + 1]
 
     @classmethod
-    def find(cls, W_enc: Tensor, b_enc: Tensor, context: StepContext) -> "Entries":
-        """Candidates from the product, pre-activations again in fp32, what is above 0 kept."""
-        operand, (n, D), B = context.operand, W_enc.shape, len(context.x)
-        weights = W_enc.to(operand.dtype).contiguous()
-        capacity = max(256, int(B * n * FIRST_CAPACITY))
-        block = {"BB": 64, "BN": 64, "BD": 32}
-        grid = (triton.cdiv(n, 64), triton.cdiv(B, 64))
-        # A product off by its arithmetic's rounding must not lose an entry; the margin is that of encode.cpp.
-        error = 2.0**-8 if operand.dtype == torch.bfloat16 else 2.0**-18
-        lenient = b_enc + error * (b_enc.abs() + 2 * context.max_row_norm * W_enc.norm(dim=1) / D**0.5)
-        while B:
-            row, slot = (torch.empty(capacity, dtype=torch.int32, device=W_enc.device) for _ in range(2))
-            count = torch.zeros(1, dtype=torch.int32, device=W_enc.device)
-            _encode[grid](operand.contiguous(), weights, lenient, row, slot, count, B, n, D, capacity, **block)
-            found = int(count)
-            if found <= capacity:
-                break
-            capacity = found
-        else:
-            row = slot = torch.empty(0, dtype=torch.int32, device=W_enc.device)
-            found = 0
-        # Atomics hand out places in no order; sorting makes a step reproducible.
-        key = torch.sort(slot[:found].long() * max(B, 1) + row[:found]).values
+    def find(cls, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext) -> "Entries":
+        """Candidates from the product, pre-activations again in fp32, what is above threshold [n] (None: 0) kept."""
+        n, B = len(W_enc), len(context.x)
+        theta = torch.zeros_like(b_enc) if threshold is None else threshold
+        # Sorted, since atomics hand out places in no order and a step has to be reproducible.
+        key = torch.sort(_candidates(W_enc, b_enc, theta, context)).values
         slot, row = key // max(B, 1), key % max(B, 1)
         pre = entry_dot(W_enc, context.x, slot, row) + b_enc[slot]
-        keep = ~(pre <= 0)
+        keep = ~(pre <= theta[slot])
         slot, row, z = slot[keep], row[keep], pre[keep]
         by_row = torch.sort(row, stable=True).indices
         return cls(_starts(slot, n), row, slot, z, by_row, _starts(row, B))
@@ -158,6 +141,28 @@ class Entries:
     def over_rows(self, source: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """[B, D]: for every row the sum of weight[e] source[index[e]] over its entries."""
         return segment_sum(source, self.row_start, index[self.by_row], weight[self.by_row])
+
+
+def _candidates(W_enc: Tensor, b_enc: Tensor, theta: Tensor, context: StepContext) -> Tensor:
+    """slot * B + row of the entries that the product does not rule out, in no order."""
+    operand, (n, D), B = context.operand, W_enc.shape, len(context.x)
+    if not B:
+        return torch.empty(0, dtype=torch.int64, device=W_enc.device)
+    weights = W_enc.to(operand.dtype).contiguous()
+    # A product off by its arithmetic's rounding must not lose an entry; the margin is that of product.h.
+    error = 2.0**-8 if operand.dtype == torch.bfloat16 else 2.0**-18
+    spread = 2 * context.max_row_norm * W_enc.norm(dim=1) / D**0.5
+    lenient = b_enc - theta + error * (b_enc.abs() + theta.abs() + spread)
+    capacity = max(256, int(B * n * FIRST_CAPACITY))
+    grid = (triton.cdiv(n, TILE.value), triton.cdiv(B, TILE.value))
+    while True:
+        found = torch.empty(1 + capacity, dtype=torch.int64, device=W_enc.device)
+        found[0] = 0
+        _encode[grid](operand.contiguous(), weights, lenient, found, B, n, D, capacity)
+        count = int(found[0])
+        if count <= capacity:
+            return found[1 : 1 + count]
+        capacity = count
 
 
 def _starts(index: Tensor, size: int) -> Tensor:
@@ -168,19 +173,26 @@ def _starts(index: Tensor, size: int) -> Tensor:
 class _Triton(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, recon: Tensor, context: StepContext, decoder_norm: str
+        ctx: Any,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        threshold: Tensor | None,
+        recon: Tensor,
+        context: StepContext,
+        decoder_norm: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        entries = Entries.find(W_enc, b_enc, context)
+        entries = Entries.find(W_enc, b_enc, threshold, context)
         norm = W_dec.norm(dim=1)
-        unit = decoder_norm == "unit"
-        used = entries.z / norm.clamp_min(1e-12)[entries.slot] if unit else entries.z
+        unit_rows = decoder_norm == "unit"
+        used = entries.z / norm.clamp_min(1e-12)[entries.slot] if unit_rows else entries.z
         out = recon + entries.over_rows(W_dec, entries.slot, used)
-        sp = entries.z.sum() if unit else (entries.z * norm[entries.slot]).sum()
+        sp = entries.z.sum() if unit_rows else (entries.z * norm[entries.slot]).sum()
         context.stats.append(BankStats(entries.start.diff() > 0, recon.new_tensor(float(entries.z.numel()))))
         value = recon.new_zeros(())
         ctx.scales = None
         if context.perp is not None:
-            total, square, cross = _moments(entries, context.perp)
+            total, square, cross = _column_sums(entries, context.perp)
             mean, inv_norm = column_scale(total, square, context.perp.rows)
             value = _add_concept_gradient(context.perp, entries, mean, inv_norm, cross * inv_norm[:, None])
             ctx.scales = mean, inv_norm
@@ -193,13 +205,13 @@ class _Triton(torch.autograd.Function):
         _, _, W_dec = ctx.saved_tensors
         context: StepContext = ctx.context
         e: Entries = ctx.entries
-        unit = ctx.decoder_norm == "unit"
+        unit_rows = ctx.decoder_norm == "unit"
         norm = W_dec.norm(dim=1).clamp_min(1e-12)
         slope = entry_dot(g_recon, W_dec, e.row, e.slot)
-        slope = slope / norm[e.slot] + g_sp if unit else slope + g_sp * norm[e.slot]
+        slope = slope / norm[e.slot] + g_sp if unit_rows else slope + g_sp * norm[e.slot]
         if context.perp is not None:
             mean, inv_norm = ctx.scales
-            corr = _moments(e, context.perp)[2] * inv_norm[:, None]
+            corr = _column_sums(e, context.perp)[2] * inv_norm[:, None]
             own = (e.z - mean[e.slot]) * (inv_norm * corr.square().sum(dim=1))[e.slot]
             across = entry_dot(context.perp.concept, corr, e.row, e.slot)
             slope = slope + g_perp * 2 * inv_norm[e.slot] * (across - own)
@@ -207,16 +219,16 @@ class _Triton(torch.autograd.Function):
         ones = slope.new_ones(len(context.x), 1)
         grad_b = segment_sum(ones, e.start, e.row, slope)[:, 0]
         grad_dec = segment_sum(g_recon, e.start, e.row, e.z)
-        if unit:  # gradient of a row divided by its norm: what is orthogonal to the row
+        if unit_rows:  # gradient of a row divided by its norm: what is orthogonal to the row
             decoder = W_dec / norm[:, None]
             grad_dec = (grad_dec - (grad_dec * decoder).sum(dim=1, keepdim=True) * decoder) / norm[:, None]
         else:
             total = segment_sum(ones, e.start, e.row, e.z)[:, 0]
             grad_dec += (g_sp * total / norm)[:, None] * W_dec
-        return grad_enc, grad_b, grad_dec, g_recon, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
 
 
-def _moments(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tensor]:
+def _column_sums(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of z [n] and z^2 [n], and concept^T z [n, R], over the global batch; one reduction."""
     concept = torch.cat([perp.concept, torch.ones_like(perp.concept[:, :1])], dim=1)
     first = segment_sum(concept, e.start, e.row, e.z)
