@@ -23,6 +23,8 @@ def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="d
     with torch.no_grad():
         for parameter in dictionary.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        for bank in dictionary.free_banks():  # slots that count whole, in part, and not at all
+            bank.dependence.uniform_(0.0, 2 * losses.DEPENDENT)
     return AlignObjective(dictionary, Topology(), bind_on=bind_on, kernel=kernel, precision=precision)
 
 
@@ -42,6 +44,7 @@ def oracle(objective, batch, weights, align):
         torch.cat([bank.b_enc for bank in banks]),
         torch.cat([bank.W_dec for bank in banks]),
         decoder_norm=d.form.decoder_norm,
+        perp_weight=torch.cat([losses.perp_weight(bank.dependence) for bank in d.free_banks()]),
     )
     plain = losses.PlainDictionary(free, d.concepts.weights(), d.output.b_dec, d.value_head)
     x = d.normalise(batch.acts)
@@ -63,9 +66,12 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     expected, terms = oracle(objective, batch, weights, align)
     parameters = dict(objective.named_parameters())
     grads = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
+    before = [bank.dependence.clone() for bank in objective.dictionary.free_banks()]
     loss, sums = objective(batch, weights, align, step=1)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    dependence = [bank.dependence for bank in objective.dictionary.free_banks()]
+    assert all(torch.equal(a, b) for a, b in zip(before, dependence, strict=True)) == (not align or not R or B < 2)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
         assert parameter.grad is not None, name
         torch.testing.assert_close(
@@ -86,7 +92,7 @@ BF16_GRADIENT = {
     "sparse": {"banks.W_enc": 8e-3, "banks.b_enc": 5e-3, "banks.W_dec": 5e-3},
 }
 BF16_SHARED = {"concepts.W_enc": 0.065, "concepts.b_enc": 0.02, "concepts.W_dec": 6e-3, "output.b_dec": 5e-3}
-BF16_VALUE_HEAD = 0.035
+BF16_VALUE_HEAD = 0.07
 
 
 def bf16_tolerance(kernel: str, name: str) -> float:

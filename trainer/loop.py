@@ -120,8 +120,10 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
     if not bool(rows.valid.all()):
         keep = moved.valid
         acts, concept, answer = acts[keep], concept[keep], answer[keep]
-    counts = torch.stack([torch.ones_like(concept).sum(), (concept >= 0).sum(), (answer >= 0).sum()]).float()
-    return MicroBatch(acts, concept, answer, topology.sum_over_data(counts))
+    parts = [len(part) for part in torch.tensor_split(concept, run.config.optim.accumulate)]
+    counts = torch.tensor([len(concept), int((concept >= 0).sum()), int((answer >= 0).sum()), *parts])
+    counts = topology.sum_over_data(counts.float().to(topology.device))
+    return MicroBatch(acts, concept, answer, counts[:3], part_rows=counts[3:])
 
 
 def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -> None:

@@ -96,6 +96,9 @@ class LossConfig(LossWeights):
     run."""
 
     bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
+    perp_on: str = (
+        "dependent"  # slots that the orthogonality term sees: dependent (on a concept) | all (the paper's letter)
+    )
     sp_warmup: int = 0  # steps from the start of the run over which the sparsity weight rises linearly from 0
 
     def validate(self) -> None:
@@ -103,6 +106,8 @@ class LossConfig(LossWeights):
         super().validate()
         if self.bind_on not in ("pre", "code"):
             raise UserError(f"loss.bind_on={self.bind_on!r} is unknown; use pre or code")
+        if self.perp_on not in ("dependent", "all"):
+            raise UserError(f"loss.perp_on={self.perp_on!r} is unknown; use dependent or all")
         if self.sp_warmup < 0:
             raise UserError(f"loss.sp_warmup={self.sp_warmup} must not be negative")
 
@@ -161,7 +166,7 @@ def plain_objective(
         x_hat = x_hat + dictionary.concepts.decode(z_concept)
         if z_concept.shape[1]:
             means["bind"] = binding(pre if bind_on == "pre" else z_concept, concept)
-            means["perp"] = orthogonality(z_concept, z)
+            means["perp"] = orthogonality(z_concept, z, dictionary.free.perp_weight)
         if dictionary.value_head is not None:
             means["val"] = value(dictionary.value_head(z_concept), answer)
     means["rec"] = reconstruction(x, x_hat)
@@ -205,6 +210,38 @@ def inverse_norm(centred: Tensor, square: Tensor) -> Tensor:
     return torch.where(centred <= CONSTANT_SHARE * square, torch.zeros_like(centred), centred.clamp_min(1e-38).rsqrt())
 
 
-def orthogonality(z_concept: Tensor, z_rest: Tensor) -> Tensor:
-    """L_perp (AlignSAE): ||corr(z_concept, z_rest)||_F^2 over the rows given; [B, R] and [B, K]."""
-    return (standardise(z_concept).T @ standardise(z_rest)).square().sum()
+def orthogonality(z_concept: Tensor, z_rest: Tensor, weight: Tensor | None = None) -> Tensor:
+    """L_perp: ||corr(z_concept, z_rest)||_F^2 over the rows given, [B, R] and [B, K].
+
+    A free slot counts as often as weight [K] says (None: once each, which is AlignSAE's letter; see `perp_weight`).
+    """
+    squares = (standardise(z_concept).T @ standardise(z_rest)).square().sum(dim=0)
+    return squares.sum() if weight is None else (squares * weight).sum()
+
+
+# A slot that is independent of the concepts has a dependence of 1, whatever its frequency; it wanders by some hundredths,
+# and by more where concept slots themselves move. The term leaves a slot alone up to INDEPENDENT and counts it whole from
+# DEPENDENT on.
+INDEPENDENT, DEPENDENT = 3.0, 6.0
+DEPENDENCE_RATE = 0.01
+
+
+def followed_dependence(dependence: Tensor, squares: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
+    """Dependence [n] of free slots on the concepts after one more step.
+
+    A sum of R squared sample correlations is R / (G - 1) on average where a slot is independent, however often it is active
+    (and exactly so for any two columns under permutation of their rows); dependence is that sum over its expectation, averaged
+    over the steps in which the slot was active on some row.
+
+    Args:
+        dependence: [n], 1 at first.
+        squares: [n], of each slot the sum of its squared correlations with the concept slots; 0 for a constant one.
+        rows: G, a scalar. concepts: concept slots that are not constant, a scalar.
+    """
+    ratio = squares * (rows - 1) / concepts.clamp_min(1)
+    return torch.where(squares > 0, dependence + DEPENDENCE_RATE * (ratio - dependence), dependence)
+
+
+def perp_weight(dependence: Tensor) -> Tensor:
+    """How much slots of this dependence [n] count in the orthogonality term, from 0 to 1."""
+    return ((dependence - INDEPENDENT) / (DEPENDENT - INDEPENDENT)).clamp(0.0, 1.0)

@@ -14,9 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.dictionary import BankWeights, ConceptDictionary, apply_gate, bank_unit
-from trainer.kernels import KernelChoice, Orthogonality, RowPairs, StepContext
-from trainer.losses import COUNTS, TERMS, LossWeights, term_means, weighted
+from trainer.dictionary import BankWeights, ConceptDictionary, SlotBank, apply_gate, bank_unit
+from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
+from trainer.losses import (
+    COUNTS,
+    TERMS,
+    LossWeights,
+    followed_dependence,
+    perp_weight,
+    term_means,
+    weighted,
+)
 from trainer.topology import Topology
 
 # With fewer concepts their products cost nothing in fp32 (at 64, under 1% of a step), so that there is nothing to round
@@ -29,22 +37,26 @@ class MicroBatch:
     """The rows that one forward sees, and how many the global batch has.
 
     acts [B, D] raw activations; concept [B] and answer [B] int64, -1 = none;
-    counts [3] fp32: losses.COUNTS of the global batch (all ranks, all micro-batches).
+    counts [3] fp32: losses.COUNTS of the global batch (all ranks, all micro-batches);
+    rows: rows of this micro-batch on all data ranks, a scalar fp32, None where it is the whole batch;
+    part_rows [parts] fp32: the same of each of the slices that `split` makes, None where there is one.
     """
 
     acts: Tensor
     concept: Tensor
     answer: Tensor
     counts: Tensor
+    rows: Tensor | None = None
+    part_rows: Tensor | None = None
 
     def split(self, parts: int) -> Iterator["MicroBatch"]:
         """The rows in `parts` slices, with the counts of the whole batch: means do not depend on the slicing."""
-        if parts == 1:
+        if parts == 1 or self.part_rows is None:
             yield self
             return
         pieces = zip(*(torch.tensor_split(t, parts) for t in (self.acts, self.concept, self.answer)), strict=True)
-        for acts, concept, answer in pieces:
-            yield MicroBatch(acts, concept, answer, self.counts)
+        for (acts, concept, answer), rows in zip(pieces, self.part_rows, strict=True):
+            yield MicroBatch(acts, concept, answer, self.counts, rows)
 
 
 # Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the
@@ -59,7 +71,7 @@ class AlignObjective(nn.Module):
     Args:
         dictionary: weights; under dictionary parallelism it holds only this rank's free banks.
         topology: where this rank stands in the mesh.
-        bind_on: see LossConfig (weights come with each call, since they follow the curriculum).
+        bind_on, perp_on: see LossConfig (weights come with each call, since they follow the curriculum).
         kernel: auto, or the name of one kernel (trainer/kernels).
         precision: fp32, or bf16 for bf16 products on fp32 masters.
         kernels: kernel of each bank held here to go on with; None: those of a new dictionary.
@@ -71,13 +83,14 @@ class AlignObjective(nn.Module):
         topology: Topology,
         *,
         bind_on: str = "pre",
+        perp_on: str = "dependent",
         kernel: str = "auto",
         precision: str = "fp32",
         kernels: list[str] | None = None,
     ):
         super().__init__()
         self.dictionary = dictionary
-        self.bind_on = bind_on
+        self.bind_on, self.perp_on = bind_on, perp_on
         self.topology = topology
         sizes = [bank.slots for bank in dictionary.free_banks()]
         self.choice = KernelChoice(kernel, sizes, topology.device, kernels)
@@ -109,7 +122,8 @@ class AlignObjective(nn.Module):
         pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
-        orthogonality = self._orthogonality(z_concept.detach(), batch.counts[0].clamp_min(1)) if use_perp else None
+        rows = batch.counts[0] if batch.rows is None else batch.rows
+        orthogonality = self._orthogonality(z_concept.detach(), rows.clamp_min(1)) if use_perp else None
         context = StepContext(x, x_bf16, orthogonality)
         x_hat, sp, perp = self._visit_banks(context)
         self._note_activity(context, step)
@@ -164,15 +178,25 @@ class AlignObjective(nn.Module):
         x_hat = torch.zeros_like(context.x)
         sp = perp = x_hat.new_zeros(())
         for kernel, bank in zip(self.choice.kernels(), self.dictionary.free_banks(), strict=True):
-            x_hat, bank_sp, bank_perp = bank(kernel, x_hat, context)
+            x_hat, bank_sp, bank_perp = bank(self._counting(kernel, bank), x_hat, context)
             sp, perp = sp + bank_sp, perp + bank_perp
         return x_hat, sp, perp
+
+    def _counting(self, kernel: BankKernel, bank: SlotBank) -> BankKernel:
+        """The kernel, told how much the slots of a bank count in the orthogonality term."""
+        if self.perp_on == "all":
+            return kernel
+        counted = perp_weight(bank.dependence)
+        return lambda weights, *rest: kernel(weights._replace(perp_weight=counted), *rest)
 
     @torch.no_grad()
     def _note_activity(self, context: StepContext, step: int) -> None:
         """Which slots fired at this step, and the active entries that the next choice of kernels is made by."""
         for bank, stats in zip(self.dictionary.free_banks(), context.stats, strict=True):
             bank.last_fired.masked_fill_(stats.fired, step)
+            if context.perp is not None and stats.squares is not None:
+                concepts = (context.perp.inv_norm > 0).sum()
+                bank.dependence = followed_dependence(bank.dependence, stats.squares, context.perp.rows, concepts)
         if not self.choice.pinned:
             # Every data rank must choose alike, since kernels reduce over data ranks in backward too.
             active = torch.stack([stats.active for stats in context.stats])

@@ -187,6 +187,7 @@ def _revive_bank(
     state.weights["W_enc"][slots] = directions * (ENCODER_SHARE * norm)
     state.weights["b_enc"][slots] = biases
     state.weights["last_fired"][slots] = step  # a new slot gets its time to fire
+    state.weights["dependence"][slots] = 1.0
     _new_moments(state, slots, ~dead)
     strategy.write(unit, state)
 

@@ -25,11 +25,13 @@ class Case:
     z_concept: Tensor
     decoder_norm: str = "free"
     threshold: Tensor | None = None
+    perp_weight: Tensor | None = None
 
     def bank(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> BankWeights:
         """These weights with the threshold and the form of the case."""
         threshold = None if self.threshold is None else self.threshold.to(W_enc.dtype)
-        return BankWeights(W_enc, b_enc, W_dec, threshold, self.decoder_norm)
+        weight = None if self.perp_weight is None else self.perp_weight.to(W_enc.dtype)
+        return BankWeights(W_enc, b_enc, W_dec, threshold, self.decoder_norm, weight)
 
     def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         named = (self.W_enc, self.b_enc, self.W_dec, self.recon, self.z_concept)
@@ -63,6 +65,7 @@ def make_case(
         z_concept=torch.relu(torch.randn(rows, concepts, generator=g)),
         decoder_norm=decoder_norm,
         threshold=None if threshold is None else torch.empty(slots).uniform_(*threshold, generator=g),
+        perp_weight=torch.rand(slots, generator=g).mul(2).sub(0.5).clamp(0, 1),
     )
 
 
@@ -75,7 +78,7 @@ def by_oracle(case: Case) -> dict[str, Tensor]:
     z, decoder = apply_gate(pre, bank.threshold), bank.decoder()
     out = recon + z @ decoder
     sp = losses.sparsity(z, decoder) * len(case.x)
-    perp = losses.orthogonality(z_concept, z) if z_concept.shape[1] else z.new_zeros(())
+    perp = losses.orthogonality(z_concept, z, bank.perp_weight) if z_concept.shape[1] else z.new_zeros(())
     rec = losses.reconstruction(x, out) * len(case.x)
     (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * perp).backward()
     active = pre > (0 if bank.threshold is None else bank.threshold)
@@ -105,6 +108,8 @@ def by_kernel(
     if perp is not None:
         z_concept.grad = WEIGHTS[2] * perp.concept_gradient()
     figures = _figures(out, sp, value, [_grad(t) for t in leaves], context.stats[0].active)
+    if context.stats[0].squares is not None and case.perp_weight is not None:
+        torch.testing.assert_close((context.stats[0].squares * case.perp_weight).sum(), value)
     assert torch.equal(context.stats[0].fired, figures["grad b_enc"] != 0) or bf16 or not len(case.x)
     return figures
 

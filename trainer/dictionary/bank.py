@@ -24,6 +24,11 @@ class BankWeights(NamedTuple):
     W_dec: Tensor
     threshold: Tensor | None = None
     decoder_norm: str = "free"
+    perp_weight: Tensor | None = None
+
+    def counted(self) -> Tensor:
+        """How much each slot counts in the orthogonality term, [n] fp32 from 0 to 1."""
+        return torch.ones_like(self.b_enc) if self.perp_weight is None else self.perp_weight
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """x W_enc^T + b_enc [B, n] fp32; the product is in the dtype of x [B, D]."""
@@ -48,7 +53,8 @@ class BankWeights(NamedTuple):
 class SlotBank(nn.Module):
     """n slots that directly own their weights, so that ZeRO-3 gathers and releases them together.
 
-    W_enc [n, D], b_enc [n], W_dec [n, D], fp32. `last_fired` [n] int64 is the last step at which a slot was active.
+    W_enc [n, D], b_enc [n], W_dec [n, D], fp32. `last_fired` [n] int64 is the last step at which a slot was active,
+    `dependence` [n] fp32 how much it depends on the concepts (losses.followed_dependence).
 
     Args:
         slots: n.
@@ -61,6 +67,7 @@ class SlotBank(nn.Module):
     """
 
     last_fired: Tensor
+    dependence: Tensor
 
     def __init__(
         self,
@@ -89,6 +96,7 @@ class SlotBank(nn.Module):
         for name, value in self.gate.buffers(slots, width).items():
             self.register_buffer(name, value)
         self.register_buffer("last_fired", torch.zeros(slots, dtype=torch.int64))
+        self.register_buffer("dependence", torch.ones(slots))
 
     @property
     def slots(self) -> int:

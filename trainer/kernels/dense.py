@@ -20,8 +20,8 @@ CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 16 MiB in fp32
 
 def dense_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank by dense products; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm = weights
-    return _Dense.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm)
+    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
+    return _Dense.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
 
 
 @dataclass
@@ -106,6 +106,7 @@ class _Dense(torch.autograd.Function):
         recon: Tensor,
         context: StepContext,
         decoder_norm: str,
+        counted: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = context.operand
         encoder = Encoder(W_enc, b_enc, threshold)
@@ -130,16 +131,18 @@ class _Dense(torch.autograd.Function):
                 square[c] = z.float().square().sum(dim=0)
                 cross[:, c] = perp.concept.T @ z.float()
                 kept.append(z)
-        context.stats.append(BankStats(torch.cat(fired), active))
+        stats = BankStats(torch.cat(fired), active)
+        context.stats.append(stats)
         sp = (total * norm).sum() if decoder_norm == "free" else total.sum()
         value = total.new_zeros(())
         if perp is not None:
             correlation = Correlation.reduce(total, square, cross, perp)
-            value = correlation.corr.square().sum()
+            stats.squares = correlation.corr.square().sum(dim=0)
+            value = (stats.squares * counted).sum()
             for c, z in zip(chunks, kept, strict=True):
-                _add_concept_gradient(perp, correlation, c, z)
+                _add_concept_gradient(perp, correlation, c, z, counted)
         ctx.save_for_backward(W_enc, b_enc, W_dec, threshold)
-        ctx.context, ctx.decoder_norm = context, decoder_norm
+        ctx.context, ctx.decoder_norm, ctx.counted = context, decoder_norm, counted
         return recon, sp, value
 
     @staticmethod
@@ -161,7 +164,7 @@ class _Dense(torch.autograd.Function):
             grad = (g_operand @ decoder.to(x.dtype).T).float()
             grad += g_sp * norm[c] if ctx.decoder_norm == "free" else g_sp
             if perp is not None and correlation is not None:
-                grad += g_perp * _slot_gradient(perp, correlation, c, z)
+                grad += g_perp * ctx.counted[c] * _slot_gradient(perp, correlation, c, z)
             code.mask_(grad)
             _product(grad_enc[c], grad.to(x.dtype).T, x)
             grad_b[c] = grad.sum(dim=0)
@@ -174,7 +177,7 @@ class _Dense(torch.autograd.Function):
                 along = (row_gradient * decoder).sum(dim=1, keepdim=True)
                 row_gradient = (row_gradient - along * decoder) / norm[c].clamp_min(1e-12)[:, None]
             grad_dec[c] = row_gradient
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
 
 
 def _decoder(W_dec: Tensor, norm: Tensor, decoder_norm: str) -> Tensor:
@@ -192,11 +195,11 @@ def _correlation_again(x: Tensor, encoder: Encoder, perp: Orthogonality, chunks:
     return Correlation.reduce(torch.cat(total), torch.cat(square), torch.cat(cross, dim=1), perp)
 
 
-def _add_concept_gradient(perp: Orthogonality, correlation: Correlation, c: slice, z: Tensor) -> None:
-    """grad_concept += 2/nu_i ( sum_j C_ij (z_bj - mu_j)/n_j - a_bi q_i ) over the slots of one chunk."""
-    weighted = correlation.corr[:, c] * correlation.inv_norm[c]  # [R, n]
+def _add_concept_gradient(perp: Orthogonality, correlation: Correlation, c: slice, z: Tensor, counted: Tensor) -> None:
+    """grad_concept += 2/nu_i ( sum_j w_j C_ij (z_bj - mu_j)/n_j - a_bi q_i ) over the slots of one chunk."""
+    weighted = correlation.corr[:, c] * (correlation.inv_norm[c] * counted[c])  # [R, n]
     part = z.float() @ weighted.T - weighted @ correlation.mean[c]
-    part -= perp.concept * correlation.corr[:, c].square().sum(dim=1)
+    part -= perp.concept * (correlation.corr[:, c].square() @ counted[c])
     perp.grad_concept.add_(part * perp.inv_norm, alpha=2.0)
 
 

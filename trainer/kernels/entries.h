@@ -55,18 +55,20 @@ struct Correlation {
   const int64_t* place = nullptr;   // [n]: the column of each slot
   const float* mean = nullptr;      // [m]
   const float* inv_norm = nullptr;  // [m]
+  const float* weight = nullptr;    // [m]: how much each column counts
   const float* sums = nullptr;      // [m, R + 2]: global sums of z, z^2 and code^T z
 
-  // Of nothing, or of (code, place, mean, inv_norm, sums).
+  // Of nothing, or of (code, place, mean, inv_norm, weight, sums).
   explicit Correlation(at::TensorList parts) {
     if (parts.empty()) return;
-    TORCH_CHECK(parts.size() == 5, "a correlation is code, place, mean, inv_norm and sums");
+    TORCH_CHECK(parts.size() == 6, "a correlation is code, place, mean, inv_norm, weight and sums");
     concepts = parts[0].size(1);
     code = parts[0].const_data_ptr<float>();
     place = parts[1].const_data_ptr<int64_t>();
     mean = parts[2].const_data_ptr<float>();
     inv_norm = parts[3].const_data_ptr<float>();
-    sums = parts[4].const_data_ptr<float>();
+    weight = parts[4].const_data_ptr<float>();
+    sums = parts[5].const_data_ptr<float>();
   }
 };
 

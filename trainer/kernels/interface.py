@@ -5,8 +5,8 @@ A kernel computes one bank of free slots: `recon, sp, perp = kernel(weights, rec
 - recon + z W_dec [B, D], where z is the bank's code and W_dec its decoder rows as they are used, out of place (the
   banks form one autograd chain);
 - sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj;
-- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch (0
-  without `context.perp`).
+- perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch, each
+  slot counted as often as `weights.counted()` says (0 without `context.perp`).
 All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients
 of perp flow to the concept code through `Orthogonality.grad_concept`, which a kernel adds to in its forward pass.
 
@@ -67,10 +67,15 @@ class Orthogonality:
 
 @dataclass
 class BankStats:
-    """What a kernel reports about its bank, without gradient: slots active on some row, and active entries in all."""
+    """What a kernel reports about its bank, without gradient.
 
-    fired: Tensor  # [n] bool
-    active: Tensor  # scalar, fp32
+    fired [n] bool: slots active on some row. active, a scalar fp32: active entries in all. squares [n] fp32: of each
+    slot, the sum of its squared correlations with the concept slots, whatever it counts; None without `context.perp`.
+    """
+
+    fired: Tensor
+    active: Tensor
+    squares: Tensor | None = None
 
 
 @dataclass

@@ -65,17 +65,18 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
 struct ColumnSlope {
   const float* column;  // C' [R]
   int64_t concepts;
-  float inv_norm, mean, q;
+  float inv_norm, mean, weight, q;
 
   ColumnSlope(const Correlation& all, int64_t slot) : concepts(all.concepts) {
     const int64_t place = all.place[slot];
     column = all.sums + place * (concepts + 2) + 2;
     inv_norm = all.inv_norm[place];
     mean = all.mean[place];
+    weight = all.weight[place];
     q = dot(column, column, concepts) * inv_norm * inv_norm;
   }
 
-  // The bracket; 2/n_j^2 is left to the caller, who has it in double.
+  // The bracket; 2 w_j/n_j^2 is left to the caller, who has it in double.
   float at(const float* code, float z) const { return dot(code, column, concepts) - (z - mean) * q; }
 };
 
@@ -96,7 +97,7 @@ struct Backward {
     float sum = dot(g_recon + b * D, decoder, D) * (unit_rows ? inverse : 1) + g_sp * (unit_rows ? 1 : norm);
     if (column) {
       const float scale = column->inv_norm;
-      sum += g_perp * 2 * scale * scale * column->at(correlation.code + b * correlation.concepts, entries.z[e]);
+      sum += g_perp * 2 * column->weight * scale * scale * column->at(correlation.code + b * correlation.concepts, entries.z[e]);
     }
     if (slopes) sum += g_perp * slopes[e];
     return sum;

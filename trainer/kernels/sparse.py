@@ -25,8 +25,8 @@ BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm = weights
-    return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm)
+    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
+    return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
 
 
 class Entries(NamedTuple):
@@ -52,6 +52,7 @@ class Columns(NamedTuple):
     place: Tensor  # [n] int64, the column of each slot
     mean: Tensor  # [m] fp32
     inv_norm: Tensor  # [m] fp32, 0 for a constant column
+    weight: Tensor  # [m] fp32, how much each counts
 
 
 def find_entries(W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext) -> Entries:
@@ -73,19 +74,23 @@ class _Sparse(torch.autograd.Function):
         recon: Tensor,
         context: StepContext,
         decoder_norm: str,
+        counted: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         perp = context.perp
         entries = find_entries(W_enc, b_enc, threshold, context)
         by_row = RowEntries(*ops.by_row(entries, len(context.x)))
         recon, sp = ops.decode(W_dec, recon.contiguous(), entries.z, by_row, decoder_norm == "unit")
         per_slot = entries.start.diff()
-        context.stats.append(BankStats(per_slot > 0, recon.new_tensor(float(entries.z.numel()))))
+        stats = BankStats(per_slot > 0, recon.new_tensor(float(entries.z.numel())))
+        context.stats.append(stats)
         value = recon.new_zeros(())
         ctx.columns = ctx.slopes = None
         if perp is not None and perp.pairs is not None and perp.pairs.cheaper(per_slot):
-            value, ctx.slopes = _by_pairs(entries, by_row, perp, perp.pairs)
+            stats.squares, ctx.slopes = _by_pairs(entries, by_row, perp, perp.pairs, counted)
         elif perp is not None:
-            value, ctx.columns = _by_columns(entries, by_row, perp)
+            stats.squares, ctx.columns = _by_columns(entries, by_row, perp, counted)
+        if stats.squares is not None:
+            value = (stats.squares * counted).sum()
         ctx.save_for_backward(W_enc, b_enc, W_dec)
         ctx.entries, ctx.context, ctx.decoder_norm = entries, context, decoder_norm
         return recon, recon.new_tensor(sp), value
@@ -99,7 +104,7 @@ class _Sparse(torch.autograd.Function):
         if context.perp is not None and columns is not None:
             # Again: kept for all banks, the sums would be the R x S block that nobody may hold.
             sums = _column_sums(ctx.entries, columns.slots, context.perp)
-            correlation = (context.perp.concept.contiguous(), columns.place, columns.mean, columns.inv_norm, sums)
+            correlation = (context.perp.concept.contiguous(), *columns[1:], sums)
         grad_enc, grad_b, grad_dec = gradient_buffer(W_enc), torch.empty_like(b_enc), gradient_buffer(W_dec)
         enc_square, dec_square = ops.backward(
             W_dec,
@@ -115,7 +120,7 @@ class _Sparse(torch.autograd.Function):
         )
         note_square(grad_enc, enc_square)
         note_square(grad_dec, dec_square)
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
 
 
 def in_blocks(x: Tensor) -> Tensor:
@@ -155,23 +160,26 @@ def _column_sums(entries: Entries, slots: Tensor, perp: Orthogonality) -> Tensor
     return perp.reduce(out)
 
 
-def _by_columns(entries: Entries, by_row: RowEntries, perp: Orthogonality) -> tuple[Tensor, Columns]:
-    """This bank's part of perp, by the correlations of its columns; adds to `perp.grad_concept`."""
+def _by_columns(entries: Entries, by_row: RowEntries, perp: Orthogonality, counted: Tensor) -> tuple[Tensor, Columns]:
+    """Squared correlations of each slot [n] by those of the columns; adds to `perp.grad_concept`."""
     anywhere = perp.reduce((entries.start.diff() > 0).float()) > 0
     slots, place = anywhere.nonzero()[:, 0], anywhere.cumsum(0) - 1
     sums = _column_sums(entries, slots, perp)
     mean, inv_norm = column_scale(sums[:, 0], sums[:, 1], perp.rows)
-    q, shift = ops.weigh(sums, mean, inv_norm)
+    columns = Columns(slots, place, mean, inv_norm, counted[slots])
+    q, shift, of_columns = ops.weigh(sums, mean, inv_norm, columns.weight)
     concept = perp.concept.contiguous()
     ops.add_concept_gradient(by_row, entries.z, place, sums, shift, q, concept, perp.inv_norm, perp.grad_concept)
-    return q.sum(), Columns(slots, place, mean, inv_norm)
+    return torch.zeros_like(counted).index_copy_(0, slots, of_columns), columns
 
 
-def _by_pairs(entries: Entries, by_row: RowEntries, perp: Orthogonality, pairs: RowPairs) -> tuple[Tensor, Tensor]:
-    """This bank's part of perp, and its gradient [E] with respect to z; adds to `pairs.shared`."""
+def _by_pairs(
+    entries: Entries, by_row: RowEntries, perp: Orthogonality, pairs: RowPairs, counted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squared correlations of each slot [n], and the gradient [E] with respect to z; adds to `pairs.shared`."""
     z = entries.z
     sums = z.new_empty(len(entries.start) - 1, 2)
     ops.column_sums(entries, z.new_empty(len(pairs.gram), 0), torch.arange(len(sums)), sums)
     mean, inv_norm = column_scale(sums[:, 0], sums[:, 1], perp.rows)
-    products = ops.pair_products(entries, by_row, inv_norm, pairs.gram, pairs.shared)
-    return z.new_tensor(ops.pair_slopes(entries, mean, inv_norm, products)), products
+    products = ops.pair_products(entries, by_row, inv_norm, counted, pairs.gram, pairs.shared)
+    return ops.pair_slopes(entries, mean, inv_norm, counted, products), products

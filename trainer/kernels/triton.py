@@ -24,8 +24,8 @@ TILE, TILE_WIDTH = tl.constexpr(64), tl.constexpr(32)  # rows and slots of a til
 
 def triton_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm = weights
-    return _Triton.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm)
+    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
+    return _Triton.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
 
 
 @triton.jit
@@ -181,6 +181,7 @@ class _Triton(torch.autograd.Function):
         recon: Tensor,
         context: StepContext,
         decoder_norm: str,
+        counted: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         entries = Entries.find(W_enc, b_enc, threshold, context)
         norm = W_dec.norm(dim=1)
@@ -188,16 +189,20 @@ class _Triton(torch.autograd.Function):
         used = entries.z / norm.clamp_min(1e-12)[entries.slot] if unit_rows else entries.z
         out = recon + entries.over_rows(W_dec, entries.slot, used)
         sp = entries.z.sum() if unit_rows else (entries.z * norm[entries.slot]).sum()
-        context.stats.append(BankStats(entries.start.diff() > 0, recon.new_tensor(float(entries.z.numel()))))
+        stats = BankStats(entries.start.diff() > 0, recon.new_tensor(float(entries.z.numel())))
+        context.stats.append(stats)
         value = recon.new_zeros(())
         ctx.scales = None
         if context.perp is not None:
             total, square, cross = _column_sums(entries, context.perp)
             mean, inv_norm = column_scale(total, square, context.perp.rows)
-            value = _add_concept_gradient(context.perp, entries, mean, inv_norm, cross * inv_norm[:, None])
+            corr = cross * inv_norm[:, None]
+            stats.squares = corr.square().sum(dim=1)
+            value = (stats.squares * counted).sum()
+            _add_concept_gradient(context.perp, entries, mean, inv_norm, corr, counted)
             ctx.scales = mean, inv_norm
         ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries, ctx.context, ctx.decoder_norm = entries, context, decoder_norm
+        ctx.entries, ctx.context, ctx.decoder_norm, ctx.counted = entries, context, decoder_norm, counted
         return out, sp, value
 
     @staticmethod
@@ -214,7 +219,7 @@ class _Triton(torch.autograd.Function):
             corr = _column_sums(e, context.perp)[2] * inv_norm[:, None]
             own = (e.z - mean[e.slot]) * (inv_norm * corr.square().sum(dim=1))[e.slot]
             across = entry_dot(context.perp.concept, corr, e.row, e.slot)
-            slope = slope + g_perp * 2 * inv_norm[e.slot] * (across - own)
+            slope = slope + g_perp * 2 * (ctx.counted * inv_norm)[e.slot] * (across - own)
         grad_enc = segment_sum(context.x, e.start, e.row, slope)
         ones = slope.new_ones(len(context.x), 1)
         grad_b = segment_sum(ones, e.start, e.row, slope)[:, 0]
@@ -225,7 +230,7 @@ class _Triton(torch.autograd.Function):
         else:
             total = segment_sum(ones, e.start, e.row, e.z)[:, 0]
             grad_dec += (g_sp * total / norm)[:, None] * W_dec
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
 
 
 def _column_sums(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,10 +242,11 @@ def _column_sums(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tenso
     return packed[:, -2], packed[:, -1], packed[:, :-2]
 
 
-def _add_concept_gradient(perp: Orthogonality, e: Entries, mean: Tensor, inv_norm: Tensor, corr: Tensor) -> Tensor:
-    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`; returns its part of perp."""
-    q = corr.square().sum(dim=0)
-    weighted = corr * inv_norm[:, None]
+def _add_concept_gradient(
+    perp: Orthogonality, e: Entries, mean: Tensor, inv_norm: Tensor, corr: Tensor, counted: Tensor
+) -> None:
+    """Add this bank's part of d perp / d z_concept to `perp.grad_concept`."""
+    q = counted @ corr.square()
+    weighted = corr * (inv_norm * counted)[:, None]
     part = e.over_rows(weighted, e.slot, e.z) - weighted.T @ mean - perp.concept * q
     perp.grad_concept.add_(part * perp.inv_norm, alpha=2.0)
-    return q.sum()
