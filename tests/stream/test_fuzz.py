@@ -44,7 +44,8 @@ def good_tar() -> bytes:
 def good_manifest() -> bytes:
     block = Block("k", 2, 0, 4096, (512, 160), (1536, 136), None, 7)
     shard = Shard("train-000000.tar", 10240, "0" * 64, (block,))
-    manifest = Manifest(4, "float32", "m", "layer-01", [0.0] * 4, 1.0, ["c"], ["a"], 2, (shard,))
+    names = {"model": "m", "hook_point": "layer-01", "concepts": ["c"], "answers": ["a"]}
+    manifest = Manifest(width=4, dtype="float32", mean=[0.0] * 4, scale=1.0, rows=2, shards=(shard,), **names)
     return manifest.to_json().encode()
 
 

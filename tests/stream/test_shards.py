@@ -14,14 +14,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stream.stream_data import ANSWERS, CONCEPTS, rows, write
+from tests.stream.stream_data import rows, spec, write
 from trainer.errors import DataError, UserError
 from trainer.stream import Manifest, ShardWriter
 
 
-def writer(folder, **options):
-    values = {"width": 4, "dtype": "float32", "concepts": CONCEPTS, "answers": ANSWERS, **options}
-    return ShardWriter(folder, "train", **values)
+def writer(folder, dtype="float32", **options):
+    return ShardWriter(folder, "train", spec(dtype=dtype), **options)
 
 
 def test_stock_webdataset_reads_the_shards(dataset):
@@ -123,11 +122,12 @@ def test_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
 import resource, signal, sys
 import numpy as np
 from trainer.errors import UserError
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    with ShardWriter({str(tmp_path / "d")!r}, "train", width=64, dtype="float32", concepts=[], answers=[], shard_bytes=1 << 20) as w:
+    spec = ShardSpec(width=64, dtype="float32", concepts=[], answers=[])
+    with ShardWriter({str(tmp_path / "d")!r}, "train", spec, shard_bytes=1 << 20) as w:
         for i in range(100):
             w.write(np.random.default_rng(i).normal(size=(4096, 64)), np.full(4096, -1), np.full(4096, -1))
 except UserError as error:

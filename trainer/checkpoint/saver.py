@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import read_json, seal, sync_folder, write_json
+from trainer.checkpoint.files import seal, sync_folder
 from trainer.checkpoint.restore import saved, verify
 from trainer.checkpoint.state import RunState
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
+from trainer.files import read_json, write_atomically, write_json
 from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
@@ -203,7 +204,7 @@ class Saver:
         hashes = {name: seal(work / name) for name in ("state.json", "manifest.json")}
         for rank in range(self.topology.world):
             part = work / f"hashes-{rank}.json"
-            hashes |= read_json(part)
+            hashes |= read_json(part, dict[str, Any], "the save is given up")
             part.unlink()
         write_json(work / "hashes.json", hashes)
         for folder in (work / "dictionary", work / "optimizer", work):
@@ -217,10 +218,7 @@ class Saver:
         (final / "COMPLETE").touch()
         sync_folder(final)
         shutil.rmtree(aside, ignore_errors=True)
-        pointer = self.root / "latest.tmp"
-        pointer.write_text(final.name + "\n")
-        seal(pointer)
-        pointer.replace(self.root / "latest")
+        write_atomically(self.root / "latest", f"{final.name}\n".encode())
         sync_folder(self.root)
         self._verified.add(final.name)
         self._retain()
@@ -273,7 +271,8 @@ def clean(root: Path) -> None:
                 aside.rename(final)
         for stale in root.glob("step-*.tmp"):
             shutil.rmtree(stale)
-        (root / "latest.tmp").unlink(missing_ok=True)
+        for stale in (root / "latest.tmp", root / ".latest.tmp"):  # the first is what older versions left
+            stale.unlink(missing_ok=True)
 
 
 def _done() -> "Future[None]":

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.stream.digest import mix64
 
 
-class Rows(Protocol):
+class BlockLayout(Protocol):
     """What the plan needs to know of a data set; a Manifest is one."""
 
     @property
@@ -70,7 +70,7 @@ class Plan:
     Raises UserError when L does not divide G or when the data set is smaller than one batch.
     """
 
-    def __init__(self, data: Rows, seed: int, global_batch: int, lanes: int, window: int):
+    def __init__(self, data: BlockLayout, seed: int, global_batch: int, lanes: int, window: int):
         for name, value in (("global_batch", global_batch), ("lanes", lanes), ("window", window)):
             if value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
@@ -157,7 +157,10 @@ class Plan:
                     f"the saved position was made with {name}={state.get(name)!r}, this run has {value!r}; "
                     f"restore {setting} or start without resuming"
                 )
-        return int(state["step"])
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise UserError(f"the saved position has step={step!r:.40}, which is no step; start without resuming")
+        return step
 
     def _lane_windows(self, epoch: int, lane: int) -> list[Window]:
         """All windows of a lane in an epoch: W blocks each, in the order of the epoch, cut at the ends of the lane's run."""
