@@ -115,7 +115,8 @@ def finished(folder: Path, made_from: dict[str, Any]) -> bool:
     different = [name for name, value in made_from.items() if found.get(name) != value]
     if different:
         raise UserError(
-            f"{folder} holds an extraction with another {', '.join(different)}: choose another --out or pass --overwrite"
+            f"{folder} holds an extraction with another {', '.join(different)}: "
+            "choose another --out or pass --overwrite"
         )
     return True
 

@@ -1,8 +1,9 @@
 """Build manifest.json for block shards that were written elsewhere, without copying them.
 
-FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or bfloat16 bits as
-uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for none). Every byte is read
-once: checksums, label ranges and the normalisation come out of the same pass. One-vector samples need `alignsae repack`.
+FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or
+bfloat16 bits as uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for
+none). Every byte is read once: checksums, label ranges and the normalisation come out of the same pass. One-vector
+samples need `alignsae repack`.
 """
 
 import argparse

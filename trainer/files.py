@@ -93,7 +93,7 @@ def read_regular(path: Path, limit: int = MAX_JSON) -> bytes:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of strict JSON. Raises ValueError, one line: NaN, numbers beyond fp64, depth and lone surrogates too."""
+    """The value of strict JSON. Raises ValueError, one line; also for NaN, 1e999, lone surrogates and depth."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
@@ -103,7 +103,8 @@ def parse_json(text: bytes | str) -> Any:
 def read_json(path: Path, kind: type[T], remedy: str, *, name: str = "", limit: int = MAX_JSON) -> T:
     """The JSON value of a file, as a value of type `kind`.
 
-    remedy: what to do when it cannot be used. name: what to call the file, its path by default. Raises DataError, one line.
+    remedy: what to do when it cannot be used. name: what to call the file, its path by default. Raises DataError, one
+    line.
     """
     name = name or str(path)
     try:
@@ -119,7 +120,7 @@ def read_json(path: Path, kind: type[T], remedy: str, *, name: str = "", limit: 
 
 
 def checked(value: Any, kind: type[T]) -> T:
-    """A parsed JSON value as a value of type `kind`: a dataclass, say. Raises ValueError, one line, naming the field."""
+    """A parsed JSON value as a value of type `kind`, a dataclass, say. Raises ValueError, one line, with the field."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class GuardConfig:
-    """When an update is skipped, and when the run gives up. A loss or gradient norm that is not finite is always skipped."""
+    """When an update is skipped, and when the run gives up. What is not finite is always skipped."""
 
     spike: float = 0.0  # skip where the loss exceeds this many times its running median; 0 = off
     window: int = (
@@ -36,8 +36,8 @@ class GuardConfig:
 class GuardState:
     """What a guard remembers, as state.json stores it.
 
-    skipped: updates that were not made. in_a_row: those since the last one that was. losses: accepted ones of `stage`, the
-    latest last, where guard.spike needs them.
+    skipped: updates that were not made. in_a_row: those since the last one that was. losses: accepted ones of `stage`,
+    the latest last, where guard.spike needs them.
     """
 
     skipped: Count = 0
@@ -85,7 +85,7 @@ class Guard:
         self._losses.append(loss)
 
     def skip(self, step: int, problem: str, loss: float, norm: float) -> None:
-        """The update from batch `step` was not made: count it, record its rows. Raises UserError after too many in a row."""
+        """The update from batch `step` was not made: count it, record its rows. UserError after too many in a row."""
         self.skipped += 1
         self.in_a_row += 1
         if self.journal is not None:

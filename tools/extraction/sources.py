@@ -29,7 +29,7 @@ class LabelledRows:
 
 @dataclass
 class Source:
-    """What is extracted: label vocabularies, the number of items (prompts or texts) per split, and the rows of a split."""
+    """What is extracted: label vocabularies, the number of prompts or texts per split, and the rows of a split."""
 
     sizes: dict[str, int | None]
     rows: Callable[[str, Sequence[int]], Iterator[tuple[int, LabelledRows]]]  # (split, layers) -> (items done, rows)

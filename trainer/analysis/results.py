@@ -28,7 +28,7 @@ def read_result(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl in order of step; of a step that was trained twice (after a resume) the later line counts."""
+    """Lines of metrics.jsonl by step; of a step that was trained twice (after a resume) the later line counts."""
     path = RunFolder(run).metrics
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -78,7 +78,8 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         root: checkpoints folder of this run.
         topology: ranks that look together; None: this process alone.
 
-    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same folder.
+    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same
+    folder.
     """
     topology = topology or Topology()
     if resume == "none":
@@ -121,12 +122,12 @@ def _candidates(path: Path) -> Iterator[Path]:
 
 
 def refuse_later(root: Path, step: int) -> None:
-    """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that will save there too."""
+    """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that saves there too."""
     later = [p for p in saved(root) if step_of(p) > step and (p / "COMPLETE").exists()]
     if later:
         raise UserError(
-            f"{root} holds checkpoints up to step {step_of(later[0])}, but this run starts at step {max(step, 0)} and would mix with "
-            f"them; choose another run.dir, delete them, or use checkpoint.resume=auto"
+            f"{root} holds checkpoints up to step {step_of(later[0])}, but this run starts at step {max(step, 0)} "
+            f"and would mix with them; choose another run.dir, delete them, or use checkpoint.resume=auto"
         )
 
 
@@ -140,7 +141,7 @@ def _refuse_other_views(candidates: list[Path], root: Path, topology: Topology) 
 
 
 def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
-    """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel that its bank was computed with."""
+    """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel of its bank."""
     path = folder / "dictionary" / f"{name}.safetensors"
     tensors = _read(path)
     _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in unit.state_dict().items()})
@@ -162,8 +163,9 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
 
 
 def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
-    """The whole dictionary and the manifest of its training data, from a run folder, a checkpoint folder or `checkpoints/latest`.
+    """The whole dictionary and the manifest of its training data.
 
+    path: a run folder, a checkpoint folder or `checkpoints/latest`.
     Raises UserError when there is no usable checkpoint.
     """
     folder, _ = find(str(path), Path(path))

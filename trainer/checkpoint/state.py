@@ -15,10 +15,10 @@ SCHEMA = 1
 
 @dataclass
 class RunState:
-    """What a run needs beside weights and moments. No random numbers come from ambient state: all come from (seed, step).
+    """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
 
-    step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest: see
-    RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks.
+    step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
+    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks.
     """
 
     step: Count
@@ -60,7 +60,8 @@ def read_state(folder: Path) -> RunState:
 def least_bytes(form: DictionaryForm, listed: int) -> dict[str, int]:
     """Files that a checkpoint of a dictionary of this form must have, each with a size that it cannot be below.
 
-    listed: number of files that there are. Raises DataError when they are too few, before a list of impossible length is made.
+    listed: number of files that there are. Raises DataError when they are too few, before a list of impossible length
+    is made.
     """
     if 2 * form.banks > listed:
         raise DataError(f"it lists {listed} files, too few for {form.banks} banks")

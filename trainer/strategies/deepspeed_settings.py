@@ -62,7 +62,8 @@ OWNED = {
 def read_tuning(path: str, stage: int) -> dict[str, Any]:
     """The zero_optimization section of a file for this stage, without `stage`; {} for no file.
 
-    Raises UserError, one line, for a file that is not one, and for a key that is unknown, of another stage or would change numbers.
+    Raises UserError, one line, for a file that is not one, and for a key that is unknown, of another stage or would
+    change numbers.
     """
     if not path:
         return {}
@@ -122,7 +123,8 @@ def engine_config(
 ) -> dict[str, Any]:
     """Everything that DeepSpeed is told. Its buffers hold the largest bank; `tuning` wins over what is computed.
 
-    The engine trains in fp32: the kernels cast from fp32 masters themselves, so a bf16 section would only change the numbers.
+    The engine trains in fp32: the kernels cast from fp32 masters themselves, so a bf16 section would only change the
+    numbers.
     """
     cuda = torch.cuda.is_available()
     bank = form.elements(bank_unit(0))
@@ -136,7 +138,8 @@ def engine_config(
     }
     if stage == 3:
         zero |= {
-            # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass a whole bank.
+            # Prefetch stops behind the tensor that fills the bucket: short of a bank by one tensor it can never pass
+            # a whole bank.
             # Without CUDA nothing runs beside the computation, so there is nothing to gain.
             "stage3_prefetch_bucket_size": bank - largest if cuda else 0,
             "stage3_max_live_parameters": 2 * bank,

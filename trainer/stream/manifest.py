@@ -129,8 +129,8 @@ class Shard:
 class ShardSpec:
     """What is known of a split before its rows are.
 
-    width: D. dtype: float16, float32 or bfloat16. concepts [R] and answers [A] name the label values. model, hook_point:
-    where the activations come from. extra: free metadata, part of the digest.
+    width: D. dtype: float16, float32 or bfloat16. concepts [R] and answers [A] name the label values. model,
+    hook_point: where the activations come from. extra: free metadata, part of the digest.
     """
 
     width: Annotated[int, whole(1, MAX_WIDTH)]
@@ -214,7 +214,7 @@ class Manifest(ShardSpec):
     def load(
         cls, location: str | Path, *, allow_pipe: bool = False, retries: int = 4, timeout: float = 60.0
     ) -> "Manifest":
-        """Read and check the manifest of a folder or URL; raises DataError when it is missing, foreign or inconsistent."""
+        """The checked manifest of a folder or URL; raises DataError when it is missing, foreign or inconsistent."""
         path = None if is_remote(str(location)) else local_path(str(location)) / FILE_NAME
         if path is not None and path.exists() and not path.is_file():  # a pipe would be waited for
             raise DataError(f"{path}: is not a regular file; fetch a fresh copy of the data set")

@@ -1,9 +1,9 @@
 """Who reads which row when: a pure function of (manifest digest, seed, epoch), known to every rank beforehand.
 
-An epoch permutes the blocks and lays their rows end to end. L lanes get equal consecutive runs of that sequence, so a block
-on a border is shared by two lanes and a data set with fewer blocks than lanes still fills every lane. Inside its run a
-lane shuffles rows within windows of W blocks. Step s takes the next G/L rows of every lane; rows of one lane and step are
-sorted by row id, which groups them by block and changes nothing about which rows are in a batch.
+An epoch permutes the blocks and lays their rows end to end. L lanes get equal consecutive runs of that sequence, so a
+block on a border is shared by two lanes and a data set with fewer blocks than lanes still fills every lane. Inside its
+run a lane shuffles rows within windows of W blocks. Step s takes the next G/L rows of every lane; rows of one lane and
+step are sorted by row id, which groups them by block and changes nothing about which rows are in a batch.
 """
 
 import hashlib
@@ -49,9 +49,10 @@ _stop = attrgetter("stop")
 def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
     """The run of lanes that a data rank owns; raises UserError unless the number of data ranks divides the lanes."""
     if data_world < 1 or lanes % data_world:
+        ranks = max(data_world, 1)
         raise UserError(
             f"data.lanes={lanes} cannot be split over {data_world} data ranks; use {nearest_divisor(lanes, data_world)} "
-            f"ranks or data.lanes={max(1, round(lanes / max(data_world, 1))) * max(data_world, 1)}"
+            f"ranks or data.lanes={max(1, round(lanes / ranks)) * ranks}"
         )
     share = lanes // data_world
     return range(data_rank * share, (data_rank + 1) * share)
@@ -163,7 +164,7 @@ class Plan:
         return step
 
     def _lane_windows(self, epoch: int, lane: int) -> list[Window]:
-        """All windows of a lane in an epoch: W blocks each, in the order of the epoch, cut at the ends of the lane's run."""
+        """All windows of a lane in an epoch: W blocks each, in the epoch's order, cut at the ends of the lane's run."""
         found = self._windows.get((epoch, lane))
         if found is None:
             if not 0 <= lane < self.lanes:

@@ -6,6 +6,7 @@ import math
 import os
 import tarfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,12 +53,12 @@ def from_stored(stored: np.ndarray, dtype: str) -> torch.Tensor:
 class ShardWriter:
     """Writes one split into `folder`: SPLIT-000000.tar, SPLIT-000001.tar, ... and manifest.json.
 
-    Use as a context manager. Everything is written under temporary names and renamed at the end, the manifest last: after
-    an exception (a full disk included) nothing is left under a final name. The names in `spec` are read again at the end,
-    so a caller that discovers names on the way may append to the lists that it passed.
+    Use as a context manager. Everything is written under temporary names and renamed at the end, the manifest last:
+    after an exception (a full disk included) nothing is left under a final name. The names in `spec` are read again at
+    the end, so a caller that discovers names on the way may append to the lists that it passed.
 
-    folder: the folder of this split, e.g. data/demo/layer-06/train. spec: what the manifest says beside what is computed.
-    normalisation: (mean [D], scale) of another split, for a held-out split; computed from the rows when None.
+    folder: the folder of this split, e.g. data/demo/layer-06/train. spec: what the manifest says beside what is
+    computed. normalisation: (mean [D], scale) of another split, for a held-out split; computed from the rows when None.
     Raises UserError for impossible settings, labels out of range, NaN or infinite rows, a finished folder.
     """
 
@@ -160,7 +161,7 @@ class ShardWriter:
             if len(mean) != self.spec.width or not all(map(math.isfinite, (*mean, scale))) or not scale > 0:
                 raise UserError(f"normalisation needs {self.spec.width} finite means and a positive scale")
             manifest = Manifest(
-                **vars(self.spec),
+                **asdict(self.spec),
                 mean=[float(value) for value in mean],
                 scale=float(scale),
                 rows=self._rows,

@@ -1,7 +1,7 @@
 """Prompts and answers: reading them, turning them into token batches, greedy answers.
 
-A prompt ends without a space (`Q: ...?\nA:`); its answer is stored without a leading space and is tokenised as one space
-followed by the answer. B prompts, T tokens.
+A prompt ends without a space (`Q: ...?\nA:`); its answer is stored without a leading space and is tokenised as one
+space followed by the answer. B prompts, T tokens.
 """
 
 from collections.abc import Iterator, Sequence
