@@ -51,8 +51,8 @@ def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
     if data_world < 1 or lanes % data_world:
         ranks = max(data_world, 1)
         raise UserError(
-            f"data.lanes={lanes} cannot be split over {data_world} data ranks; use {nearest_divisor(lanes, data_world)} "
-            f"ranks or data.lanes={max(1, round(lanes / ranks)) * ranks}"
+            f"data.lanes={lanes} cannot be split over {data_world} data ranks; "
+            f"use {nearest_divisor(lanes, data_world)} ranks or data.lanes={max(1, round(lanes / ranks)) * ranks}"
         )
     share = lanes // data_world
     return range(data_rank * share, (data_rank + 1) * share)
