@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["private", "redact"],
+    ["private", "redact", "files"],
     ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
     ["losses", "guard", "interrupt"],
     ["kernels"],

@@ -1,7 +1,9 @@
 """Checkpoints: what is trusted, what is kept, what a hostile or damaged folder can do."""
 
 import json
+import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,43 @@ def test_hostile_state_is_refused_in_one_line(name: str, value: object, trained:
         assert "\n" not in str(error) and "state.json" in str(error)
     finally:
         (folder / "state.json").write_text(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("guard", value) for value in ("", None, [], 7, {"losses": [10**400]}, {"losses": ["x"]}, {"losses": None})),
+        *(("guard", {field: value}) for field in ("skipped", "in_a_row") for value in ("x", None, 10**400, -1, True, 1.5)),
+        ("guard", {"stage": 3}),
+        *(("damage", value) for value in ("", None, [], {"rows": "x"}, {"rows": None}, {"rows": 10**400}, {"rows": -1})),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_damaged_guard_or_damage_is_refused_in_one_line(name: str, value: object, root: Path) -> None:
+    edit_json(newest(root) / "state.json", **{name: value})
+    with pytest.raises(DataError, match=rf"state\.json: .*{name}.*resume from another checkpoint") as caught:
+        read_state(newest(root))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_states_without_guard_and_damage_still_load(root: Path) -> None:
+    """As do those whose guard has fewer fields, or counters that this version does not know."""
+    path = newest(root) / "state.json"
+    whole = json.loads(path.read_text())
+    for guard in ({}, {"skipped": 3}, {"skipped": 3, "in_a_row": 1, "stage": "align", "losses": [1, 2.5]}):
+        edit_json(path, guard=guard)
+        found = read_state(path.parent).guard
+        assert asdict(found) == {"skipped": 0, "in_a_row": 0, "stage": "", "losses": []} | guard
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("guard", "damage")}))
+    assert (read_state(path.parent).guard.skipped, read_state(path.parent).damage) == (0, {})
+
+
+@pytest.mark.parametrize("name", ["state.json", "hashes.json", "manifest.json"])
+def test_a_named_pipe_is_not_waited_for(name: str, root: Path) -> None:
+    path = newest(root) / name
+    path.unlink()
+    os.mkfifo(path)
+    assert name in (verify(newest(root)) or "")
 
 
 @pytest.mark.parametrize("text", ["", "[", "[]", "null", '{"schema": 1}', "[" * 100_000, "\x00", '{"schema": NaN}'])

@@ -83,7 +83,9 @@ def test_missing_file(tmp_path):
 
 
 def test_what_is_kept_carries_no_credentials(tmp_path):
-    manifest = Manifest(2, "float32", "m", "layer-00", [0.0, 0.0], 1.0, [], [], 0, ())
+    manifest = Manifest(
+        width=2, dtype="float32", concepts=[], answers=[], mean=[0.0, 0.0], scale=1.0, rows=0, shards=()
+    )
     shards = "https://user:secret@host/data?X-Signature=private"
     config = load_config(write(tmp_path, ""), [f"data.shards={shards}", "tracking.uri=off"])
     inputs = Inputs(config, Layout("single"), manifest, None, None, config.dictionary.form(2))

@@ -1,11 +1,14 @@
 """Loading, residual capture and edits on three architectures, prompt files, greedy answers."""
 
+import json
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -233,6 +236,37 @@ def test_a_bad_prompts_file_is_named_with_its_line(tmp_path: Path, content: str,
     with pytest.raises(UserError, match=r"p\.jsonl") as caught:
         read_prompts(path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(["prompt", "answer", "concept", "template", "split", "subject", "x"]), _VALUE))
+def test_any_line_is_a_prompt_of_texts_or_refused_in_one_line(row: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "p.jsonl"
+        path.write_text(json.dumps({**json.loads(GOOD), **row}))
+        try:
+            (prompt,) = read_prompts(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+        else:
+            assert all(isinstance(value, str) for value in asdict(prompt).values())
+            assert prompt.prompt.strip() and prompt.answer.strip() and prompt.concept.strip()
+            assert prompt.split in ("train", "heldout")
+
+
+@pytest.mark.parametrize("line", ['{"prompt": NaN}', "[" * 100_000, '{"prompt": "\\ud800"}', '{"template": 1e999}'])
+def test_what_is_no_strict_json_is_named_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(GOOD + line)
+    with pytest.raises(UserError, match=r"p\.jsonl:2 is not UTF-8 JSON lines"):
+        read_prompts(path)
 
 
 def test_an_empty_prompt_and_a_missing_file_are_named(tokenizer: Any, tmp_path: Path) -> None:

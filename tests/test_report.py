@@ -13,8 +13,9 @@ from tests.support.language_model import CONCEPTS
 from tools import plots
 from tools.cli import main
 from tools.summary import collect, compare, read_bars
-from trainer.analysis.results import read_metrics, write_result
+from trainer.analysis.results import read_metrics
 from trainer.errors import UserError
+from trainer.files import write_result
 
 SUMMARY_KEYS = {
     "lm_answer_accuracy",

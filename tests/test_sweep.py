@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tools.cli import main
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 
 @pytest.fixture
 def config(tmp_path):
-    names = {"concepts": ["a", "b"], "answers": ["x"], "model": "none", "hook_point": "layer-00"}
-    with ShardWriter(tmp_path / "shards", "train", width=8, dtype="float32", **names) as writer:
+    spec = ShardSpec(width=8, dtype="float32", concepts=["a", "b"], answers=["x"])
+    with ShardWriter(tmp_path / "shards", "train", spec) as writer:
         concept = torch.arange(64) % 2
         writer.write(torch.randn(64, 8) + concept[:, None], concept, torch.full((64,), -1))
     path = tmp_path / "c.yaml"

@@ -102,7 +102,9 @@ def test_resume_equals_undisturbed(
     assert digests(undisturbed) == digests(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["seal", "write_json", "sync_folder", "_retain", "rename", "touch", "replace"])
+@pytest.mark.parametrize(
+    "where", ["seal", "write_json", "sync_folder", "_retain", "rename", "touch", "write_atomically"]
+)
 def test_killed_while_saving(
     where: str, undisturbed: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

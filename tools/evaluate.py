@@ -17,9 +17,11 @@ from tqdm import tqdm
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.interventions import hook_layer, loss_recovered
 from trainer.analysis.language_model import load_language_model, read_prompts
-from trainer.analysis.results import rows_of, run_shards, write_result
+from trainer.analysis.results import rows_of, run_shards
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
+from trainer.files import write_result
+from trainer.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             result["loss_recovered"] = loss_recovered(
                 model, tokenizer, chosen, hook_layer(trained_on.hook_point), dictionary, bar.update
             )
-    out = args.out or args.run_dir / "evaluation.json"
+    out = args.out or RunFolder(args.run_dir).evaluation
     write_result(out, result)
     _show(result)
     print(f"written: {out}")

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.analysis.results import write_result
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary, normalisation
 from trainer.errors import UserError
+from trainer.files import allow_as_umask, write_result
 from trainer.stream import Manifest
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         write_result(partial / "concepts.json", _concepts(dictionary, manifest))
         save_file(tensors, partial / WEIGHTS[args.format])
         difference = compare(dictionary, partial)
+        allow_as_umask(partial)
         partial.rename(args.out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {args.out}: {error}; free some space or choose another place") from error

@@ -24,7 +24,7 @@ from tools.extraction.identity import identity
 from tools.extraction.sources import SPLITS, Source, prompt_source, text_source
 from trainer.analysis.language_model import check_layers, hook_point, load_language_model
 from trainer.errors import UserError
-from trainer.stream import Manifest, ShardWriter
+from trainer.stream import Manifest, ShardSpec, ShardWriter
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,24 +76,27 @@ def write_split(
         writers = {}
         for layer in layers:
             train = Manifest.load(split_folder(args, layer, "train")) if split == "heldout" else None
+            spec = ShardSpec(
+                width=width,
+                dtype=args.dtype,
+                concepts=source.concepts,
+                answers=source.answers,
+                model=args.model,
+                hook_point=hook_point(layer),
+                extra=made_from,
+            )
             writers[layer] = stack.enter_context(
                 ShardWriter(
                     split_folder(args, layer, split),
                     split,
-                    width=width,
-                    dtype=args.dtype,
-                    concepts=source.concepts,
-                    answers=source.answers,
-                    model=args.model,
-                    hook_point=hook_point(layer),
+                    spec,
                     rows_per_block=args.rows_per_block,
                     shard_bytes=args.shard_mb << 20,
                     normalisation=(train.mean, train.scale) if train else None,
                     overwrite=args.overwrite,
-                    extra=made_from,
                 )
             )
-        with tqdm(total=source.sizes[split], desc=split, unit=source.unit) as bar:
+        with tqdm(total=source.sizes[split], desc=split, unit=source.item) as bar:
             for done, rows in source.rows(split, layers):
                 for layer, writer in writers.items():
                     writer.write(rows.acts[layer], rows.concept, rows.answer)
@@ -112,7 +115,8 @@ def finished(folder: Path, made_from: dict[str, Any]) -> bool:
     different = [name for name, value in made_from.items() if found.get(name) != value]
     if different:
         raise UserError(
-            f"{folder} holds an extraction with another {', '.join(different)}: choose another --out or pass --overwrite"
+            f"{folder} holds an extraction with another {', '.join(different)}: "
+            "choose another --out or pass --overwrite"
         )
     return True
 

@@ -14,7 +14,6 @@ relation and template.
 """
 
 import argparse
-import json
 import math
 import shutil
 import time
@@ -31,6 +30,7 @@ from tools.lm_training.models import build_model, build_tokenizer
 from tools.lm_training.score import answer_accuracy, known_answers, predicted_logits
 from trainer.analysis.language_model import Prompt, load_language_model, read_prompts, read_texts
 from trainer.errors import UserError
+from trainer.files import allow_as_umask, write_json
 
 # What a checkpoint must agree on to be continued.
 SETTINGS = (
@@ -192,8 +192,9 @@ def run(args: argparse.Namespace) -> int:
         report["seconds"] = round(time.monotonic() - started, 1)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "lm_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "lm_report.json", report)
         shutil.rmtree(folder / checkpoint.NAME, ignore_errors=True)
+        allow_as_umask(folder)
         folder.rename(args.out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error

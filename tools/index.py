@@ -1,8 +1,9 @@
 """Build manifest.json for block shards that were written elsewhere, without copying them.
 
-FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or bfloat16 bits as
-uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for none). Every byte is read
-once: checksums, label ranges and the normalisation come out of the same pass. One-vector samples need `alignsae repack`.
+FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or
+bfloat16 bits as uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for
+none). Every byte is read once: checksums, label ranges and the normalisation come out of the same pass. One-vector
+samples need `alignsae repack`.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from trainer.errors import DataError, UserError
 from trainer.stream import Manifest
 from trainer.stream.blocks import nonfinite_rows, open_block
 from trainer.stream.manifest import FILE_NAME, Shard, read_names
+from trainer.stream.normalisation import RunningNormalisation
 from trainer.stream.scan import SUFFIXES, form_of, scan_shard
-from trainer.stream.shards import Moments, from_stored
+from trainer.stream.shards import from_stored
 
 _ANY_LABEL = 1 << 31  # bound while the vocabulary is still unknown
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     suffixes = {name: getattr(args, name) for name in SUFFIXES}
     bounds = [len(names) if names is not None else _ANY_LABEL for names in (concepts, answers)]
     shards: list[Shard] = []
-    moments: Moments | None = None
+    running: RunningNormalisation | None = None
     dtype, labels = "", [-1, -1]
     with tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, desc="index") as bar:
         for path in paths:
@@ -62,24 +64,24 @@ def run(args: argparse.Namespace) -> None:
                 place = f"{path}: block {block.key} at byte {block.offset}"
                 extent = data[block.offset : block.offset + block.bytes]
                 try:
-                    if moments is None:
+                    if running is None:
                         width, dtype = form_of(extent, block)
-                        moments = Moments(width)
-                    rows = open_block(extent, block, moments.width, dtype, *bounds)
+                        running = RunningNormalisation(width)
+                    rows = open_block(extent, block, running.width, dtype, *bounds)
                 except DataError as error:
                     raise DataError(f"{place}: {error}") from None
                 bad = nonfinite_rows(rows.acts, dtype)
                 if bad is not None:
                     raise DataError(f"{place}: row {bad[0]} holds NaN or infinity; extract it again")
-                moments.add(from_stored(rows.acts.copy(), dtype).float().numpy())
+                running.add(from_stored(rows.acts.copy(), dtype).float().numpy())
                 labels = [max(a, int(b.max())) for a, b in zip(labels, (rows.concept, rows.answer), strict=True)]
-    if moments is None:
+    if running is None:
         raise DataError(f"{folder}: the shards hold no rows")
-    mean, scale = (given.mean, given.scale) if given else moments.normalisation(str(folder))
-    if len(mean) != moments.width:
-        raise UserError(f"{args.normalisation}: width {len(mean)} differs from {moments.width} of {folder}")
+    mean, scale = (given.mean, given.scale) if given else running.result(str(folder))
+    if len(mean) != running.width:
+        raise UserError(f"{args.normalisation}: width {len(mean)} differs from {running.width} of {folder}")
     manifest = Manifest(
-        width=moments.width,
+        width=running.width,
         dtype=dtype,
         model=args.model,
         hook_point=args.hook_point,
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         scale=scale,
         concepts=concepts if concepts is not None else [f"concept-{i}" for i in range(labels[0] + 1)],
         answers=answers if answers is not None else [f"answer-{i}" for i in range(labels[1] + 1)],
-        rows=moments.rows,
+        rows=running.rows,
         shards=tuple(shards),
     )
     # What is written must be readable: the same checks as for any manifest.

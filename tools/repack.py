@@ -28,7 +28,7 @@ from tools.repacking.labels import Labels
 from tools.repacking.samples import ARRAYS, check_suffix, kind_of, read_samples
 from tools.repacking.vectors import vectors
 from trainer.errors import DataError, UserError
-from trainer.stream import Manifest, ShardWriter
+from trainer.stream import Manifest, ShardSpec, ShardWriter
 from trainer.stream.manifest import STORED_DTYPES
 
 
@@ -76,20 +76,22 @@ def run(args: argparse.Namespace) -> None:
                     ShardWriter(
                         args.out,
                         args.split,
-                        width=acts.shape[1],
-                        dtype=args.dtype or _stored_dtype(acts),
-                        concepts=concepts.names,
-                        answers=answers.names,
-                        model=args.model or (like.model if like else ""),
-                        hook_point=args.hook_point or (like.hook_point if like else ""),
+                        ShardSpec(
+                            width=acts.shape[1],
+                            dtype=args.dtype or _stored_dtype(acts),
+                            concepts=concepts.names,
+                            answers=answers.names,
+                            model=args.model or (like.model if like else ""),
+                            hook_point=args.hook_point or (like.hook_point if like else ""),
+                        ),
                         rows_per_block=args.rows_per_block,
                         shard_bytes=args.shard_mb << 20,
                         normalisation=(like.mean, like.scale) if like else None,
                         overwrite=args.overwrite,
                     )
                 )
-            if acts.shape[1] != writer.width:
-                raise DataError(f"{where}: vector of width {acts.shape[1]}, the first sample has {writer.width}")
+            if acts.shape[1] != writer.spec.width:
+                raise DataError(f"{where}: vector of width {acts.shape[1]}, the first sample has {writer.spec.width}")
             labels = [np.full(len(acts), v.index(sample.get(v.suffix), where)) for v in (concepts, answers)]
             writer.write(acts, *labels)
             bar.update(len(acts))

@@ -17,7 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tools import plots
-from trainer.analysis.results import read_json, read_metrics, run_config, write_result
+from trainer.analysis.results import read_metrics, read_result, run_config
+from trainer.files import write_result
+from trainer.run_folder import RunFolder
 from trainer.tracking import add_artifacts
 
 
@@ -28,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw, render, write."""
+    folder = RunFolder(args.run_dir)
     metrics = read_metrics(args.run_dir)
     config = run_config(args.run_dir)
-    evaluation, swap = _optional(args.run_dir / "evaluation.json"), _optional(args.run_dir / "swap.json")
+    evaluation, swap = _optional(folder.evaluation), _optional(folder.swap)
     figures = {"losses": plots.loss_plot(metrics), "training": plots.training_plot(metrics)} if metrics else {}
     if evaluation and evaluation["concepts"]:
         figures |= {"binding": plots.binding_plot(evaluation), "fragmentation": plots.fragmentation_plot(evaluation)}
@@ -39,12 +42,10 @@ def run(args: argparse.Namespace) -> None:
     images = {name: _png(figure) for name, figure in figures.items()}
     written = []
     for name, image in images.items():
-        written.append(args.run_dir / "plots" / f"{name}.png")
+        written.append(folder.plots / f"{name}.png")
         write_result(written[-1], image)
-    written.append(args.run_dir / "report.html")
-    page = render(
-        args.run_dir.resolve().name, metrics, evaluation, swap, (args.run_dir / "config.yaml").read_text(), images
-    )
+    written.append(folder.report)
+    page = render(folder.name, metrics, evaluation, swap, folder.config.read_text(), images)
     write_result(written[-1], page)
     tracked = add_artifacts(args.run_dir, config.tracking.uri, written)
     print(f"written: {written[-1]} and {len(images)} plots" + (", attached to the MLflow run" if tracked else ""))
@@ -92,7 +93,7 @@ def render(
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
-    return read_json(path, "write it again") if path.exists() else None
+    return read_result(path, "write it again") if path.exists() else None
 
 
 def _png(figure: Figure) -> bytes:

@@ -15,8 +15,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from trainer.analysis.results import read_json, write_result
+from trainer.analysis.results import read_result
 from trainer.errors import UserError
+from trainer.files import write_result
+from trainer.run_folder import RunFolder
 
 EXTRA = ("swaps", "concepts", "l0_share")  # for the bars only, not in summary.json
 
@@ -37,21 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write summary.json, print the table; 1 when a bar is missed."""
-    evaluation = read_json(args.run_dir / "evaluation.json", f"run `alignsae evaluate --run {args.run_dir}` first")
-    swap = read_json(args.run_dir / "swap.json", f"run `alignsae swap --run {args.run_dir}` first")
-    lm = read_json(args.lm / "lm_report.json", "name the folder that `alignsae finetune-lm` wrote")
+    folder = RunFolder(args.run_dir)
+    evaluation = read_result(folder.evaluation, f"run `alignsae evaluate --run {args.run_dir}` first")
+    swap = read_result(folder.swap, f"run `alignsae swap --run {args.run_dir}` first")
+    lm = read_result(args.lm / "lm_report.json", "name the folder that `alignsae finetune-lm` wrote")
     plain = evaluation.get("unsupervised")
     if plain is None or Path(plain["run"]) != args.unsupervised or "heldout" not in evaluation:
         raise UserError(
-            f"{args.run_dir / 'evaluation.json'} does not compare with {args.unsupervised} "
+            f"{folder.evaluation} does not compare with {args.unsupervised} "
             "on train and held-out shards; "
             f"run `alignsae evaluate --run {args.run_dir} --unsupervised {args.unsupervised} --train ... --heldout ...`"
         )
     figures = collect(evaluation, swap, lm, _seconds(args.seconds_file))
-    write_result(args.run_dir / "summary.json", {key: value for key, value in figures.items() if key not in EXTRA})
+    write_result(folder.summary, {key: value for key, value in figures.items() if key not in EXTRA})
     table, passed = compare(figures, read_bars(args.bars))
     print(table)
-    print(f"written: {args.run_dir / 'summary.json'}")
+    print(f"written: {folder.summary}")
     return 0 if passed else 1
 
 

@@ -38,9 +38,11 @@ from trainer.analysis.language_model import (
     load_language_model,
     read_prompts,
 )
-from trainer.analysis.results import rows_of, run_shards, write_result
+from trainer.analysis.results import rows_of, run_shards
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
+from trainer.files import write_result
+from trainer.run_folder import RunFolder
 
 EXAMPLES = 20  # of each kind of failure
 
@@ -136,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         / len(prompts),
         **{method: _summarise(swaps, attempts, concepts) for method, attempts in tried.items()},
     }
-    out = args.out or args.run_dir / "swap.json"
+    out = args.out or RunFolder(args.run_dir).swap
     write_result(out, result)
     _show(result)
     print(f"written: {out}")

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.analysis.results import read_metrics, write_result
+from trainer.analysis.results import read_metrics
 from trainer.config import load_config
 from trainer.errors import UserError
+from trainer.files import write_result
+from trainer.run_folder import RunFolder
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         ]
         with (folder / "train.log").open("a") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        metrics = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+        metrics = read_metrics(folder) if RunFolder(folder).metrics.exists() else []
         rows.append(
             {"run": folder.name, "exit": code, **{name: metrics[-1].get(name) if metrics else None for name in COLUMNS}}
         )

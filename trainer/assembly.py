@@ -11,6 +11,7 @@ from trainer.config import Config, flatten, to_yaml
 from trainer.curriculum import Curriculum, L0Target
 from trainer.dictionary import GATES, ConceptDictionary, DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
+from trainer.files import write_atomically
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
@@ -21,7 +22,6 @@ from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.strategies import Layout, Strategy, build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
-from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology
 from trainer.tracking import DatasetInput, Tracker
 

@@ -3,11 +3,11 @@
 import logging
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 from trainer.errors import UserError
+from trainer.files import Count
 from trainer.journal import Journal
 from trainer.stream import Plan
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class GuardConfig:
-    """When an update is skipped, and when the run gives up. A loss or gradient norm that is not finite is always skipped."""
+    """When an update is skipped, and when the run gives up. What is not finite is always skipped."""
 
     spike: float = 0.0  # skip where the loss exceeds this many times its running median; 0 = off
     window: int = (
@@ -32,6 +32,20 @@ class GuardConfig:
             raise UserError("guard.window and guard.stop_after must be at least 1")
 
 
+@dataclass
+class GuardState:
+    """What a guard remembers, as state.json stores it.
+
+    skipped: updates that were not made. in_a_row: those since the last one that was. losses: accepted ones of `stage`,
+    the latest last, where guard.spike needs them.
+    """
+
+    skipped: Count = 0
+    in_a_row: Count = 0
+    stage: str = ""
+    losses: list[float] = field(default_factory=list)
+
+
 class Guard:
     """Judges losses and gradient norms of the global batch, which are the same on all ranks.
 
@@ -39,20 +53,18 @@ class Guard:
         config: bounds.
         plan: names the rows of a step.
         journal: skipped.jsonl, on the rank that writes it; None on the others.
-        state: what `state` gave at the checkpoint that the run goes on from, or {}.
+        state: what `state` gave at the checkpoint that the run goes on from.
     """
 
-    def __init__(self, config: GuardConfig, plan: Plan, journal: Journal | None, state: dict[str, Any]):
+    def __init__(self, config: GuardConfig, plan: Plan, journal: Journal | None, state: GuardState):
         self.config, self.plan, self.journal = config, plan, journal
-        self.skipped = int(state.get("skipped", 0))
-        self.in_a_row = int(state.get("in_a_row", 0))
-        self._stage = str(state.get("stage", ""))
-        self._losses = deque((float(loss) for loss in state.get("losses", [])), maxlen=config.window)
+        self.skipped, self.in_a_row, self._stage = state.skipped, state.in_a_row, state.stage
+        self._losses = deque(state.losses, maxlen=config.window)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         """Counts and recent losses, for state.json."""
         recent = list(self._losses) if self.config.spike else []
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "stage": self._stage, "losses": recent}
+        return GuardState(self.skipped, self.in_a_row, self._stage, recent)
 
     def problem(self, loss: float, stage: str) -> str:
         """Why the step with this loss must not change the weights; "" if it may."""
@@ -73,7 +85,7 @@ class Guard:
         self._losses.append(loss)
 
     def skip(self, step: int, problem: str, loss: float, norm: float) -> None:
-        """The update from batch `step` was not made: count it, record its rows. Raises UserError after too many in a row."""
+        """The update from batch `step` was not made: count it, record its rows. UserError after too many in a row."""
         self.skipped += 1
         self.in_a_row += 1
         if self.journal is not None:

@@ -4,7 +4,6 @@ key=value overrides the YAML, for example data.shards=data/demo/layer-01/train d
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -14,8 +13,8 @@ from trainer.allocator import keep_freed_memory
 from trainer.assembly import build_run, read_inputs
 from trainer.config import Config, load_config
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.interrupt import Interrupt
-from trainer.stream.manifest import write_atomically
 from trainer.topology import launched_world
 from trainer.tracking import STATUS, Tracker
 
@@ -79,7 +78,7 @@ def write_outcome(built: loop.Run, tracker: Tracker, outcome: dict[str, object])
     """outcome.json, which scripts read because launchers do not pass exit codes on; and the end of the tracked run."""
     path = built.folder.outcome
     try:
-        write_atomically(path, json.dumps(outcome, indent=1).encode() + b"\n")
+        write_json(path, outcome)
     except OSError as error:
         log.warning("%s cannot be written (%s)", path, error.strerror)
     else:

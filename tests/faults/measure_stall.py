@@ -20,7 +20,7 @@ from trainer import loop, train
 from trainer.checkpoint import Saver
 from trainer.dictionary import SlotBank
 from trainer.objective import MicroBatch
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 CONCEPTS = [f"c{i}" for i in range(6)]
 
@@ -47,8 +47,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds of steps and saves of one run."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4 * args.batch, args.width, generator=generator)
-    names = {"concepts": CONCEPTS, "answers": ["a"], "model": "none", "hook_point": "none"}
-    with ShardWriter(folder / "data", "train", width=args.width, dtype="float16", **names) as writer:
+    spec = ShardSpec(width=args.width, dtype="float16", concepts=CONCEPTS, answers=["a"])
+    with ShardWriter(folder / "data", "train", spec) as writer:
         writer.write(rows, torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64))
     (folder / "run.yaml").write_text("stages: [{name: pretrain, steps: %d}]" % args.steps)  # noqa: UP031
 

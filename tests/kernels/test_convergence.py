@@ -9,7 +9,7 @@ from trainer import train
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.results import rows_of
 from trainer.checkpoint import load_dictionary
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 RELATIONS = ["birth date", "birth city", "university", "major", "employer", "work city"]
@@ -26,8 +26,9 @@ def planted(folder: Path) -> Path:
     acts = person[who] + 0.7 * relation[what] + 0.5 * template[how] + rng.standard_normal((len(who), 128))
     label = np.where(rng.random(len(who)) < 0.05, rng.integers(0, len(RELATIONS), len(who)), what)
     answer = (7 * who + what) % 100
-    names = {"concepts": RELATIONS, "answers": [f"answer {i}" for i in range(100)]}
-    with ShardWriter(folder, "train", width=128, dtype="float16", rows_per_block=64, **names) as writer:
+    answers = [f"answer {i}" for i in range(100)]
+    spec = ShardSpec(width=128, dtype="float16", concepts=RELATIONS, answers=answers)
+    with ShardWriter(folder, "train", spec, rows_per_block=64) as writer:
         writer.write(acts.astype(np.float16), label.astype(np.int32), answer.astype(np.int32))
     return folder
 

@@ -11,7 +11,7 @@ import yaml
 
 from tests.slurm.slurm_cluster import Cluster, missing_programs
 from trainer.checkpoint import load_dictionary
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,9 +36,8 @@ def config(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(0)
     concept = torch.randint(0, 3, (2048,), generator=generator)
     acts = torch.randn(2048, 16, generator=generator) + torch.eye(16)[concept]
-    with ShardWriter(
-        folder / "shards", "train", width=16, dtype="float32", concepts=list("abc"), answers=[], rows_per_block=64
-    ) as writer:
+    spec = ShardSpec(width=16, dtype="float32", concepts=list("abc"), answers=[])
+    with ShardWriter(folder / "shards", "train", spec, rows_per_block=64) as writer:
         writer.write(acts, concept, torch.full((2048,), -1))
     settings = {
         "run": {"precision": "fp32", "log_every": 50},

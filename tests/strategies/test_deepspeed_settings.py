@@ -1,9 +1,12 @@
 """The JSON files that tune DeepSpeed: those of launch/deepspeed train to the same numbers, and what would change numbers is refused."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.strategies.curriculum_runs import CURRICULUM, TERMS
 from tests.support.commands import ROOT
@@ -12,7 +15,7 @@ from tests.support.runs import arguments, metrics, train_here, train_rank
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
 from trainer.strategies import ParallelConfig
-from trainer.strategies.deepspeed_settings import engine_config, read_tuning
+from trainer.strategies.deepspeed_settings import Tuning, engine_config, read_tuning
 
 SHIPPED = sorted((ROOT / "launch" / "deepspeed").glob("*.json"))
 SHORT = ["stages.0.steps=2", "stages.1.steps=2"]
@@ -52,7 +55,7 @@ def test_shipped_files_train_to_the_numbers_of_a_single_process(path, single, sm
 
 
 @pytest.mark.parametrize(
-    "settings,message",
+    ("content", "message"),
     [
         ({"zero_optimization": {"stage": 2}}, "is for stage 2, but parallel.strategy=zero3"),
         ({"zero_optimization": {}, "gradient_clipping": 1.0}, "gradient_clipping .* set optim.clip instead"),
@@ -72,12 +75,41 @@ def test_shipped_files_train_to_the_numbers_of_a_single_process(path, single, sm
         ({}, "must be an object with zero_optimization"),
     ],
 )
-def test_what_would_change_numbers_is_refused_in_one_line(tmp_path, settings, message):
+def test_what_would_change_numbers_is_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "tuned.json"
-    path.write_text(json.dumps(settings))
+    path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as error:
         ParallelConfig("zero3", deepspeed=str(path)).resolve(2, 5)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["cpu", "none"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["device", "pin_memory", "a\nb"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*Tuning.__annotations__, "stage", "a\nb"]), _VALUE, max_size=4) | _VALUE)
+def test_any_section_is_taken_as_it_is_or_refused_in_one_line(section):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tuned.json"
+        path.write_text(json.dumps({"zero_optimization": section}))
+        try:
+            tuning = read_tuning(str(path), 3)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+            return
+    assert tuning == {key: value for key, value in section.items() if key != "stage"}
+    for key, value in tuning.items():
+        if key.startswith("offload_"):
+            assert value["device"] in ("cpu", "none") and value.get("pin_memory", False) in (True, False)
+        else:
+            assert type(value) in (int, bool) and value >= 0
 
 
 def test_files_belong_to_a_stage_and_a_strategy(tmp_path):

@@ -19,7 +19,7 @@ from tests.support.ranks import run_ranks
 from tests.support.runs import train_rank
 from tools.cli import main
 from tools.summary import compare, read_bars
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 PERSONS, RELATIONS, WIDTH = 300, 6, 128
 LAYOUTS = {
@@ -42,7 +42,8 @@ def write_rows(folder: Path) -> Path:
         acts += 0.1 * rng.standard_normal(acts.shape)
         concept, answer = np.tile(what, 2).astype(np.int32), np.tile((who + what) % 50, 2).astype(np.int32)
         names = {"concepts": [f"relation-{i}" for i in range(RELATIONS)], "answers": [f"answer-{i}" for i in range(50)]}
-        with ShardWriter(folder / split, split, width=WIDTH, dtype="float16", rows_per_block=64, **names) as writer:
+        spec = ShardSpec(width=WIDTH, dtype="float16", **names)
+        with ShardWriter(folder / split, split, spec, rows_per_block=64) as writer:
             writer.write(acts.astype(np.float16), concept, answer)
     return folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.stream import DataConfig, Manifest, Plan, ShardWriter, Stream
+from trainer.stream import DataConfig, Manifest, Plan, ShardSpec, ShardWriter, Stream
 
 CONCEPTS = ["born", "studied", "works"]
 ANSWERS = ["a", "b", "c", "d", "e"]
@@ -21,9 +21,15 @@ def rows(count: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray,
     return acts, np.arange(count) % 4 - 1, np.arange(count) % 6 - 1
 
 
-def write(folder: Path, count: int = 300, width: int = 4, **options) -> Manifest:
-    settings = {"dtype": "float32", "rows_per_block": 32, "shard_bytes": 4096, **options}
-    with ShardWriter(folder, "train", width=width, concepts=CONCEPTS, answers=ANSWERS, **settings) as writer:
+def spec(width: int = 4, dtype: str = "float32", **options) -> ShardSpec:
+    return ShardSpec(width=width, dtype=dtype, concepts=CONCEPTS, answers=ANSWERS, **options)
+
+
+def write(
+    folder: Path, count: int = 300, width: int = 4, dtype: str = "float32", extra: dict | None = None, **options
+) -> Manifest:
+    settings = {"rows_per_block": 32, "shard_bytes": 4096, **options}
+    with ShardWriter(folder, "train", spec(width, dtype, extra=extra or {}), **settings) as writer:
         writer.write(*rows(count, width))
     return Manifest.load(folder)
 

@@ -44,7 +44,8 @@ def good_tar() -> bytes:
 def good_manifest() -> bytes:
     block = Block("k", 2, 0, 4096, (512, 160), (1536, 136), None, 7)
     shard = Shard("train-000000.tar", 10240, "0" * 64, (block,))
-    manifest = Manifest(4, "float32", "m", "layer-01", [0.0] * 4, 1.0, ["c"], ["a"], 2, (shard,))
+    names = {"model": "m", "hook_point": "layer-01", "concepts": ["c"], "answers": ["a"]}
+    manifest = Manifest(width=4, dtype="float32", mean=[0.0] * 4, scale=1.0, rows=2, shards=(shard,), **names)
     return manifest.to_json().encode()
 
 
@@ -182,6 +183,39 @@ def test_any_value_in_any_field_of_a_manifest(data):
     tracemalloc.start()
     attempt("manifest", json.dumps(content).encode())
     tracemalloc.stop()
+
+
+_numbers = (
+    st.sampled_from([0, 1, 2, 64, 512, 1024, 4096, 10240, 1 << 33, 1 << 48, 1 << 63, 10**400, -1]) | st.integers()
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_number_in_any_place_of_a_manifest_is_bounded_by_the_bytes(data):
+    """Offsets, sizes and counts of all kinds together: what is accepted lies inside what holds it."""
+    content = json.loads(MANIFEST)
+    shard = content["shards"][0]
+    block = shard["blocks"][0]
+    places = [
+        *((content, name) for name in ("width", "rows")), (shard, "bytes"),
+        *((block, name) for name in ("rows", "offset", "bytes", "crc32")),
+        *((block[name], i) for name in ("acts", "concept") for i in (0, 1)),
+    ]  # fmt: skip
+    for place, name in data.draw(st.lists(st.sampled_from(places), max_size=3)):
+        place[name] = data.draw(_numbers)
+    content["rows"] = data.draw(st.sampled_from([content["rows"], block["rows"]]))
+    try:
+        manifest = Manifest.parse(json.dumps(content).encode(), "manifest.json")
+    except DataError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return
+    for number, found in manifest.blocks:
+        end = found.offset + found.bytes
+        assert 0 <= found.offset < end <= manifest.shards[number].bytes
+        assert found.rows * manifest.width * 4 < found.acts[1]
+        for start, size in (span for span in (found.acts, found.concept, found.answer) if span):
+            assert found.offset < start < start + size <= end and found.rows < size
 
 
 @pytest.mark.slow

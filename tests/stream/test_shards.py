@@ -1,7 +1,9 @@
 """Writing shards and manifests, and what stock webdataset makes of them."""
 
+import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,14 +16,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.stream.stream_data import ANSWERS, CONCEPTS, rows, write
+from tests.stream.stream_data import rows, spec, write
 from trainer.errors import DataError, UserError
-from trainer.stream import Manifest, ShardWriter
+from trainer.stream import Manifest, ShardSpec, ShardWriter
 
 
-def writer(folder, **options):
-    values = {"width": 4, "dtype": "float32", "concepts": CONCEPTS, "answers": ANSWERS, **options}
-    return ShardWriter(folder, "train", **values)
+def writer(folder, dtype="float32", **options):
+    return ShardWriter(folder, "train", spec(dtype=dtype), **options)
 
 
 def test_stock_webdataset_reads_the_shards(dataset):
@@ -123,11 +124,12 @@ def test_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
 import resource, signal, sys
 import numpy as np
 from trainer.errors import UserError
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    with ShardWriter({str(tmp_path / "d")!r}, "train", width=64, dtype="float32", concepts=[], answers=[], shard_bytes=1 << 20) as w:
+    spec = ShardSpec(width=64, dtype="float32", concepts=[], answers=[])
+    with ShardWriter({str(tmp_path / "d")!r}, "train", spec, shard_bytes=1 << 20) as w:
         for i in range(100):
             w.write(np.random.default_rng(i).normal(size=(4096, 64)), np.full(4096, -1), np.full(4096, -1))
 except UserError as error:
@@ -136,6 +138,52 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1 and done.stderr.startswith("refused: ") and "nothing was kept" in done.stderr
     assert list((tmp_path / "d").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"width": 0}, {}, "width 0 is outside"),
+        ({"dtype": "float64"}, {}, "dtype 'float64' is unknown"),
+        ({"concepts": ["a", "a"]}, {}, "'concepts' repeats a name"),
+        ({}, {"rows_per_block": 0}, "rows_per_block=0"),
+        ({}, {"rows_per_block": 1 << 30}, "do not fit a tar member; use at most"),
+        ({}, {"normalisation": ([0.0, 0.0, 0.0, math.nan], 1.0)}, "4 finite means and a positive scale"),
+        ({}, {"normalisation": ([0.0] * 4, 1e300)}, "scale must be positive and of the finite numbers of fp32"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused(tmp_path, change, settings, message):
+    acts, concept, answer = rows(5, 4)
+    values = {"width": 4, "dtype": "float32", "concepts": list("abc"), "answers": list("abcde"), **change}
+    with (
+        pytest.raises(UserError, match=message),
+        ShardWriter(tmp_path / "d", "train", ShardSpec(**values), **settings) as w,
+    ):
+        w.write(acts, concept, answer)
+    assert not list((tmp_path / "d").glob("*"))
+
+
+def test_names_that_are_found_on_the_way_are_kept_and_checked(tmp_path):
+    acts, concept, answer = rows(8, 4)
+    for found, outcome in (["a", "b", "c"], None), (["a", "b", "b"], "repeats a name"):
+        names: list[str] = []
+        values = ShardSpec(width=4, dtype="float32", concepts=names, answers=list("abcdef"))
+        with contextlib.ExitStack() as stack:
+            if outcome:
+                stack.enter_context(pytest.raises(DataError, match=outcome))
+            w = stack.enter_context(ShardWriter(tmp_path / str(outcome), "train", values))
+            names += found
+            w.write(acts, concept, answer)
+        if outcome is None:
+            assert Manifest.load(tmp_path / "None").concepts == found
+        else:
+            assert list((tmp_path / outcome).iterdir()) == []
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DataError, match="not a regular file"):
+        Manifest.load(tmp_path)
 
 
 def test_no_rows_and_a_finished_folder_are_refused(tmp_path):
@@ -193,6 +241,24 @@ def edit(change):
         (edit(lambda d: d["shards"][0]["blocks"][0].update(acts=[512, 10**9])), "lies outside its block"),
         (edit(lambda d: d["shards"][0]["blocks"][0].update(acts=None)), "no activations"),
         (edit(lambda d: d["shards"][0]["blocks"].reverse()), "overlap"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(rows=10**9)), "rows=1000000000, but the bytes of acts hold"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(rows=37)), "hold at most 36"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(rows=True)), "rows=True is no whole number"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(rows=2.0)), "rows=2.0 is no whole number"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(offset=7)), "does not start on 512 bytes"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(crc32=1 << 32)), "crc32=4294967296 is no whole number"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(concept=[512])), "concept"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].update(answer=[0, 200])), "'answer' of block .* outside its block"),
+        (edit(lambda d: d["shards"][0]["blocks"][0].pop("concept")), "no field 'concept'"),
+        (edit(lambda d: d.pop("model")), "'model' is missing"),
+        (edit(lambda d: d.pop("answers")), "no field 'answers'"),
+        (edit(lambda d: d.update(concepts=["\ud800", "b", "c"])), "not valid JSON"),
+        (edit(lambda d: d.update(concepts=["a", 1, "c"])), r"concepts\[1\]=1"),
+        (edit(lambda d: d.update(scale=1e300)), "scale must be positive and of the finite numbers of fp32"),
+        (edit(lambda d: d.update(scale=1e-300)), "scale must be positive"),
+        (edit(lambda d: d.update(mean=[1e300] * 4)), "finite numbers"),
+        (edit(lambda d: d.update(width=1 << 40)), "width=1099511627776 is no whole number or outside 1.."),
+        (edit(lambda d: d.update(extra=[])), "extra"),
     ],
 )
 def test_bad_manifests_are_refused_in_one_line(dataset, change, message):

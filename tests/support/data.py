@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 ROWS, WIDTH, CONCEPTS, ANSWERS = 496, 12, ["born", "studied", "works"], 5
 PARTS = 30  # directions that rows are sparse sums of
@@ -44,17 +44,8 @@ def write_data(
     answers = [f"a{i}" for i in range(ANSWERS)] if concepts else []
     # With factors: as if the normalisation had been measured on the other rows.
     usual = ([0.0] * width, 3.0) if factors else None
-    with ShardWriter(
-        folder,
-        "train",
-        width=width,
-        dtype=dtype,
-        concepts=concepts,
-        answers=answers,
-        model="none",
-        hook_point="layer-01",
-        rows_per_block=20,
-        normalisation=usual,
-    ) as writer:
+    names = {"concepts": concepts, "answers": answers, "model": "none", "hook_point": "layer-01"}
+    spec = ShardSpec(width=width, dtype=dtype, **names)
+    with ShardWriter(folder, "train", spec, rows_per_block=20, normalisation=usual) as writer:
         writer.write(acts, concept, answer)
     return folder

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from trainer.analysis.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 from trainer.train import main as train
 
 WIDTH = 32
@@ -100,17 +100,10 @@ def write_shards(folder: Path, model: GPT2LMHeadModel, prompts: list[Prompt], la
     ids, mask = encode_prompts(tokenizer, [p.prompt for p in prompts])
     acts = capture(model, ids, mask, [layer])[layer][torch.arange(len(prompts)), last_token(mask)]
     answers = sorted({a for group in ANSWERS.values() for a in group})
-    with ShardWriter(
-        folder,
-        split,
-        width=WIDTH,
-        dtype="float32",
-        concepts=CONCEPTS,
-        answers=answers,
-        model="tiny",
-        hook_point=hook_point(layer),
-        rows_per_block=8,
-    ) as writer:
+    spec = ShardSpec(
+        width=WIDTH, dtype="float32", concepts=CONCEPTS, answers=answers, model="tiny", hook_point=hook_point(layer)
+    )
+    with ShardWriter(folder, split, spec, rows_per_block=8) as writer:
         concept = torch.tensor([CONCEPTS.index(p.concept) for p in prompts])
         writer.write(acts, concept, torch.tensor([answers.index(p.answer) for p in prompts]))
 

@@ -19,7 +19,7 @@ SORTED_RUN = 32
 
 
 @dataclass(frozen=True)
-class Rows:
+class LabelledRows:
     """Rows of a stretch of the input: acts[layer] [n, D], labels [n] with -1 for none."""
 
     acts: dict[int, Tensor]
@@ -29,11 +29,11 @@ class Rows:
 
 @dataclass
 class Source:
-    """What is extracted: label vocabularies, the number of units (prompts or texts) per split, and the rows of a split."""
+    """What is extracted: label vocabularies, the number of prompts or texts per split, and the rows of a split."""
 
     sizes: dict[str, int | None]
-    rows: Callable[[str, Sequence[int]], Iterator[tuple[int, Rows]]]  # (split, layers) -> (units done, rows)
-    unit: str
+    rows: Callable[[str, Sequence[int]], Iterator[tuple[int, LabelledRows]]]  # (split, layers) -> (items done, rows)
+    item: str  # prompt or text
     concepts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ def prompt_source(args: argparse.Namespace, model: Any, tokenizer: Any) -> Sourc
     concept_index = {name: i for i, name in enumerate(concepts)}
     answer_index = {name: i for i, name in enumerate(answers)}
 
-    def rows(split: str, layers: Sequence[int]) -> Iterator[tuple[int, Rows]]:
+    def rows(split: str, layers: Sequence[int]) -> Iterator[tuple[int, LabelledRows]]:
         for run in chunks(by_split[split], args.batch_size * SORTED_RUN):
             order = sorted(range(len(run)), key=lambda i: len(run[i].prompt))
             parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -92,7 +92,7 @@ def prompt_source(args: argparse.Namespace, model: Any, tokenizer: Any) -> Sourc
             known = [p.concept in concept_index for p in run]
             yield (
                 len(run),
-                Rows(
+                LabelledRows(
                     {layer: torch.cat(parts[layer])[back] for layer in layers},
                     torch.tensor([concept_index.get(p.concept, -1) for p in run]),
                     torch.tensor([answer_index[p.answer] if k else -1 for p, k in zip(run, known, strict=True)]),
@@ -118,7 +118,7 @@ def text_source(args: argparse.Namespace, model: Any, tokenizer: Any) -> Source:
                 cut = [ids[i : i + args.context] for i in range(0, len(ids), args.context)]
                 yield from ((window, int(window is cut[-1])) for window in cut)
 
-    def rows(split: str, layers: Sequence[int]) -> Iterator[tuple[int, Rows]]:
+    def rows(split: str, layers: Sequence[int]) -> Iterator[tuple[int, LabelledRows]]:
         for batch in chunks(windows(split), args.batch_size):
             padded = tokenizer.pad({"input_ids": [ids for ids, _ in batch]}, padding_side="right", return_tensors="pt")
             ids, mask = padded["input_ids"], padded["attention_mask"]
@@ -131,7 +131,7 @@ def text_source(args: argparse.Namespace, model: Any, tokenizer: Any) -> Source:
             none = torch.full((int(keep.sum()),), -1)
             yield (
                 sum(done for _, done in batch),
-                Rows({layer: acts[layer][keep.to(args.device)].float().cpu() for layer in layers}, none, none),
+                LabelledRows({layer: acts[layer][keep.to(args.device)].float().cpu() for layer in layers}, none, none),
             )
 
     return Source({"train": None, "heldout": None if args.heldout else 0}, rows, "text")

@@ -1,4 +1,4 @@
-"""Files of a run folder that the evaluation tools share: runs/NAME/config.yaml, *.json, plots/*.png, report.html."""
+"""Reading the files of a run folder, and the rows that it was trained on."""
 
 import json
 from collections.abc import Iterator
@@ -13,36 +13,23 @@ from torch import Tensor
 from trainer.analysis.evaluation import RowSource
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
+from trainer.files import read_json
+from trainer.run_folder import RunFolder
 from trainer.stream import DataConfig, Manifest
-from trainer.stream.manifest import write_atomically
 from trainer.stream.shards import from_stored
 from trainer.stream.source import BlockSource
 
-
-def write_result(path: Path, content: str | bytes | dict[str, Any]) -> None:
-    """Write a text, bytes or a JSON object (no NaN: JSON has none) atomically. Raises UserError when the disk refuses."""
-    if isinstance(content, dict):
-        content = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another place") from error
+MAX_RESULT = 1 << 30  # bytes; an evaluation holds a matrix of concepts x concepts
 
 
-def read_json(path: Path, hint: str) -> Any:
-    """The JSON value in `path`. Raises UserError with `hint` (what to do) when it is not there or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); {hint}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); {hint}") from error
+def read_result(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a tool wrote. Raises DataError with `remedy` (what to do) when it is not there or none."""
+    return read_json(path, dict[str, Any], remedy, limit=MAX_RESULT)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl in order of step; of a step that was trained twice (after a resume) the later line counts."""
-    path = run / "metrics.jsonl"
+    """Lines of metrics.jsonl by step; of a step that was trained twice (after a resume) the later line counts."""
+    path = RunFolder(run).metrics
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -50,7 +37,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:
-            record = json.loads(line)
+            record = json.loads(line)  # not parse_json: a journal may hold NaN
             by_step[int(record["step"])] = record
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
@@ -59,7 +46,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def run_config(run: Path) -> DictConfig:
     """The resolved configuration of a run."""
-    path = run / "config.yaml"
+    path = RunFolder(run).config
     try:
         config = OmegaConf.load(path)
     except OSError as error:

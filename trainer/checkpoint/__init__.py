@@ -1,10 +1,13 @@
-"""Checkpoints that name no rank: one safetensors file per unit (bank, concepts, output bias, value head), so that any strategy and world loads any of them.
+"""Checkpoints that name no rank: any strategy and world loads any of them.
 
-    checkpoints/step-00000100/   state.json manifest.json hashes.json dictionary/UNIT.safetensors optimizer/UNIT.safetensors COMPLETE
+There is one safetensors file per unit (bank, concepts, output bias, value head):
+
+    checkpoints/step-00000100/   state.json manifest.json hashes.json COMPLETE
+                                 dictionary/UNIT.safetensors optimizer/UNIT.safetensors
     checkpoints/latest           name of the newest complete folder
 
-Commit protocol: everything goes to step-N.tmp and is synced to disk; all ranks acknowledge; hashes.json lists what was written; the folder is
-renamed; COMPLETE is written; `latest` moves last. Only safetensors and JSON are ever read.
+Commit protocol: everything goes to step-N.tmp and is synced to disk; all ranks acknowledge; hashes.json lists what was
+written; the folder is renamed; COMPLETE is written; `latest` moves last. Only safetensors and JSON are ever read.
 """
 
 from trainer.checkpoint.config import CheckpointConfig

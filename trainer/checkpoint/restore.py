@@ -3,25 +3,37 @@
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import digest, read_json
+from trainer.checkpoint.files import digest
 from trainer.checkpoint.state import RunState, least_bytes, read_state
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
+from trainer.files import Count, checked, read_json
 from trainer.optimizer import MOMENTS
+from trainer.run_folder import RunFolder
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
 from trainer.topology import Topology
 
 _NAME = re.compile(r"(?:(?:dictionary|optimizer)/[a-z0-9-]+\.safetensors|state\.json|manifest\.json)\Z")
 _STEP = re.compile(r"step-(\d{8,})\Z")
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """What hashes.json says of a file: its size, and its hash as `files.digest` gives it."""
+
+    bytes: Count
+    xxh3_128: str
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -32,30 +44,30 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     if not (folder / "COMPLETE").exists():
         return "it was not completed"
     try:
-        hashes = read_json(folder / "hashes.json")
-        sizes = {name: _listed_bytes(name, entry) for name, entry in hashes.items()}
-        for name, least in least_bytes(read_state(folder).dictionary, len(sizes)).items():
-            if name not in sizes:
+        entries = read_json(folder / "hashes.json", dict[str, Any], "it is damaged")
+        listed = {name: _listed(name, entry) for name, entry in entries.items()}
+        for name, least in least_bytes(read_state(folder).dictionary, len(listed)).items():
+            if name not in listed:
                 return f"{name} is not in hashes.json"
-            if sizes[name] < least:
-                return f"{name} has {sizes[name]} bytes, too few for the dictionary that state.json describes"
-        for name in sorted(sizes)[part::parts]:
-            if (folder / name).stat().st_size != sizes[name]:
+            if listed[name].bytes < least:
+                return f"{name} has {listed[name].bytes} bytes, too few for the dictionary that state.json describes"
+        for name in sorted(listed)[part::parts]:
+            if (folder / name).stat().st_size != listed[name].bytes:
                 return f"{name} has another size than hashes.json says"
-            if digest(folder / name) != hashes[name]["xxh3_128"]:
+            if digest(folder / name) != listed[name].xxh3_128:
                 return f"{name} differs from its hash"
     except (OSError, DataError) as error:
         return f"it cannot be read ({error})"
     return None
 
 
-def _listed_bytes(name: str, entry: object) -> int:
+def _listed(name: str, entry: object) -> ListedFile:
     if not _NAME.match(name):
         raise DataError(f"hashes.json lists {name!r:.80}, which is no file of a checkpoint")
-    size = entry.get("bytes") if isinstance(entry, dict) and isinstance(entry.get("xxh3_128"), str) else None
-    if not isinstance(size, int):
-        raise DataError(f"hashes.json has no size and hash of {name}")
-    return size
+    try:
+        return checked(entry, ListedFile)
+    except ValueError as error:
+        raise DataError(f"hashes.json has no size and hash of {name} ({error})") from None
 
 
 def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Path | None, list[str]]:
@@ -66,7 +78,8 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         root: checkpoints folder of this run.
         topology: ranks that look together; None: this process alone.
 
-    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same folder.
+    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same
+    folder.
     """
     topology = topology or Topology()
     if resume == "none":
@@ -104,16 +117,17 @@ def _candidates(path: Path) -> Iterator[Path]:
     if (path / "state.json").exists():
         yield path
         return
-    yield from saved(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    inside = RunFolder(path).checkpoints
+    yield from saved(inside if inside.is_dir() else path)
 
 
 def refuse_later(root: Path, step: int) -> None:
-    """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that will save there too."""
+    """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that saves there too."""
     later = [p for p in saved(root) if step_of(p) > step and (p / "COMPLETE").exists()]
     if later:
         raise UserError(
-            f"{root} holds checkpoints up to step {step_of(later[0])}, but this run starts at step {max(step, 0)} and would mix with "
-            f"them; choose another run.dir, delete them, or use checkpoint.resume=auto"
+            f"{root} holds checkpoints up to step {step_of(later[0])}, but this run starts at step {max(step, 0)} "
+            f"and would mix with them; choose another run.dir, delete them, or use checkpoint.resume=auto"
         )
 
 
@@ -127,7 +141,7 @@ def _refuse_other_views(candidates: list[Path], root: Path, topology: Topology) 
 
 
 def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
-    """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel that its bank was computed with."""
+    """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel of its bank."""
     path = folder / "dictionary" / f"{name}.safetensors"
     tensors = _read(path)
     _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in unit.state_dict().items()})
@@ -149,8 +163,9 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
 
 
 def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
-    """The whole dictionary and the manifest of its training data, from a run folder, a checkpoint folder or `checkpoints/latest`.
+    """The whole dictionary and the manifest of its training data.
 
+    path: a run folder, a checkpoint folder or `checkpoints/latest`.
     Raises UserError when there is no usable checkpoint.
     """
     folder, _ = find(str(path), Path(path))

@@ -1,10 +1,11 @@
 """Saving: snapshot, write, acknowledge, commit, retain.
 
-A save has two phases that every rank enters and leaves together: `write` (each rank its units, into step-N.tmp) and `commit` (the main rank: hash
-manifest, rename, COMPLETE, `latest`). A rank that is done with a phase says so with its vote, "done" and "failed"; the votes of all ranks are
-summed, and all ranks act on the sums alike. The training loop adds the votes to the one small reduction that it makes at every step anyway, so
-an asynchronous save needs no collective of its own, no second process group, and cannot get between the collectives of training. Where the loop
-is not running (a synchronous save, the last one) `wait` reduces the votes itself.
+A save has two phases that every rank enters and leaves together: `write` (each rank its units, into step-N.tmp) and
+`commit` (the main rank: hash manifest, rename, COMPLETE, `latest`). A rank that is done with a phase says so with its
+vote, "done" and "failed"; the votes of all ranks are summed, and all ranks act on the sums alike. The training loop
+adds the votes to the one small reduction that it makes at every step anyway, so an asynchronous save needs no
+collective of its own, no second process group, and cannot get between the collectives of training. Where the loop is
+not running (a synchronous save, the last one) `wait` reduces the votes itself.
 """
 
 import logging
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import read_json, seal, sync_folder, write_json
+from trainer.checkpoint.files import seal, sync_folder
 from trainer.checkpoint.restore import saved, verify
 from trainer.checkpoint.state import RunState
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
+from trainer.files import read_json, write_atomically, write_json
 from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
@@ -78,9 +80,10 @@ class Saver:
         return self.config.every > 0 and step % self.config.every == 0
 
     def save(self, state: RunState, last: bool = False) -> None:
-        """Begin a save, and finish it unless saves are asynchronous. An earlier one that is still under way is finished first.
+        """Begin a save, and finish it unless saves are asynchronous.
 
-        `last`: of the run. It is finished in any case, and its failure raises UserError whatever checkpoint.on_error says.
+        An earlier one that is still under way is finished first. `last`: of the run. It is finished in any case, and
+        its failure raises UserError whatever checkpoint.on_error says.
         """
         began = time.perf_counter()
         self.wait()
@@ -121,7 +124,7 @@ class Saver:
         return [1.0, float(self._task.exception() is not None)]
 
     def advance(self, done: float, failed: float) -> None:
-        """Go on as the votes, summed over all ranks, say. Raises UserError when a save failed and checkpoint.on_error=stop."""
+        """Go on as the votes, summed over all ranks, say. UserError when a save failed and checkpoint.on_error=stop."""
         if not self.pending or done < self.topology.world:
             return
         if failed:
@@ -182,7 +185,10 @@ class Saver:
         (self._work / "optimizer").mkdir(exist_ok=True)
 
     def _capture(self, unit: str, old: UnitFiles | None = None) -> UnitFiles | None:
-        """A copy of a unit's state, on the rank that saves it; in the memory of the last one: new pages cost more than the copy."""
+        """A copy of a unit's state, on the rank that saves it.
+
+        It is made in the memory of the last one: new pages cost more than the copy.
+        """
         state = self.strategy.read(unit, into=None if old is None else old.state)
         if state is None:
             return None
@@ -203,7 +209,7 @@ class Saver:
         hashes = {name: seal(work / name) for name in ("state.json", "manifest.json")}
         for rank in range(self.topology.world):
             part = work / f"hashes-{rank}.json"
-            hashes |= read_json(part)
+            hashes |= read_json(part, dict[str, Any], "the save is given up")
             part.unlink()
         write_json(work / "hashes.json", hashes)
         for folder in (work / "dictionary", work / "optimizer", work):
@@ -217,16 +223,16 @@ class Saver:
         (final / "COMPLETE").touch()
         sync_folder(final)
         shutil.rmtree(aside, ignore_errors=True)
-        pointer = self.root / "latest.tmp"
-        pointer.write_text(final.name + "\n")
-        seal(pointer)
-        pointer.replace(self.root / "latest")
+        write_atomically(self.root / "latest", f"{final.name}\n".encode())
         sync_folder(self.root)
         self._verified.add(final.name)
         self._retain()
 
     def _retain(self) -> None:
-        """Delete what is older than the newest `keep` checkpoints that verify. Damaged ones between them stay, to be looked at."""
+        """Delete what is older than the newest `keep` checkpoints that verify.
+
+        Damaged ones between them stay, to be looked at.
+        """
         good = 0
         for folder in saved(self.root):
             if good >= self.config.keep:
@@ -262,7 +268,10 @@ class Saver:
 
 
 def clean(root: Path) -> None:
-    """Remove what killed or failed saves left, and put back a checkpoint that stood aside when its successor did not arrive."""
+    """Remove what killed or failed saves left.
+
+    A checkpoint that stood aside is put back when its successor did not arrive.
+    """
     with suppress(OSError):  # a folder that cannot be written is reported by the next save
         for aside in root.glob("step-*.old"):
             final = aside.with_suffix("")
@@ -273,7 +282,8 @@ def clean(root: Path) -> None:
                 aside.rename(final)
         for stale in root.glob("step-*.tmp"):
             shutil.rmtree(stale)
-        (root / "latest.tmp").unlink(missing_ok=True)
+        for stale in (root / "latest.tmp", root / ".latest.tmp"):  # the first is what older versions left
+            stale.unlink(missing_ok=True)
 
 
 def _done() -> "Future[None]":

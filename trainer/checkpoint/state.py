@@ -3,25 +3,22 @@
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
-
-from trainer.checkpoint.files import read_json
 from trainer.dictionary import DictionaryForm
 from trainer.errors import DataError, UserError
+from trainer.files import Count, checked, read_json
+from trainer.guard import GuardState
 
 SCHEMA = 1
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 @dataclass
 class RunState:
-    """What a run needs beside weights and moments. No random numbers come from ambient state: all come from (seed, step).
+    """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
 
-    step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest: see
-    RowDigest. dictionary: its form. guard: see Guard.state. damage: masked blocks and rows over all ranks.
+    step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
+    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks.
     """
 
     step: Count
@@ -29,10 +26,10 @@ class RunState:
     stage: str
     seed: int
     stream: dict[str, Any]
-    rows_digest: Annotated[int, msgspec.Meta(ge=0)]
+    rows_digest: int
     dictionary: DictionaryForm
-    guard: dict[str, Any] = field(default_factory=dict)
-    damage: dict[str, int] = field(default_factory=dict)
+    guard: GuardState = field(default_factory=GuardState)
+    damage: dict[str, Count] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, seed: int, form: DictionaryForm) -> "RunState":
@@ -46,24 +43,25 @@ class RunState:
 
 def read_state(folder: Path) -> RunState:
     """state.json of a checkpoint folder. Raises DataError, one line, when it is foreign or malformed."""
-    path = folder / "state.json"
-    values = read_json(path)
+    path, remedy = folder / "state.json", "resume from another checkpoint"
+    values = read_json(path, dict[str, Any], remedy)
     if values.pop("schema", None) != SCHEMA:
         raise DataError(f"{path} has another schema than {SCHEMA}; use the version that wrote it")
     try:
-        state = msgspec.convert(values, RunState)
+        state = checked(values, RunState)
         state.dictionary.validate()
-    except (msgspec.ValidationError, UserError) as error:
-        raise DataError(f"{path}: {error}") from error
-    if not (-(1 << 63) <= state.seed < 1 << 64 and state.rows_digest < 1 << 64):
-        raise DataError(f"{path}: seed or rows_digest is no number of 64 bits")
+    except (ValueError, UserError) as error:
+        raise DataError(f"{path}: {error}; {remedy}") from error
+    if not (-(1 << 63) <= state.seed < 1 << 64 and 0 <= state.rows_digest < 1 << 64):
+        raise DataError(f"{path}: seed or rows_digest is no number of 64 bits; {remedy}")
     return state
 
 
 def least_bytes(form: DictionaryForm, listed: int) -> dict[str, int]:
     """Files that a checkpoint of a dictionary of this form must have, each with a size that it cannot be below.
 
-    listed: number of files that there are. Raises DataError when they are too few, before a list of impossible length is made.
+    listed: number of files that there are. Raises DataError when they are too few, before a list of impossible length
+    is made.
     """
     if 2 * form.banks > listed:
         raise DataError(f"it lists {listed} files, too few for {form.banks} banks")

@@ -1,7 +1,8 @@
 """Safetensors files that are laid out in memory and written past the page cache.
 
-A snapshot is copied straight into the layout of its file, hashed there, and written by direct I/O, so that a save takes almost no CPU time from
-training: through the page cache the kernel copies every byte, and hashing from the file reads it again (docs/faults.md, "Measured").
+A snapshot is copied straight into the layout of its file, hashed there, and written by direct I/O, so that a save takes
+almost no CPU time from training: through the page cache the kernel copies every byte, and hashing from the file reads
+it again (docs/faults.md, "Measured").
 """
 
 import errno

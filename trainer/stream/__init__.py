@@ -2,7 +2,7 @@
 
 from trainer.stream.config import DataConfig
 from trainer.stream.digest import RowDigest, step_digest
-from trainer.stream.manifest import Block, Manifest, Shard
+from trainer.stream.manifest import Block, Manifest, Shard, ShardSpec
 from trainer.stream.plan import Plan, lanes_of_rank
 from trainer.stream.reader import Batch, Stream
 from trainer.stream.shards import ShardWriter
@@ -15,6 +15,7 @@ __all__ = [
     "Plan",
     "RowDigest",
     "Shard",
+    "ShardSpec",
     "ShardWriter",
     "Stream",
     "lanes_of_rank",

@@ -1,9 +1,9 @@
 """Who reads which row when: a pure function of (manifest digest, seed, epoch), known to every rank beforehand.
 
-An epoch permutes the blocks and lays their rows end to end. L lanes get equal consecutive runs of that sequence, so a block
-on a border is shared by two lanes and a data set with fewer blocks than lanes still fills every lane. Inside its run a
-lane shuffles rows within windows of W blocks. Step s takes the next G/L rows of every lane; rows of one lane and step are
-sorted by row id, which groups them by block and changes nothing about which rows are in a batch.
+An epoch permutes the blocks and lays their rows end to end. L lanes get equal consecutive runs of that sequence, so a
+block on a border is shared by two lanes and a data set with fewer blocks than lanes still fills every lane. Inside its
+run a lane shuffles rows within windows of W blocks. Step s takes the next G/L rows of every lane; rows of one lane and
+step are sorted by row id, which groups them by block and changes nothing about which rows are in a batch.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.stream.digest import mix64
 
 
-class Rows(Protocol):
+class BlockLayout(Protocol):
     """What the plan needs to know of a data set; a Manifest is one."""
 
     @property
@@ -49,9 +49,10 @@ _stop = attrgetter("stop")
 def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
     """The run of lanes that a data rank owns; raises UserError unless the number of data ranks divides the lanes."""
     if data_world < 1 or lanes % data_world:
+        ranks = max(data_world, 1)
         raise UserError(
-            f"data.lanes={lanes} cannot be split over {data_world} data ranks; use {nearest_divisor(lanes, data_world)} "
-            f"ranks or data.lanes={max(1, round(lanes / max(data_world, 1))) * max(data_world, 1)}"
+            f"data.lanes={lanes} cannot be split over {data_world} data ranks; "
+            f"use {nearest_divisor(lanes, data_world)} ranks or data.lanes={max(1, round(lanes / ranks)) * ranks}"
         )
     share = lanes // data_world
     return range(data_rank * share, (data_rank + 1) * share)
@@ -70,7 +71,7 @@ class Plan:
     Raises UserError when L does not divide G or when the data set is smaller than one batch.
     """
 
-    def __init__(self, data: Rows, seed: int, global_batch: int, lanes: int, window: int):
+    def __init__(self, data: BlockLayout, seed: int, global_batch: int, lanes: int, window: int):
         for name, value in (("global_batch", global_batch), ("lanes", lanes), ("window", window)):
             if value < 1:
                 raise UserError(f"data.{name}={value} must be at least 1")
@@ -157,10 +158,13 @@ class Plan:
                     f"the saved position was made with {name}={state.get(name)!r}, this run has {value!r}; "
                     f"restore {setting} or start without resuming"
                 )
-        return int(state["step"])
+        step = state.get("step")
+        if type(step) is not int or step < 0:
+            raise UserError(f"the saved position has step={step!r:.40}, which is no step; start without resuming")
+        return step
 
     def _lane_windows(self, epoch: int, lane: int) -> list[Window]:
-        """All windows of a lane in an epoch: W blocks each, in the order of the epoch, cut at the ends of the lane's run."""
+        """All windows of a lane in an epoch: W blocks each, in the epoch's order, cut at the ends of the lane's run."""
         found = self._windows.get((epoch, lane))
         if found is None:
             if not 0 <= lane < self.lanes:

@@ -6,6 +6,7 @@ import math
 import os
 import tarfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,36 +15,10 @@ import torch
 
 from trainer.errors import UserError
 from trainer.stream import npy
-from trainer.stream.manifest import FILE_NAME, MAX_WIDTH, STORED_DTYPES, Block, Manifest, Shard
+from trainer.stream.manifest import FILE_NAME, MAX_PAYLOAD, Block, Manifest, Shard, ShardSpec
+from trainer.stream.normalisation import RunningNormalisation
 
 TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Moments:
-    """Streaming mean [D] and mean squared distance from it, float64, merged block by block (Chan, Golub, LeVeque 1979)."""
-
-    def __init__(self, width: int):
-        self.rows = 0
-        self.width, self.mean = width, np.zeros(width)
-        self.squares = 0.0  # sum over rows of ||h - mean||^2
-
-    def add(self, rows: np.ndarray) -> None:
-        """rows: [n, D] of any float dtype."""
-        block = rows.astype(np.float64)
-        mean = block.mean(axis=0)
-        block -= mean
-        delta = mean - self.mean
-        total = self.rows + len(block)
-        self.squares += float(np.vdot(block, block)) + float(delta @ delta) * self.rows * len(block) / total
-        self.mean += delta * (len(block) / total)
-        self.rows = total
-
-    def normalisation(self, where: str) -> tuple[list[float], float]:
-        """(mean, scale) with scale^2 the mean of ||h - mean||^2; raises UserError when all rows are equal."""
-        scale = math.sqrt(self.squares / self.rows)
-        if not scale > 0:
-            raise UserError(f"{where}: all {self.rows} activation rows are equal, there is nothing to train on")
-        return self.mean.tolist(), scale
 
 
 class _Sink(io.RawIOBase):
@@ -78,12 +53,12 @@ def from_stored(stored: np.ndarray, dtype: str) -> torch.Tensor:
 class ShardWriter:
     """Writes one split into `folder`: SPLIT-000000.tar, SPLIT-000001.tar, ... and manifest.json.
 
-    Use as a context manager. Everything is written under temporary names and renamed at the end, the manifest last: after
-    an exception (a full disk included) nothing is left under a final name. `concepts` and `answers` are read again at
+    Use as a context manager. Everything is written under temporary names and renamed at the end, the manifest last:
+    after an exception (a full disk included) nothing is left under a final name. The names in `spec` are read again at
     the end, so a caller that discovers names on the way may append to the lists that it passed.
 
-    folder: the folder of this split, e.g. data/demo/layer-06/train. normalisation: (mean [D], scale) of another split,
-    for a held-out split; computed from the rows when None. extra: free metadata kept in the manifest.
+    folder: the folder of this split, e.g. data/demo/layer-06/train. spec: what the manifest says beside what is
+    computed. normalisation: (mean [D], scale) of another split, for a held-out split; computed from the rows when None.
     Raises UserError for impossible settings, labels out of range, NaN or infinite rows, a finished folder.
     """
 
@@ -91,40 +66,33 @@ class ShardWriter:
         self,
         folder: str | Path,
         split: str,
+        spec: ShardSpec,
         *,
-        width: int,
-        dtype: str,
-        concepts: list[str],
-        answers: list[str],
-        model: str = "",
-        hook_point: str = "",
         rows_per_block: int = 4096,
         shard_bytes: int = 512 << 20,
         normalisation: tuple[list[float], float] | None = None,
         overwrite: bool = False,
-        extra: dict | None = None,
     ):
         self.folder = Path(folder)
-        if dtype not in STORED_DTYPES:
-            raise UserError(f"dtype {dtype!r} cannot be stored; use {', '.join(STORED_DTYPES)}")
-        if not 1 <= width <= MAX_WIDTH or rows_per_block < 1 or shard_bytes < 1:
+        try:
+            spec.check()
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {error}") from None
+        if rows_per_block < 1 or shard_bytes < 1:
+            raise UserError(f"rows_per_block={rows_per_block} and shard_bytes={shard_bytes} must be positive")
+        if rows_per_block > (most := MAX_PAYLOAD // (2 * spec.row_bytes)):
             raise UserError(
-                f"width={width}, rows_per_block={rows_per_block} and shard_bytes={shard_bytes} must be positive"
+                f"rows_per_block={rows_per_block} of {spec.row_bytes} bytes do not fit a tar member; use at most {most}"
             )
         if not split.replace("-", "").replace("_", "").isalnum() or not split.isascii():
             raise UserError(f"split {split!r} must be of letters, digits, - and _")
-        for name, values in (("concepts", concepts), ("answers", answers)):
-            if len(set(values)) != len(values):
-                raise UserError(f"{name} repeats a name")
         if (self.folder / FILE_NAME).exists() and not overwrite:
             raise UserError(
                 f"{self.folder} already holds a finished data set; choose another folder or pass --overwrite"
             )
-        self.split, self.width, self.dtype = split, width, dtype
-        self.concepts, self.answers, self.model, self.hook_point = concepts, answers, model, hook_point
+        self.split, self.spec = split, spec
         self.rows_per_block, self.shard_bytes = rows_per_block, shard_bytes
-        self.given, self.extra = normalisation, dict(extra or {})
-        self.moments = Moments(width)
+        self.given, self.normalisation = normalisation, RunningNormalisation(spec.width)
         self.manifest: Manifest | None = None  # set by a successful close
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._pending_rows = 0
@@ -152,22 +120,25 @@ class ShardWriter:
     def write(self, acts: torch.Tensor | np.ndarray, concept, answer) -> None:
         """Append rows. acts [n, D] float, concept [n] and answer [n] integers, -1 for none."""
         self._check_alive()
-        stored = to_stored(acts, self.dtype)
+        width, dtype = self.spec.width, self.spec.dtype
+        stored = to_stored(acts, dtype)
         labels = [np.asarray(torch.as_tensor(v).cpu(), dtype=np.int64) for v in (concept, answer)]
-        if stored.ndim != 2 or stored.shape[1] != self.width or any(v.shape != (len(stored),) for v in labels):
+        if stored.ndim != 2 or stored.shape[1] != width or any(v.shape != (len(stored),) for v in labels):
             shapes = [tuple(stored.shape), *(v.shape for v in labels)]
-            raise UserError(f"rows must be acts [n, {self.width}], concept [n] and answer [n]; got {shapes}")
-        finite = torch.isfinite(from_stored(stored, self.dtype)).all(dim=1)
+            raise UserError(f"rows must be acts [n, {width}], concept [n] and answer [n]; got {shapes}")
+        finite = torch.isfinite(from_stored(stored, dtype)).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0, 0])
-            hint = "; float16 ends at 65504, try bfloat16 or float32" if self.dtype == "float16" else ""
-            raise UserError(f"row {self._rows + bad} of {self.folder} is NaN or infinite as {self.dtype}{hint}")
-        for values, vocabulary, name in zip(labels, (self.concepts, self.answers), ("concept", "answer"), strict=True):
-            outside = (values < -1) | (values >= len(vocabulary))
+            hint = "; float16 ends at 65504, try bfloat16 or float32" if dtype == "float16" else ""
+            raise UserError(f"row {self._rows + bad} of {self.folder} is NaN or infinite as {dtype}{hint}")
+        for values, names, kind in zip(
+            labels, (self.spec.concepts, self.spec.answers), ("concept", "answer"), strict=True
+        ):
+            outside = (values < -1) | (values >= len(names))
             if outside.any():
                 bad = int(outside.argmax())
                 raise UserError(
-                    f"row {self._rows + bad} of {self.folder}: {name} {values[bad]} is outside -1..{len(vocabulary) - 1}"
+                    f"row {self._rows + bad} of {self.folder}: {kind} {values[bad]} is outside -1..{len(names) - 1}"
                 )
         self._rows += len(stored)
         self._pending.append((stored.copy(), labels[0].astype(np.int32), labels[1].astype(np.int32)))
@@ -186,14 +157,18 @@ class ShardWriter:
             self._end_shard()
             if not self._rows:
                 raise UserError(f"{self.folder}: no rows were written")
-            mean, scale = self.given or self.moments.normalisation(str(self.folder))
-            if len(mean) != self.width or not all(map(math.isfinite, mean)) or not (math.isfinite(scale) and scale > 0):
-                raise UserError(f"normalisation needs {self.width} finite means and a positive scale")
+            mean, scale = self.given or self.normalisation.result(str(self.folder))
+            if len(mean) != self.spec.width or not all(map(math.isfinite, (*mean, scale))) or not scale > 0:
+                raise UserError(f"normalisation needs {self.spec.width} finite means and a positive scale")
             manifest = Manifest(
-                width=self.width, dtype=self.dtype, model=self.model, hook_point=self.hook_point,
-                mean=[float(v) for v in mean], scale=float(scale), concepts=list(self.concepts),
-                answers=list(self.answers), rows=self._rows, shards=tuple(self._shards), extra=self.extra,
-            )  # fmt: skip
+                **asdict(self.spec),
+                mean=[float(value) for value in mean],
+                scale=float(scale),
+                rows=self._rows,
+                shards=tuple(self._shards),
+            )
+            # What is written must be readable; names that were appended meanwhile are checked here.
+            Manifest.parse(manifest.to_json().encode(), f"{self.folder}/{FILE_NAME}")
             self._publish(manifest)
         except BaseException as error:
             self.abort()
@@ -246,7 +221,7 @@ class ShardWriter:
 
     def _write_block(self, acts: np.ndarray, concept: np.ndarray, answer: np.ndarray) -> None:
         if self.given is None:
-            self.moments.add(from_stored(acts, self.dtype).float().numpy())
+            self.normalisation.add(from_stored(acts, self.spec.dtype).float().numpy())
         if self._file is None:
             self._file = self._temporary(len(self._shards)).open("wb")
             self._sink = _Sink(self._file)

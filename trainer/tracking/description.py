@@ -1,7 +1,6 @@
 """What MLflow is told about a run besides its points, kept as RUN/tracking.json to enter or complete the run later."""
 
 import getpass
-import json
 import logging
 import platform
 import subprocess
@@ -15,9 +14,8 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import DataError
+from trainer.files import read_json, write_json
 from trainer.run_folder import RunFolder
-from trainer.stream.manifest import write_atomically
 from trainer.tracking.config import TrackingConfig, shown
 
 log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ class Description:
         """Write RUN/tracking.json; a disk that refuses is named and nothing more, the run can be tracked without."""
         path = RunFolder(run_dir).tracking
         try:
-            write_atomically(path, json.dumps(asdict(self), indent=1).encode() + b"\n")
+            write_json(path, asdict(self))
         except OSError as error:
             log.warning("%s cannot be written (%s)", path, error.strerror)
 
@@ -67,18 +65,7 @@ class Description:
     def load(cls, run_dir: Path) -> "Description | None":
         """The description in RUN/tracking.json, None where there is none. Raises DataError for a damaged one."""
         path = RunFolder(run_dir).tracking
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            inputs = tuple(DatasetInput(**item) for item in stored.pop("inputs"))
-            found = cls(inputs=inputs, **stored)
-            texts = [found.run_name, found.key, found.experiment, *found.params.values(), *found.tags.values()]
-            if not (all(isinstance(text, str) for text in texts) and isinstance(found.start_time, int)):
-                raise TypeError("a field of another type")
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} cannot be used ({error}); remove it to have the run entered anew") from error
-        return found
+        return read_json(path, cls, "remove it to have the run entered anew") if path.exists() else None
 
 
 def describe(

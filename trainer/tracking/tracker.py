@@ -120,7 +120,7 @@ def fill_in(run_dir: Path, uri: str | None = None) -> Filled:
     single = (folder.config, folder.outcome, folder.evaluation, folder.swap, folder.report)
     files: list[tuple[Path, str | None]] = [
         *((path, None) for path in single),
-        *((path, "plots") for path in sorted(folder.plots.glob("*.png"))),
+        *((path, folder.plots.name) for path in sorted(folder.plots.glob("*.png"))),
     ]
     try:
         run = StoredRun(run_dir, uri, description, training=False)
@@ -163,7 +163,8 @@ def add_artifacts(run_dir: Path, uri: str | None, paths: list[Path]) -> bool:
     try:
         client = connect(uri, run_dir)
         for path in paths:
-            client.log_artifact(run_file.read_text().strip(), str(path), "plots" if path.suffix == ".png" else None)
+            inner = RunFolder(run_dir).plots.name if path.suffix == ".png" else None
+            client.log_artifact(run_file.read_text().strip(), str(path), inner)
     except Exception as error:
         log.warning("not stored in MLflow (%s)", reason(error, store_uri(uri, run_dir)))
         return False

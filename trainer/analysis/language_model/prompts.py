@@ -1,64 +1,66 @@
 """Prompts and answers: reading them, turning them into token batches, greedy answers.
 
-A prompt ends without a space (`Q: ...?\nA:`); its answer is stored without a leading space and is tokenised as one space
-followed by the answer. B prompts, T tokens.
+A prompt ends without a space (`Q: ...?\nA:`); its answer is stored without a leading space and is tokenised as one
+space followed by the answer. B prompts, T tokens.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
+from trainer.files import checked, parse_json, wrong
+
+Text = Annotated[str, Meta(pattern=r"\S", extra=wrong("{field} is empty or no text: every prompt needs one"))]
+Split = Annotated[Literal["train", "heldout"], Meta(extra=wrong("split {value} is neither 'train' nor 'heldout'"))]
+FREE = ("template", "subject")  # fields that may be numbers, or null
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One line of a prompts file. `template` and `subject` are free text; `split` is train or heldout."""
 
-    prompt: str
-    answer: str
-    concept: str
+    prompt: Text
+    answer: Text
+    concept: Text
     template: str = ""
-    split: str = "train"
+    split: Split = "train"
     subject: str = ""
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of every line that is not blank. UserError when a line is no JSON object."""
+    number = 0
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
+                row = parse_json(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
                 yield number, row
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"{path} is not UTF-8 JSON lines: {error}") from error
+    except ValueError as error:  # of parse_json, and UnicodeDecodeError
+        raise UserError(f"{path}:{number} is not UTF-8 JSON lines: {error}") from error
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a JSONL file. UserError naming file and line when a field is missing, empty or impossible."""
     prompts = []
     for number, row in read_json_lines(path):
-        where = f"{path}:{number}"
-        for field in ("prompt", "answer", "concept"):
-            if field not in row:
-                raise UserError(f"{where}: no field {field!r}; found {', '.join(sorted(row)) or 'none'}")
-            if not isinstance(row[field], str) or not row[field].strip():
-                raise UserError(f"{where}: {field} is empty or no text: every prompt needs one")
-        if row.get("split", "train") not in ("train", "heldout"):
-            raise UserError(f"{where}: split {row['split']!r} is neither 'train' nor 'heldout'")
-        known = {name: str(row[name]) for name in Prompt.__dataclass_fields__ if row.get(name) is not None}
-        prompts.append(Prompt(**known))
+        known = {name: value for name, value in row.items() if name not in FREE}
+        known |= {name: str(row[name]) for name in FREE if row.get(name) is not None}
+        try:
+            prompts.append(checked(known, Prompt))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
