@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
 from trainer.journal import Journal
 from trainer.stream import Plan
 
 log = logging.getLogger(__name__)
+
+MOST = 1_000_000  # losses that are kept, updates that are counted
 
 
 @dataclass
@@ -19,17 +21,17 @@ class GuardConfig:
     """When an update is skipped, and when the run gives up. A loss or gradient norm that is not finite is always skipped."""
 
     spike: float = 0.0  # skip where the loss exceeds this many times its running median; 0 = off
-    window: int = (
-        50  # accepted losses that the median is taken over, of one stage; before they are there nothing is a spike
-    )
+    # Accepted losses that the median is taken over, of one stage; before they are there nothing is a spike.
+    window: int = 50
     stop_after: int = 10  # skipped updates in a row after which the run stops
 
     def validate(self) -> None:
         """Raise UserError for a bound that cannot be."""
-        if self.spike and not self.spike > 1:
+        if self.spike and not 1 < self.spike < math.inf:
             raise UserError(f"guard.spike={self.spike} must be above 1, or 0 for off")
-        if self.window < 1 or self.stop_after < 1:
-            raise UserError("guard.window and guard.stop_after must be at least 1")
+        for name in ("window", "stop_after"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"guard.{name}={getattr(self, name)} must be between 1 and {MOST}")
 
 
 class Guard:
@@ -44,10 +46,13 @@ class Guard:
 
     def __init__(self, config: GuardConfig, plan: Plan, journal: Journal | None, state: dict[str, Any]):
         self.config, self.plan, self.journal = config, plan, journal
-        self.skipped = int(state.get("skipped", 0))
-        self.in_a_row = int(state.get("in_a_row", 0))
-        self._stage = str(state.get("stage", ""))
-        self._losses = deque((float(loss) for loss in state.get("losses", [])), maxlen=config.window)
+        try:
+            self.skipped = int(state.get("skipped", 0))
+            self.in_a_row = int(state.get("in_a_row", 0))
+            self._stage = str(state.get("stage", ""))
+            self._losses = deque((float(loss) for loss in state.get("losses", [])), maxlen=config.window)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(f"state.json of the checkpoint: guard is damaged ({error}); resume from another") from error
 
     def state(self) -> dict[str, Any]:
         """Counts and recent losses, for state.json."""

@@ -31,8 +31,11 @@ class RevivalConfig:
         """Raise UserError for an unknown method or a period that cannot be."""
         if self.method not in ("resample", "none"):
             raise UserError(f"revival.method={self.method!r} is unknown; use resample or none")
-        if self.every < 1 or self.dead_after < 1:
-            raise UserError("revival.every and revival.dead_after must be at least 1")
+        for name in ("every", "dead_after"):
+            if not 1 <= getattr(self, name) <= 1 << 50:
+                raise UserError(f"revival.{name}={getattr(self, name)} must be between 1 and {1 << 50}")
+        if not 0 <= self.until <= 1:
+            raise UserError(f"revival.until={self.until} must be a share of the run, between 0 and 1")
 
     def due(self, step: int, total: int) -> bool:
         """Whether slots are revived right before step `step` of `total`."""

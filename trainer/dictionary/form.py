@@ -15,6 +15,7 @@ from trainer.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 MOST_SLOTS, MOST_WIDTH, MOST_ANSWERS = 1 << 40, 1 << 20, 1 << 31  # more than any file could hold is a damaged number
+MOST_BANKS = 1 << 16
 
 
 @dataclass
@@ -32,6 +33,10 @@ class ChosenForm:
         for name, most in (("free_slots", MOST_SLOTS), ("bank_slots", MOST_SLOTS), ("value_hidden", MOST_WIDTH)):
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"dictionary.{name}={getattr(self, name)} must be between 1 and {most}")
+        if self.banks > MOST_BANKS:
+            raise UserError(
+                f"dictionary.bank_slots={self.bank_slots} makes {self.banks} banks of {self.free_slots} free slots; use larger banks"
+            )
         for name, known in (("decoder_norm", ("free", "unit")), ("gate", tuple(GATES))):
             if getattr(self, name) not in known:
                 raise UserError(f"dictionary.{name}={getattr(self, name)!r} is unknown; use {' or '.join(known)}")
