@@ -1,12 +1,14 @@
 """What ends a rank, in one line: for people, and for the launcher that started it."""
 
+import json
 import os
+import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from trainer.errors import UserError
 
@@ -41,17 +43,14 @@ def in_one_line(error: BaseException, timeout: float | None = None) -> str | Non
 
 def tell_launcher(error: BaseException, line: str | None) -> None:
     """Leave the line where torchrun and `accelerate launch` look for what happened to a rank; without one, the traceback."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
         return
-    told = _Line(line).with_traceback(None) if line else error
-    try:
-        raise told
-    except BaseException:  # the handler writes down the exception that is being handled
-        get_error_handler().record_exception(told)
-
-
-class _Line(Exception):
-    """Carries a line to the error file."""
+    trace = line or "".join(traceback.format_exception(error))
+    # As torch.distributed.elastic.multiprocessing.errors.ErrorHandler writes it, whose traceback no caller can choose.
+    message = {"message": line or repr(error), "extraInfo": {"py_callstack": trace, "timestamp": str(int(time.time()))}}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}))
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

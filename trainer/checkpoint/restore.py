@@ -66,7 +66,8 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         root: checkpoints folder of this run.
         topology: ranks that look together; None: this process alone.
 
-    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same folder.
+    Raises UserError when `resume` names a folder without a usable checkpoint, when all checkpoints of this run are damaged (a start from step
+    0 would wipe its figures), or when the ranks do not see the same folder.
     """
     topology = topology or Topology()
     if resume == "none":
@@ -84,6 +85,12 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         raise UserError(
             f"checkpoint.resume={resume}: no usable checkpoint there ({'; '.join(skipped) or 'none found'})"
         )
+    damaged = [reason for folder, reason in zip(candidates, skipped, strict=True) if (folder / "COMPLETE").exists()]
+    if topology.any_over_world(bool(damaged)):  # unfinished ones are what a kill during the first save leaves
+        raise UserError(
+            f"no checkpoint of {root} can be used ({'; '.join(damaged or skipped)}); put a whole copy back, "
+            f"or start anew with another run.dir"
+        )
     return None, skipped
 
 
@@ -99,7 +106,11 @@ def saved(root: Path) -> list[Path]:
 
 
 def _candidates(path: Path) -> Iterator[Path]:
-    if path.name == "latest" and path.is_file():
+    try:
+        is_pointer = path.name == "latest" and path.is_file()
+    except OSError as error:
+        raise UserError(f"checkpoint.resume={str(path)[:100]}: {error.strerror}") from error
+    if is_pointer:
         path = path.parent / path.read_text(errors="replace").strip()[:100]
     if (path / "state.json").exists():
         yield path
