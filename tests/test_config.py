@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.assembly import Inputs, open_tracker
+from trainer.assembly import open_tracker
 from trainer.config import flatten, load_config, to_yaml
 from trainer.curriculum import Curriculum
 from trainer.errors import UserError
+from trainer.inputs import Inputs
 from trainer.losses import StageWeights
 from trainer.run_folder import RunFolder
 from trainer.strategies import Layout

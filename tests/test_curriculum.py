@@ -20,7 +20,7 @@ def test_stages_are_laid_end_to_end():
     c = curriculum(sp=0.1)
     assert c.total == 16
     assert [c.at(s).stage for s in (0, 9, 10, 15)] == ["pretrain", "pretrain", "align", "align"]
-    assert [s for s in range(c.total) if c.at(s).wakes] == [10]
+    assert [s for s in range(c.total) if c.at(s).align] == list(range(10, 16))
     assert c.at(0).weights.sp == 0.1 and c.at(10).weights.sp == 0.5
 
 

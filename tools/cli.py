@@ -1,8 +1,11 @@
 """Entry point of the `alignsae` command. A tool is a module with HELP, add_arguments(parser) and run(args)."""
 
 import argparse
+import difflib
 import importlib
+import os
 import sys
+from pathlib import Path
 
 from trainer.errors import UserError
 
@@ -23,6 +26,7 @@ TOOLS = {
     "plan": ("tools.plan", "memory and traffic per rank for a configuration, before anything is launched"),
     "bench": ("tools.bench", "time the objective against its floor and against dense baselines"),
     "track": ("tools.track", "bring MLflow level with the metrics.jsonl of runs"),
+    "train": ("tools.train", "train a dictionary on the ranks of a launch file"),
     "sweep": ("tools.sweep", "run a grid of configurations and tabulate the results"),
 }
 
@@ -32,7 +36,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="alignsae",
         description="Concept-aligned sparse autoencoders: data, evaluation and interventions. "
-        "Training itself is `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.",
+        "Training is `alignsae train`, or `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, help_line) in TOOLS.items():
@@ -48,16 +52,48 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def check_device(name: str | None) -> None:
+    """Raise UserError for a --device that torch does not know or that this machine does not have."""
+    if name in (None, "cpu"):
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason:.150}); use --device cpu") from error
+
+
+def check_run(folder: Path | None) -> None:
+    """Raise UserError for a --run that is no folder."""
+    try:
+        found = folder is None or folder.exists()
+    except OSError:  # a name that no file system takes
+        found = False
+    if not found:
+        raise UserError(f"--run {folder!s:.200}: there is no such folder; give the run.dir of a run that has trained")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; bad input prints one line and returns 2."""
     argv = sys.argv[1:] if argv is None else argv
     selected = next((a for a in argv if not a.startswith("-")), None)
     try:
+        if selected is not None and selected not in TOOLS:
+            near = difflib.get_close_matches(selected, TOOLS, n=1, cutoff=0.0)[0]
+            raise UserError(f"there is no command {selected!r}; the nearest is {near!r}, `alignsae --help` lists all")
         args = build_parser(selected).parse_args(argv)
+        check_device(getattr(args, "device", None))
+        check_run(getattr(args, "run_dir", None))
         return int(args.run(args) or 0)
     except UserError as error:
         print(f"alignsae: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `alignsae ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("alignsae: interrupted", file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from trainer.analysis.results import read_metrics
 from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.files import write_result
+from trainer.inputs import read_inputs
 from trainer.run_folder import RunFolder
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
@@ -43,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Train all points; 1 when some failed."""
     axes = [parse_axis(axis) for axis in args.grid]
     points = [list(point) for point in itertools.product(*axes)]
-    for point in points:  # a mistyped key or value is better found before hours of training
-        load_config(args.config, [*args.set, *point])
+    refuse_impossible(args.config, args.set, points)
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for point in tqdm(points, desc="sweep", unit="run"):
@@ -71,6 +71,21 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"{len(failed)} of {len(rows)} runs failed; see {args.out}/{failed[0]}/train.log")
     return 1 if failed else 0
+
+
+def refuse_impossible(config: str, common: list[str], points: list[list[str]]) -> None:
+    """Raise UserError with what is wrong with any of the points: better found before the first than after hours of training."""
+    wrong: dict[str, list[str]] = {}
+    for point in points:
+        try:
+            read_inputs(load_config(config, [*common, *point]))
+        except UserError as error:
+            wrong.setdefault(str(error), []).append(",".join(point))
+    if wrong:
+        reasons = "; ".join(
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {e}" for e, names in wrong.items()
+        )
+        raise UserError(f"{sum(map(len, wrong.values()))} of {len(points)} points cannot be trained: {reasons}")
 
 
 def parse_axis(text: str) -> list[str]:

@@ -1,82 +1,49 @@
-"""Builds a run from its configuration: what is checked, in which order, and how the parts are put together."""
+"""Builds a run from its inputs: what ranks agree on, in which order, and how the parts are put together."""
 
 import logging
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from trainer import checkpoint
-from trainer.config import Config, flatten, to_yaml
-from trainer.curriculum import Curriculum, L0Target
-from trainer.dictionary import GATES, ConceptDictionary, DictionaryForm, bank_number
-from trainer.errors import DataError, UserError
+from trainer.agreement import decide
+from trainer.config import Config, flatten, load_config, to_yaml
+from trainer.dictionary import ConceptDictionary, bank_number
+from trainer.errors import UserError
 from trainer.files import write_atomically
 from trainer.guard import Guard
+from trainer.inputs import Inputs
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
 from trainer.kernels import usable_precision
 from trainer.loop import Run
 from trainer.objective import AlignObjective
+from trainer.ownership import Ownership
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
-from trainer.strategies import Layout, Strategy, build_strategy, join, owned_banks
-from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
-from trainer.topology import Topology
+from trainer.strategies import Strategy, build_strategy, join, owned_banks
+from trainer.stream import RowDigest
+from trainer.topology import Topology, limit_waiting
 from trainer.tracking import DatasetInput, Tracker
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What configuration, data and launch fix before any other rank is asked."""
+def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
+    """Form the process group, find what there is to resume, and build everything that the loop works with.
 
-    config: Config
-    layout: Layout
-    manifest: Manifest
-    plan: Plan
-    curriculum: Curriculum
-    form: DictionaryForm
-
-
-def read_inputs(config: Config, world: int = 1) -> Inputs:
-    """All refusals that need no other rank. `world`: launched processes.
-
-    Raises UserError or DataError, one line, for settings, data and launch that do not go together.
+    ending: closed when the run is over; until then it keeps the run folder owned.
     """
-    layout = config.parallel.resolve(world, config.dictionary.banks)
-    config.optim.refuse_sharding(layout.zero_stage)
-    data = config.data
-    manifest = Manifest.load(data.shards, allow_pipe=data.allow_pipe, retries=data.retries, timeout=data.timeout)
-    plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
-    lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
-    chosen = config.dictionary
-    target = None
-    if GATES[chosen.gate].fixes_l0:
-        target = L0Target(chosen.k, chosen.initial_l0 or min(manifest.width, chosen.free_slots // 2), chosen.k_fall)
-    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch, target)
-    if "align" in curriculum.names and not manifest.concepts:
-        raise UserError(
-            "stage align needs labelled rows, but the manifest of data.shards names no concepts; "
-            "drop the stage or extract with labels"
-        )
-    form = config.dictionary.form(manifest.width, manifest.concepts, len(manifest.answers))
-    return Inputs(config, layout, manifest, plan, curriculum, form)
-
-
-def build_run(inputs: Inputs, interrupt: Interrupt) -> Run:
-    """Form the process group, find what there is to resume, and build everything that the loop works with."""
     config, manifest = inputs.config, inputs.manifest
     folder = RunFolder(Path(config.run.dir))
-    topology = join(inputs.layout)
-    if not topology.agree(int(manifest.digest[:15], 16)):
-        raise DataError(
-            f"ranks read different manifests at data.shards={redact(config.data.shards)}; give all the same copy"
-        )
+    topology = join(inputs.layout, inputs.facts())
+    own(folder, topology, ending)
     resume, state = find_state(inputs, folder, topology)
     strategy = build_strategy(inputs.layout, topology)
     strategy.prepare(build_objective(inputs, strategy, resume), config.optim, state.updates)
+    limit_waiting(inputs.layout.timeout)
     if resume is not None:
         checkpoint.load_moments(resume, strategy)
     tracker = open_tracker(inputs, folder, state.step, topology)
@@ -98,6 +65,17 @@ def build_run(inputs: Inputs, interrupt: Interrupt) -> Run:
     )
 
 
+def own(folder: RunFolder, topology: Topology, ending: ExitStack) -> None:
+    """Take the run folder for the main rank. Raises AgreedError on all ranks when another run has it. Called on all ranks."""
+    problem = ""
+    if topology.is_main:
+        try:
+            ending.enter_context(Ownership(folder.path))
+        except UserError as error:
+            problem = str(error)
+    decide(problem, topology)
+
+
 def find_state(inputs: Inputs, folder: RunFolder, topology: Topology) -> tuple[Path | None, checkpoint.RunState]:
     """The checkpoint to go on from, or None, and the state of the run there. Called on all ranks."""
     config = inputs.config
@@ -111,7 +89,34 @@ def find_state(inputs: Inputs, folder: RunFolder, topology: Topology) -> tuple[P
             log.warning("checkpoint skipped: %s", reason)
         if resume is not None:
             log.info("resuming from %s at step %d of %d", resume, state.step, inputs.curriculum.total)
+            log_changes(resume, state, inputs)
+    state.curriculum = inputs.curriculum.record()
     return resume, state
+
+
+def log_changes(resume: Path, state: checkpoint.RunState, inputs: Inputs) -> None:
+    """Say which settings are not those of the run that the checkpoint is of."""
+    new = inputs.curriculum.record()
+    if state.curriculum is not None and state.curriculum != new:
+        log.info("resumed with other stages: %s; they were %s", new.describe(), state.curriculum.describe())
+    try:
+        old = flatten(load_config(RunFolder(resume.parents[1]).config, []))
+    except UserError:  # an older version's, or the checkpoint is alone
+        return
+    now = flatten(shown(inputs.config))
+    for key in sorted((old.keys() | now.keys()) - {"run.dir", "checkpoint.resume"}):
+        if old.get(key) != now.get(key):
+            log.info("resumed with %s=%s; it was %s", key, _shortened(now.get(key)), _shortened(old.get(key)))
+
+
+def shown(config: Config) -> Config:
+    """The configuration as it is kept and shown elsewhere: without credentials and signed queries."""
+    return replace(
+        config,
+        data=replace(config.data, shards=redact(config.data.shards)),
+        checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
+        tracking=config.tracking.redacted(),
+    )
 
 
 def resumed_state(folder: Path, inputs: Inputs) -> checkpoint.RunState:
@@ -128,6 +133,8 @@ def resumed_state(folder: Path, inputs: Inputs) -> checkpoint.RunState:
             f"checkpoint {folder} was made with run.seed={state.seed}, not {seed}; the order of rows would change"
         )
     inputs.plan.resume(state.stream)
+    inputs.curriculum.refuse_other_past(state.step, state.stage, state.awake, state.curriculum)
+    state.woken = state.awake
     return state
 
 
@@ -182,14 +189,7 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
     if not topology.is_main:
         return None
     config, manifest = inputs.config, inputs.manifest
-    # What is kept and shown elsewhere carries no credentials and no signed query.
-    location = redact(config.data.shards)
-    shown = replace(
-        config,
-        data=replace(config.data, shards=location),
-        checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
-        tracking=config.tracking.redacted(),
-    )
+    kept = shown(config)
     tags = {
         "manifest_digest": manifest.digest,
         "hook_point": manifest.hook_point,
@@ -198,11 +198,11 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
         "device": topology.device.type,
         "strategy": inputs.layout.strategy,
     }
-    shards = DatasetInput("data.shards", location, manifest.digest, manifest.rows)
+    shards = DatasetInput("data.shards", kept.data.shards, manifest.digest, manifest.rows)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder.config, to_yaml(shown).encode())
-        tracker = Tracker(folder.path, config.tracking, flatten(shown), tags, step, inputs=[shards])
+        write_atomically(folder.config, to_yaml(kept).encode())
+        tracker = Tracker(folder.path, config.tracking, flatten(kept), tags, step, inputs=[shards])
         folder.outcome.unlink(missing_ok=True)  # of an earlier attempt
     except OSError as error:
         raise UserError(f"run.dir={folder.path} cannot be written ({error.strerror}); choose another folder") from error

@@ -4,12 +4,11 @@ YAML < command line; unknown keys are errors; reading has no side effects.
 """
 
 import difflib
-import re
+import math
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,12 +17,18 @@ from trainer.curriculum import StageConfig
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
 from trainer.guard import GuardConfig
+from trainer.kernels.choice import NAMES as KERNELS
 from trainer.losses import LossConfig
 from trainer.optimizer import OptimConfig
 from trainer.revival import RevivalConfig
 from trainer.strategies import ParallelConfig
 from trainer.stream import DataConfig
 from trainer.tracking import TrackingConfig
+from trainer.yaml_reader import MAX_BYTES, read_yaml
+
+LONGEST_TEXT, LONGEST_NAME = 4096, 255  # characters of a value; bytes of a name in a path
+PATHS = ("run.dir", "data.shards", "data.cache_dir", "checkpoint.resume", "parallel.deepspeed")
+MOST = 1 << 50  # of whatever is counted
 
 
 @dataclass
@@ -41,10 +46,14 @@ class RunConfig:
         """Raise UserError for a value that cannot be."""
         if self.precision not in ("fp32", "bf16"):
             raise UserError(f"run.precision={self.precision!r} is unknown; use fp32 or bf16")
-        if not self.wall_minutes >= 0:
-            raise UserError(f"run.wall_minutes={self.wall_minutes} must not be negative")
-        if self.log_every < 1:
-            raise UserError(f"run.log_every={self.log_every} must be at least 1")
+        if not self.dir.strip():
+            raise UserError("run.dir is empty; name the folder of the run")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise UserError(f"run.seed={self.seed:.3g} must be a number of 64 bits")
+        if not 0 <= self.wall_minutes < math.inf:
+            raise UserError(f"run.wall_minutes={self.wall_minutes} must be a finite number, not negative")
+        if not 1 <= self.log_every <= MOST:
+            raise UserError(f"run.log_every={self.log_every} must be between 1 and {MOST}")
 
 
 @dataclass
@@ -72,12 +81,9 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     needs the data or the launch is checked by trainer.assembly.
     """
     schema = OmegaConf.structured(Config)
-    try:
-        loaded = _read_yaml(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read ({error.strerror}); check --config") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"configuration {path} is not YAML ({' '.join(str(error).split())})") from error
+    loaded = read_yaml(_read_text(path), f"configuration {path}")
+    if loaded is None:
+        loaded = {}
     if not isinstance(loaded, dict):
         raise UserError(f"configuration {path} must be a mapping of sections")
     _refuse_unknown(loaded, str(path))
@@ -88,32 +94,64 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             if not separator:
                 raise UserError(f"override {override!r} is not key=value")
             _refuse_unknown(_nested(key), "the command line")
-            OmegaConf.update(merged, key, _read_yaml(text), merge=True)
+            OmegaConf.update(merged, key, read_yaml(text, f"override {key}"), merge=True)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:  # some of its own errors are plain
         where = getattr(error, "full_key", None) or path
-        raise UserError(f"configuration {where}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"configuration {where}: {reason:.300}") from error
+    _refuse_impossible(config)
     for section in vars(config).values():
         if hasattr(section, "validate"):
             section.validate()
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the booleans of version 1.2, true and false alone: `off` is a word (tracking.uri=off)."""
+def _read_text(path: str | Path) -> str:
+    """Text of a file, and no more of it than a configuration may have."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_BYTES + 1).decode()
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read ({error.strerror}); check --config") from error
+    except ValueError as error:  # not UTF-8; a name with a NUL
+        raise UserError(f"configuration {path} cannot be read ({error}); check --config") from error
 
 
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF")
-)
+def _refuse_impossible(config: Config) -> None:
+    """Raise UserError for what no key can be, whatever it means: numbers that are not finite or beyond 64 bits, texts that no file system,
+    log or database takes. Rooms bound their own keys further (`validate`)."""
+    if config.kernel not in KERNELS:
+        raise UserError(f"kernel={config.kernel!r} is unknown; use one of {', '.join(KERNELS)}")
+    for key, value in flatten(config).items():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise UserError(f"{key}={part} must be a finite number")
+            if isinstance(part, int) and not -(1 << 63) <= part < 1 << 64:
+                raise UserError(f"{key}={float_or_inf(part):.3g} is beyond 64 bits")
+            if isinstance(part, str):
+                _check_text(key, part)
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+def float_or_inf(value: int) -> float:
+    """As a float, for messages about numbers of any length."""
+    return float(value) if abs(value) < 1 << 1000 else math.copysign(math.inf, value)
+
+
+def _check_text(key: str, text: str) -> None:
+    shown = repr(text if len(text) <= 40 else f"{text[:40]}...")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{key}={shown} is longer than {LONGEST_TEXT} characters")
+    if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in text):
+        raise UserError(f"{key}={shown} has characters that no name can have")
+    if key in PATHS and not text.lower().startswith("pipe:"):
+        if any(len(name.encode()) > LONGEST_NAME for name in text.split("/")) and "://" not in text:
+            raise UserError(f"{key}={shown} has a name longer than {LONGEST_NAME} bytes")
+        if text.startswith("~"):
+            try:
+                Path(text).expanduser()
+            except RuntimeError as error:
+                raise UserError(f"{key}={shown} begins with the home folder of an unknown user") from error
 
 
 def to_yaml(config: Config) -> str:

@@ -3,13 +3,15 @@
 Steps are counted from 0: step s is the update from batch s.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 from trainer.errors import UserError
 from trainer.losses import STAGES, LossConfig, LossWeights, StageWeights
 from trainer.optimizer import OptimConfig
+
+MOST_STEPS = 1 << 40
 
 
 @dataclass
@@ -28,12 +30,12 @@ class StageConfig:
             raise UserError(f"{where}.name={self.name!r} is unknown; use {' or '.join(STAGES)}")
         if (self.epochs is None) == (self.steps is None):
             raise UserError(f"{where} ({self.name}) needs exactly one of epochs and steps")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise UserError(f"{where}.epochs={self.epochs} must be a finite number above 0")
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"{where}.steps={self.steps} must be at least 1")
-        if self.k is not None and self.k < 0:
-            raise UserError(f"{where}.k={self.k} must not be negative")
+        if self.epochs is not None and not 0 < self.epochs <= MOST_STEPS:
+            raise UserError(f"{where}.epochs={self.epochs} must be a finite number above 0, at most {MOST_STEPS}")
+        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
+            raise UserError(f"{where}.steps={self.steps} must be at least 1, at most {MOST_STEPS}")
+        if self.k is not None and not 0 <= self.k <= MOST_STEPS:
+            raise UserError(f"{where}.k={self.k} must be between 0 and {MOST_STEPS}")
         self.loss.validate(where)
 
     def length(self, steps_per_epoch: int) -> int:
@@ -75,11 +77,24 @@ class StepSettings:
     """What the curriculum says about one step."""
 
     stage: str
-    align: bool  # concept slots are awake
-    wakes: bool  # concept slots wake up right before this step
+    align: bool  # concept slots take part; they wake up before the first such step
     weights: LossWeights
     lr: float
     l0: float | None = None  # active free slots of a row that the gate aims at; None: it does not
+
+
+@dataclass
+class CurriculumRecord:
+    """What a checkpoint says about the curriculum that it was made under."""
+
+    names: list[str]
+    starts: list[int]  # first step of each stage
+    total: int  # steps
+
+    def describe(self) -> str:
+        """In words."""
+        ends = [*self.starts[1:], self.total]
+        return ", ".join(f"{n} {a}-{b}" for n, a, b in zip(self.names, self.starts, ends, strict=False))
 
 
 class Curriculum:
@@ -115,6 +130,38 @@ class Curriculum:
             self.starts.append(self.starts[-1] + stage.length(steps_per_epoch))
         self.total = self.starts.pop()
 
+    def record(self) -> CurriculumRecord:
+        """For a checkpoint."""
+        return CurriculumRecord(self.names, self.starts, self.total)
+
+    def refuse_other_past(self, step: int, stage: str, awake: bool, record: CurriculumRecord | None) -> None:
+        """Raise UserError unless this curriculum can go on after `step` steps: what is past must be as it was, what is to come may change.
+
+        stage: of the last of these steps, "" for none. awake: whether concept slots are. record: of the curriculum that they were taken
+        under; None in checkpoints that have none.
+        """
+        if self.total < step:
+            raise UserError(
+                f"stages end after {self.total} steps, but the checkpoint is at step {step}; "
+                f"make them longer, or set checkpoint.resume to an earlier checkpoint and run.dir to another folder"
+            )
+        past = [(name, start) for name, start in zip(self.names, self.starts, strict=True) if start < step]
+        if record is not None:
+            was = [(name, start) for name, start in zip(record.names, record.starts, strict=False) if start < step]
+        else:  # all that is known is the stage
+            was = past if not step or past[-1][0] == stage else [*past[:-1], (stage, past[-1][1])]
+        for number, (now, then) in enumerate(zip_longest(past, was)):
+            if now != then:
+                raise UserError(
+                    f"stages.{number} {_words(now)}, but in the checkpoint at step {step} it {_words(then)}; "
+                    f"what is past cannot change: let no stage start, end or change its name before step {step}"
+                )
+        if awake and step < self.total and not self.at(step).align:
+            raise UserError(
+                f"stages go on with pretrain at step {step}, but the concept slots of the checkpoint are awake "
+                f"and cannot go back to sleep; go on with align"
+            )
+
     def at(self, step: int) -> StepSettings:
         """Stage, weights and learning rate of step 0 <= step < total."""
         index = max(i for i, start in enumerate(self.starts) if start <= step)
@@ -122,8 +169,7 @@ class Curriculum:
         if step < self.sp_warmup and index == 0:
             weights = replace(weights, sp=weights.sp * (step + 1) / self.sp_warmup)
         align = self.names[index] == "align"
-        wakes = align and since == 0 and "align" not in self.names[:index]
-        return StepSettings(self.names[index], align, wakes, weights, self._lr(step, since), self._l0(step, index))
+        return StepSettings(self.names[index], align, weights, self._lr(step, since), self._l0(step, index))
 
     def _l0(self, step: int, index: int) -> float | None:
         target = self.targets[index]
@@ -143,3 +189,7 @@ def _target(stage: StageConfig, target: L0Target | None) -> L0Target | None:
     if target is None or stage.k is None:
         return target
     return replace(target, k=float(stage.k)) if stage.k else None
+
+
+def _words(stage: tuple[str, int] | None) -> str:
+    return "is not there" if stage is None else f"is {stage[0]} from step {stage[1]}"

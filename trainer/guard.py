@@ -13,23 +13,25 @@ from trainer.stream import Plan
 
 log = logging.getLogger(__name__)
 
+MOST = 1_000_000  # losses that are kept, updates that are counted
+
 
 @dataclass
 class GuardConfig:
     """When an update is skipped, and when the run gives up. What is not finite is always skipped."""
 
     spike: float = 0.0  # skip where the loss exceeds this many times its running median; 0 = off
-    window: int = (
-        50  # accepted losses that the median is taken over, of one stage; before they are there nothing is a spike
-    )
+    # Accepted losses that the median is taken over, of one stage; before they are there nothing is a spike.
+    window: int = 50
     stop_after: int = 10  # skipped updates in a row after which the run stops
 
     def validate(self) -> None:
         """Raise UserError for a bound that cannot be."""
-        if self.spike and not self.spike > 1:
+        if self.spike and not 1 < self.spike < math.inf:
             raise UserError(f"guard.spike={self.spike} must be above 1, or 0 for off")
-        if self.window < 1 or self.stop_after < 1:
-            raise UserError("guard.window and guard.stop_after must be at least 1")
+        for name in ("window", "stop_after"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"guard.{name}={getattr(self, name)} must be between 1 and {MOST}")
 
 
 @dataclass

@@ -78,7 +78,7 @@ def train(run: Run) -> int:
     ):
         while state.step < curriculum.total and not code:
             settings = curriculum.at(state.step)
-            if settings.wakes and (code := wake_concepts(run)):
+            if settings.align and not state.awake and (code := wake_concepts(run)):
                 break
             rows = next(stream)
             batch = to_micro_batch(run, rows)
@@ -177,6 +177,7 @@ def wake_concepts(run: Run) -> int:
         log.warning("no row of the training data is labelled %s; these slots stay asleep", ", ".join(missing[:10]))
     woken = {name: value.cpu() for name, value in concept_weights(classes).items()}
     strategy.write(CONCEPTS, UnitState(woken, {}, {}))
+    run.state.woken = True
     return 0
 
 

@@ -22,6 +22,7 @@ from trainer.errors import UserError
 # A slot whose variance is below this share of its mean square is constant for fp32: its correlation is 0, not noise.
 CONSTANT_SHARE = 1e-6
 
+MOST_WEIGHT = 1e9  # more would only overflow fp32
 STAGES = ("pretrain", "align")  # in pretrain the concept slots sleep
 COUNTS = ("rows", "labelled", "answered")  # what a mean may run over, beside the steps of a log interval
 
@@ -108,8 +109,8 @@ class LossConfig(LossWeights):
             raise UserError(f"loss.bind_on={self.bind_on!r} is unknown; use pre or code")
         if self.perp_on not in ("dependent", "all"):
             raise UserError(f"loss.perp_on={self.perp_on!r} is unknown; use dependent or all")
-        if self.sp_warmup < 0:
-            raise UserError(f"loss.sp_warmup={self.sp_warmup} must not be negative")
+        if not 0 <= self.sp_warmup <= 1 << 50:
+            raise UserError(f"loss.sp_warmup={self.sp_warmup} must be between 0 and {1 << 50}")
 
     def weights(self) -> LossWeights:
         """The weights alone."""
@@ -117,8 +118,8 @@ class LossConfig(LossWeights):
 
 
 def _check_weight(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{name}={value} must be a finite number, not negative")
+    if not 0 <= value <= MOST_WEIGHT:
+        raise UserError(f"{name}={value} must be a finite number between 0 and {MOST_WEIGHT:g}")
 
 
 Number = TypeVar("Number", Tensor, float)

@@ -17,6 +17,14 @@ from trainer.kernels.gradients import noted_square
 log = logging.getLogger(__name__)
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Least and most of numbers that AdamW can work with; clip beyond fp32 would be infinite.
+BOUNDS = {
+    "lr": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "clip": (0, 1e30),
+    "warmup": (0, 1 << 50),
+    "accumulate": (1, 1 << 30),
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's state, in memory and in checkpoints
 
 
@@ -40,11 +48,11 @@ class OptimConfig:
 
     def validate(self) -> None:
         """Raise UserError for a number that cannot be."""
-        for name, low in (("lr", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("warmup", 0), ("accumulate", 1)):
-            if not getattr(self, name) >= low:
-                raise UserError(f"optim.{name}={getattr(self, name)} must be at least {low}")
-        if not self.eps > 0:
-            raise UserError(f"optim.eps={self.eps} must be above 0")
+        for name, (low, most) in BOUNDS.items():
+            if not low <= getattr(self, name) <= most:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be between {low:g} and {most:g}")
+        if not 0 < self.eps <= 1:
+            raise UserError(f"optim.eps={self.eps} must be above 0, at most 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.state not in STATE_DTYPES:

@@ -41,8 +41,8 @@ class RevivalConfig:
             raise UserError(f"revival.method={self.method!r} is unknown; use resample or none")
         for name in ("every", "dead_after"):
             steps = getattr(self, name)
-            if steps is not None and steps < 1:
-                raise UserError(f"revival.{name}={steps} must be at least 1")
+            if steps is not None and not 1 <= steps <= 1 << 50:
+                raise UserError(f"revival.{name}={steps} must be between 1 and {1 << 50}")
         if not 0 <= self.until <= 1:
             raise UserError(f"revival.until={self.until} must be between 0 and 1")
 

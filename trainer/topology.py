@@ -6,6 +6,7 @@ World = data_world x dictionary_world, dictionary ranks next to each other (so t
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -67,13 +68,17 @@ class Topology:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
-    def agree(self, value: int) -> bool:
-        """Whether all ranks bring the same value (below 2^62 in size)."""
+    def share(self, mine: bytes) -> list[bytes]:
+        """The bytes of all ranks, in the order of ranks; they may differ in length."""
         if self.world == 1:
-            return True
-        extremes = torch.tensor([value, -value], device=self.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        return int(extremes[0]) == -int(extremes[1])
+            return [mine]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(mine)], device=self.device))
+        sizes = [int(length) for length in lengths]
+        padded = torch.frombuffer(bytearray(mine.ljust(max(*sizes, 1), b"\0")), dtype=torch.uint8).to(self.device)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return [bytes(part.cpu().tolist())[:size] for part, size in zip(parts, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -83,8 +88,18 @@ class Topology:
 
 def launched_world() -> tuple[int, int, int]:
     """(rank, local rank, world) as the launcher announced them in the environment; (0, 0, 1) without a launcher."""
-    env = os.environ
-    return int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    found = []
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(name) or alone
+        if not value.isdecimal():
+            raise UserError(f"{name}={value!r} in the environment is no number; a launcher sets it, or unset it")
+        found.append(int(value))
+    rank, local_rank, world = found
+    if not rank < max(world, 1):
+        raise UserError(
+            f"RANK={rank} in the environment does not fit WORLD_SIZE={world}; unset both or start with a launcher"
+        )
+    return rank, local_rank, world
 
 
 def check_mesh(world: int, dictionary_ranks: int) -> None:
@@ -95,6 +110,23 @@ def check_mesh(world: int, dictionary_ranks: int) -> None:
             f"parallel.dictionary_ranks={dictionary_ranks} does not divide the {world} launched processes; "
             f"the nearest possible setting is {nearest}"
         )
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no group wait longer than this in a collective.
+
+    The time limit of the process group does not pass on to groups made later, of the mesh or by DeepSpeed: torch gives those 10 or 30 minutes.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def world_topology(device: torch.device) -> Topology:
+    """All ranks of the process group that exists by now, before they have a mesh: what they agree with."""
+    if not dist.is_initialized():
+        return Topology(device=device)
+    return Topology(rank=dist.get_rank(), world=dist.get_world_size(), device=device)
 
 
 def build_topology(dictionary_ranks: int, device: torch.device) -> Topology:

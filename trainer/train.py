@@ -7,13 +7,16 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import ExitStack
 
 from trainer import loop
+from trainer.agreement import AgreedError
 from trainer.allocator import keep_freed_memory
-from trainer.assembly import build_run, read_inputs
+from trainer.assembly import build_run
 from trainer.config import Config, load_config
-from trainer.errors import UserError
+from trainer.failures import QUIET, in_one_line, tell_launcher
 from trainer.files import write_json
+from trainer.inputs import read_inputs
 from trainer.interrupt import Interrupt
 from trainer.topology import launched_world
 from trainer.tracking import STATUS, Tracker
@@ -30,16 +33,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     args = parser.parse_args(argv)
     keep_freed_memory()
-    rank, _, world = launched_world()
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING, format=f"%(levelname)s rank {rank}/{world}: %(message)s"
-    )
+    rank, world, timeout = 0, 1, None
     with Interrupt() as interrupt:
         try:
-            return run(load_config(args.config, args.overrides), interrupt)
-        except UserError as error:
+            rank, _, world = launched_world()
+            level = logging.INFO if rank == 0 else logging.WARNING
+            logging.basicConfig(level=level, format=f"%(levelname)s rank {rank}/{world}: %(message)s")
+            config = load_config(args.config, args.overrides)
+            timeout = config.parallel.timeout
+            return run(config, interrupt)
+        except Exception as error:
+            line = in_one_line(error, timeout)
             who = f"rank {rank}: " if world > 1 else ""
-            print(f"trainer.train: {who}error: {error}", file=sys.stderr)
+            tell_launcher(error, line and f"{who}{line}")
+            if line is None:
+                raise
+            said_by_main = isinstance(error, AgreedError) and rank > 0
+            if not said_by_main and (world == 1 or QUIET not in os.environ):
+                print(f"trainer.train: {who}error: {line}", file=sys.stderr)
             return 2
 
 
@@ -50,17 +61,18 @@ def run(config: Config, interrupt: Interrupt) -> int:
     """
     inputs = read_inputs(config, launched_world()[2])
     interrupt.limit(config.run.wall_minutes)
-    built = build_run(inputs, interrupt)
-    code, status = 2, "failed"
-    try:
-        code = loop.train(built)
-        status = "interrupted" if code else "finished"
-    finally:
-        built.saver.close()
-        if built.tracker is not None:
-            write_outcome(built, built.tracker, summarise(status, code, built))
-    built.strategy.topology.barrier()  # the launcher ends all ranks when one has left
-    return code
+    with ExitStack() as ending:
+        built = build_run(inputs, interrupt, ending)
+        code, status = 2, "failed"
+        try:
+            code = loop.train(built)
+            status = "interrupted" if code else "finished"
+        finally:
+            built.saver.close()
+            if built.tracker is not None:
+                write_outcome(built, built.tracker, summarise(status, code, built))
+        built.strategy.topology.barrier()  # the launcher ends all ranks when one has left
+        return code
 
 
 def summarise(status: str, code: int, built: loop.Run) -> dict[str, object]:

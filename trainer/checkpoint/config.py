@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from trainer.errors import UserError
 
+MOST = 1 << 50  # steps, or folders
+
 
 @dataclass
 class CheckpointConfig:
@@ -17,9 +19,11 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value that cannot be."""
-        if self.every < 0:
-            raise UserError(f"checkpoint.every={self.every} must not be negative; 0 saves only at the end")
-        if self.keep < 1:
-            raise UserError(f"checkpoint.keep={self.keep} must be at least 1")
+        if not 0 <= self.every <= MOST:
+            raise UserError(f"checkpoint.every={self.every} must be between 0 and {MOST}; 0 saves only at the end")
+        if not 1 <= self.keep <= MOST:
+            raise UserError(f"checkpoint.keep={self.keep} must be between 1 and {MOST}")
+        if not self.resume:
+            raise UserError("checkpoint.resume is empty; use auto, none, or the folder of a checkpoint or run")
         if self.on_error not in ("continue", "stop"):
             raise UserError(f"checkpoint.on_error={self.on_error!r} is unknown; use continue or stop")

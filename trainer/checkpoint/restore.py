@@ -36,6 +36,9 @@ class ListedFile:
     xxh3_128: str
 
 
+ADDED = {"dependence"}  # buffers that checkpoints of earlier versions lack; they start anew
+
+
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """Why a checkpoint folder must not be used, or None if every file is there and has its hash.
 
@@ -78,8 +81,8 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         root: checkpoints folder of this run.
         topology: ranks that look together; None: this process alone.
 
-    Raises UserError when `resume` names a folder without a usable checkpoint, or when the ranks do not see the same
-    folder.
+    Raises UserError when `resume` names a folder without a usable checkpoint, when all checkpoints of this run are
+    damaged (a start from step 0 would wipe its figures), or when the ranks do not see the same folder.
     """
     topology = topology or Topology()
     if resume == "none":
@@ -97,6 +100,12 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
         raise UserError(
             f"checkpoint.resume={resume}: no usable checkpoint there ({'; '.join(skipped) or 'none found'})"
         )
+    damaged = [reason for folder, reason in zip(candidates, skipped, strict=True) if (folder / "COMPLETE").exists()]
+    if topology.any_over_world(bool(damaged)):  # unfinished ones are what a kill during the first save leaves
+        raise UserError(
+            f"no checkpoint of {root} can be used ({'; '.join(damaged or skipped)}); put a whole copy back, "
+            f"or start anew with another run.dir"
+        )
     return None, skipped
 
 
@@ -112,7 +121,11 @@ def saved(root: Path) -> list[Path]:
 
 
 def _candidates(path: Path) -> Iterator[Path]:
-    if path.name == "latest" and path.is_file():
+    try:
+        is_pointer = path.name == "latest" and path.is_file()
+    except OSError as error:
+        raise UserError(f"checkpoint.resume={str(path)[:100]}: {error.strerror}") from error
+    if is_pointer:
         path = path.parent / path.read_text(errors="replace").strip()[:100]
     if (path / "state.json").exists():
         yield path
@@ -143,8 +156,9 @@ def _refuse_other_views(candidates: list[Path], root: Path, topology: Topology) 
 def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
     """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel of its bank."""
     path = folder / "dictionary" / f"{name}.safetensors"
-    tensors = _read(path)
-    _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in unit.state_dict().items()})
+    own = unit.state_dict()
+    tensors = {key: own[key] for key in ADDED & own.keys()} | _read(path)
+    _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in own.items()})
     unit.load_state_dict(tensors)
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get("kernel")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.curriculum import CurriculumRecord
 from trainer.dictionary import DictionaryForm
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
@@ -18,7 +19,8 @@ class RunState:
     """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
 
     step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
-    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks.
+    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the steps
+    were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     """
 
     step: Count
@@ -30,11 +32,18 @@ class RunState:
     dictionary: DictionaryForm
     guard: GuardState = field(default_factory=GuardState)
     damage: dict[str, Count] = field(default_factory=dict)
+    curriculum: CurriculumRecord | None = None
+    woken: bool | None = None
+
+    @property
+    def awake(self) -> bool:
+        """Whether the concept slots are awake; checkpoints that do not say so are of the stage that tells it."""
+        return self.stage == "align" if self.woken is None else self.woken
 
     @classmethod
     def fresh(cls, seed: int, form: DictionaryForm) -> "RunState":
         """The state before step 0."""
-        return cls(step=0, updates=0, stage="", seed=seed, stream={}, rows_digest=0, dictionary=form)
+        return cls(step=0, updates=0, stage="", seed=seed, stream={}, rows_digest=0, dictionary=form, woken=False)
 
     def to_json(self) -> dict[str, Any]:
         """Content of state.json."""

@@ -15,6 +15,7 @@ from trainer.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 MOST_SLOTS, MOST_WIDTH, MOST_ANSWERS = 1 << 40, 1 << 20, 1 << 31  # more than any file could hold is a damaged number
+MOST_BANKS = 1 << 16
 
 
 @dataclass
@@ -38,6 +39,10 @@ class ChosenForm:
         ):
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"dictionary.{name}={getattr(self, name)} must be between 1 and {most}")
+        if self.banks > MOST_BANKS:
+            raise UserError(
+                f"dictionary.bank_slots={self.bank_slots} makes {self.banks} banks of {self.free_slots} free slots; use larger banks"
+            )
         for name, known in (("decoder_norm", ("free", "unit")), ("gate", tuple(GATES))):
             if getattr(self, name) not in known:
                 raise UserError(f"dictionary.{name}={getattr(self, name)!r} is unknown; use {' or '.join(known)}")
@@ -68,8 +73,10 @@ class DictionaryConfig(ChosenForm):
             raise UserError(
                 f"dictionary.initial_l0={self.initial_l0} must be between 1 and {self.free_slots} free slots"
             )
-        if self.k_fall < 0:
-            raise UserError(f"dictionary.k_fall={self.k_fall} must not be negative")
+        if not 0 <= self.k_fall <= MOST_SLOTS:
+            raise UserError(f"dictionary.k_fall={self.k_fall} must be between 0 and {MOST_SLOTS}")
+        if self.gate == "batch_topk" and self.k > self.free_slots:
+            raise UserError(f"dictionary.k={self.k} is more than the {self.free_slots} free slots")
 
     def form(self, width: int, concepts: Sequence[str] = (), answers: int = 0) -> "DictionaryForm":
         """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of

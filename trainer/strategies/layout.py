@@ -1,6 +1,5 @@
 """How the work is spread over the launched processes: the section `parallel`, and what it comes to for one launch."""
 
-import math
 from dataclasses import dataclass, replace
 
 from trainer.errors import UserError
@@ -8,6 +7,7 @@ from trainer.strategies.deepspeed_settings import offloads, read_tuning
 from trainer.strategies.launch_file import LaunchFile, launch_file
 from trainer.topology import check_mesh
 
+LONGEST_TIMEOUT = 30 * 24 * 3600
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "dictionary")
 
 
@@ -45,10 +45,10 @@ class ParallelConfig:
         """Raise UserError for a word or number that cannot be."""
         if self.strategy not in ("auto", *STRATEGIES):
             raise UserError(f"parallel.strategy={self.strategy!r} is unknown; use one of auto, {', '.join(STRATEGIES)}")
-        if not 0 < self.timeout < math.inf:
-            raise UserError(f"parallel.timeout={self.timeout} must be a finite number above 0 seconds")
-        if self.dictionary_ranks < 1:
-            raise UserError(f"parallel.dictionary_ranks={self.dictionary_ranks} must be at least 1")
+        if not 0.001 <= self.timeout <= LONGEST_TIMEOUT:
+            raise UserError(f"parallel.timeout={self.timeout} must be between 0.001 and {LONGEST_TIMEOUT} seconds")
+        if not 1 <= self.dictionary_ranks <= 1 << 20:
+            raise UserError(f"parallel.dictionary_ranks={self.dictionary_ranks} must be between 1 and {1 << 20}")
 
     def resolve(self, world: int, banks: int) -> Layout:
         """The layout of `world` launched processes and `banks` free banks. Raises UserError for what cannot be."""

@@ -7,6 +7,18 @@ from trainer.stream.location import check_allowed
 
 LONGEST_TIMEOUT = 24 * 3600
 
+# What no machine has: threads beyond these only wait for each other, a batch beyond it fits no memory.
+MOST = {
+    **{"global_batch": 1 << 30, "lanes": 1 << 20, "window": 1 << 30, "cache_bytes": 1 << 60},
+    **{
+        "threads": 256,
+        "download_threads": 256,
+        "retries": 1000,
+        "quarantine_budget": 1 << 50,
+        "nonfinite_budget": 1 << 50,
+    },
+}
+
 
 @dataclass
 class DataConfig:
@@ -34,6 +46,9 @@ class DataConfig:
         for name in ("global_batch", "lanes", "window", "cache_bytes", "download_threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"data.{name}={getattr(self, name)} must be at most {most}")
         for name in ("threads", "quarantine_budget", "nonfinite_budget", "retries"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")

@@ -9,6 +9,7 @@ step are sorted by row id, which groups them by block and changes nothing about 
 import hashlib
 from bisect import bisect_right
 from itertools import pairwise
+from math import isqrt
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -60,7 +61,8 @@ def lanes_of_rank(lanes: int, data_rank: int, data_world: int) -> range:
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` closest to `wanted`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - wanted), d))
 
 
 class Plan:

@@ -1,0 +1,66 @@
+"""Train a dictionary on all ranks that a launch file names; a rank's failure is one line, and its exit code is that of this command.
+
+  alignsae train --config configs/demo.yaml run.dir=runs/demo
+  alignsae train --launch zero3 --processes 4 --config configs/large.yaml data.shards=data/large/layer-15/train
+
+It does what `accelerate launch [--config_file launch/accelerate/NAME.yaml] -m trainer.train --config ...` does, which goes on to work
+beside it. 0: finished. 2: refused or given up. 75: saved and left, start it again. 130: saved and left because of Ctrl-C.
+"""
+
+import argparse
+import difflib
+import shlex
+import sys
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.strategies.launching import start
+
+FILES = Path("launch/accelerate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae train`."""
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument(
+        "--launch", metavar="NAME", help=f"launch file, by path or by its name in {FILES} (default: accelerate's own)"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="ranks of this machine; wins over the launch file")
+    parser.add_argument(
+        "--accelerate", default="", metavar="OPTIONS", help="further options of `accelerate launch`, as one text"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; the exit code of the rank that failed first."""
+    options = shlex.split(args.accelerate)
+    if args.launch:
+        options += ["--config_file", str(launch_path(args.launch))]
+    if args.processes is not None:
+        if args.processes < 1:
+            raise UserError(f"--processes {args.processes} must be at least 1")
+        options += [
+            "--num_processes",
+            str(args.processes),
+            *(["--multi_gpu"] if args.processes > 1 and not args.launch else []),
+        ]
+    code, said = start(options, ["--config", args.config, *args.overrides])
+    if said:
+        print(f"alignsae train: error: {said}", file=sys.stderr)
+    return code
+
+
+def launch_path(name: str) -> Path:
+    """The launch file of a name or path. Raises UserError, with the nearest name, when there is none."""
+    for path in (Path(name), FILES / name, FILES / f"{name}.yaml", _beside(name)):
+        if path.is_file():
+            return path
+    known = sorted({path.stem for path in [*FILES.glob("*.yaml"), *_beside("x").parent.glob("*.yaml")]})
+    near = difflib.get_close_matches(Path(name).stem, known, n=1, cutoff=0.0)
+    raise UserError(f"--launch {name}: there is no such file" + (f"; the nearest name is {near[0]}" if near else ""))
+
+
+def _beside(name: str) -> Path:
+    """Launch file of the checkout that this tool is of."""
+    return Path(__file__).parents[1] / FILES / f"{name}.yaml"
