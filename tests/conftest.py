@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Tests are small and many start several processes: threads would only wait for each other. Set before torch is imported.
+# Tests are small and many start several processes, whose threads would wait for each other. Set before torch is there.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.support.data import write_data

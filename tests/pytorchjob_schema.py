@@ -1,4 +1,5 @@
-"""JSON schema of the part of kubeflow.org/v1 PyTorchJob (and of core/v1 PodTemplateSpec inside it) that launch/kubernetes uses; anything else is an error."""
+"""JSON schema of the part of kubeflow.org/v1 PyTorchJob (and of core/v1 PodTemplateSpec inside it) that
+launch/kubernetes uses; anything else is an error."""
 
 from typing import Any
 

@@ -10,7 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the policy is for glibc")
 
-# Eight blocks of 3 MiB at a time, as a step of 1,024 rows of width 768 has them; prints whether the policy holds and the faults of ten rounds.
+# Eight blocks of 3 MiB at a time, as a step of 1,024 rows of width 768 has them; prints whether the policy holds and
+# the faults of ten rounds.
 ROUNDS = """
 import resource, torch
 from trainer.allocator import keep_freed_memory

@@ -59,7 +59,7 @@ def test_memory_of_one_process_is_within_15_percent(single):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "dictionary"])
 def test_memory_and_traffic_are_within_15_percent(single, strategy):
-    """And the bars: of the memory of a single process, ZeRO-3 takes at most 0.40 on four ranks, dictionary at most 0.30."""
+    """And the bars: on four ranks, ZeRO-3 takes at most 0.40 of the memory of a single process, dictionary 0.30."""
     ranks = measured(4, strategy)
     assert len(ranks) == 4
     peak = max(rank["peak_bytes"] for rank in ranks)
@@ -81,7 +81,7 @@ def test_memory_and_traffic_are_within_15_percent(single, strategy):
 
 @pytest.mark.slow
 def test_dictionary_moves_the_reconstruction_and_little_else():
-    """S = 100,006, D = 768, B = 1024, two ranks: at most 1.1 x B x D x 4 bytes in each direction, counted by the kernel."""
+    """S = 100,006, D = 768, B = 1024, two ranks: the kernel counts at most 1.1 x B x D x 4 bytes in each direction."""
     sizes = {"slots": 100_000, "width": 768, "bank-slots": 8192, "rows": 1024, "steps": 2}
     for rank in measured(2, "dictionary", **sizes, kernel="auto"):
         assert 1024 * 768 * 4 <= rank["sent_per_step"] <= 1.1 * 1024 * 768 * 4

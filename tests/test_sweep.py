@@ -4,24 +4,15 @@ import json
 import sys
 
 import pytest
-import torch
 
+from tests.support.runs import write_config
 from tools.cli import main
-from trainer.stream import ShardSpec, ShardWriter
 
 
 @pytest.fixture
-def config(tmp_path):
-    spec = ShardSpec(width=8, dtype="float32", concepts=["a", "b"], answers=["x"])
-    with ShardWriter(tmp_path / "shards", "train", spec) as writer:
-        concept = torch.arange(64) % 2
-        writer.write(torch.randn(64, 8) + concept[:, None], concept, torch.full((64,), -1))
-    path = tmp_path / "c.yaml"
-    path.write_text(
-        f"data: {{shards: {tmp_path / 'shards'}, global_batch: 16, lanes: 2}}\ndictionary: {{free_slots: 12, bank_slots: 8}}\n"
-        "stages: [{name: pretrain, steps: 2}]\ntracking: {uri: 'off'}\nkernel: dense\nrun: {log_every: 1}\n"
-    )
-    return path
+def config(small_data, tmp_path):
+    changes = {"data": {"shards": str(small_data)}, "stages": [{"name": "pretrain", "steps": 2}]}
+    return write_config(tmp_path, changes)
 
 
 def test_grid_is_trained_and_tabulated(config, tmp_path, capsys):

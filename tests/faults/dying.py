@@ -1,7 +1,8 @@
 """Training with a place to die.
 
-The place is step:N (right before update N), wake (while concept slots wake up), or write:N, rename:N, complete:N, latest:N (inside the save after N
-steps: after its first file, before the folder is renamed, before COMPLETE, before `latest` moves). The process ends by SIGKILL.
+The place is step:N (right before update N), wake (while concept slots wake up), or write:N, rename:N, complete:N,
+latest:N (inside the save after N steps: after its first file, before the folder is renamed, before COMPLETE, before
+`latest` moves). The process ends by SIGKILL.
 """
 
 import os

@@ -1,14 +1,16 @@
-"""Prints what a save costs training: `python -m tests.faults.measure_stall` (100,006 slots of width 768, about 3 minutes on two free cores).
+"""Prints what a save costs training: `python -m tests.faults.measure_stall` (S = 100,006, D = 768, about 3 minutes).
 
-A dictionary with the firing rate of a trained one (about 100 active slots per row) takes steps with a save every `--every`. Printed per save:
-seconds that the loop stood still for the snapshot, seconds that the steps beside the writing thread took longer than steps without a save
-(negative where noise is larger), and CPU seconds of that thread. The share is what standing still and slower steps take from 100 steps with one
-save. Where a disk takes a checkpoint slower than the steps between two saves, the loop waits for it, and that is in the time it stood still.
+A dictionary with the firing rate of a trained one (about 100 active slots per row) takes steps with a save every
+`--every`. Printed per save: seconds that the loop stood still for the snapshot, seconds that the steps beside the
+writing thread took longer than steps without a save (negative where noise is larger), and CPU seconds of that thread.
+The share is what standing still and slower steps take from 100 steps with one save. Where a disk takes a checkpoint
+slower than the steps between two saves, the loop waits for it, and that is in the time it stood still.
 """
 
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -38,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="stall-"))
     try:
-        print(json.dumps(measure(args, folder), indent=1))
+        sys.stdout.write(json.dumps(measure(args, folder), indent=1) + "\n")
     finally:
         shutil.rmtree(folder)
 
@@ -95,8 +97,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     Saver.save, Saver._write, Saver._commit = timed_save, timed_write, timed_commit  # type: ignore[method-assign, assignment]
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
-        "dictionary.free_slots": args.slots, "optim.lr": 1e-6, "revival.method": "none", "tracking.uri": "off", "checkpoint.keep": 1,
-        "checkpoint.every": args.every, "checkpoint.asynchronous": not args.synchronous,
+        "dictionary.free_slots": args.slots, "optim.lr": 1e-6, "revival.method": "none", "tracking.uri": "off",
+        "checkpoint.keep": 1, "checkpoint.every": args.every, "checkpoint.asynchronous": not args.synchronous,
     }  # fmt: skip
     try:
         code = train.main(["--config", str(folder / "run.yaml"), *(f"{k}={v!s}" for k, v in settings.items())])

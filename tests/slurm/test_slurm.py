@@ -1,4 +1,4 @@
-"""The shipped sbatch file on a real SLURM: two nodes train, are pre-empted, requeued, and end where an undisturbed run ends."""
+"""The shipped sbatch file on a real SLURM: two nodes train, are pre-empted, requeued, and end as undisturbed ones."""
 
 import os
 import sys
@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.slurm.slurm_cluster import Cluster, missing_programs
+from tests.strategies.curriculum_runs import CURRICULUM
+from tests.support.commands import ROOT
+from tests.support.runs import merged, write_config
 from trainer.checkpoint import load_dictionary
-from trainer.stream import ShardSpec, ShardWriter
-
-ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,25 +30,14 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("curriculum")
-    generator = torch.Generator().manual_seed(0)
-    concept = torch.randint(0, 3, (2048,), generator=generator)
-    acts = torch.randn(2048, 16, generator=generator) + torch.eye(16)[concept]
-    spec = ShardSpec(width=16, dtype="float32", concepts=list("abc"), answers=[])
-    with ShardWriter(folder / "shards", "train", spec, rows_per_block=64) as writer:
-        writer.write(acts, concept, torch.full((2048,), -1))
-    settings = {
-        "run": {"precision": "fp32", "log_every": 50},
-        "data": {"shards": str(folder / "shards"), "global_batch": 32, "lanes": 4, "threads": 0},
-        "dictionary": {"free_slots": 96, "bank_slots": 20},
+def config(small_data, tmp_path_factory) -> Path:
+    changes = {
+        "run": {"log_every": 50},
+        "data": {"shards": str(small_data), "global_batch": 32, "threads": 0},
         "stages": [{"name": "pretrain", "steps": 600}, {"name": "align", "steps": 600}],
         "checkpoint": {"every": 0},
-        "tracking": {"uri": "off"},
-        "kernel": "dense",
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "config.yaml"
+    return write_config(tmp_path_factory.mktemp("curriculum"), merged(CURRICULUM, changes))
 
 
 def submit(cluster: Cluster, folder: Path, *arguments: str) -> str:

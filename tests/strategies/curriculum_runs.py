@@ -109,9 +109,10 @@ class Runs:
 def covering(layouts: Iterable[Layout]) -> list[tuple[Layout, Layout]]:
     """Pairs (saved under, resumed under) that stand for all of them.
 
-    A checkpoint holds the units of a dictionary, whoever wrote it: what can go wrong between two layouts lies in their strategies or in their
-    worlds. Every layout is resumed as it was saved. Every ordered pair of strategies is there (a strategy with itself on another world included), and
-    the worlds are chosen so that every strategy meets every world on either side, and every world every world.
+    A checkpoint holds the units of a dictionary, whoever wrote it: what can go wrong between two layouts lies in their
+    strategies or in their worlds. Every layout is resumed as it was saved. Every ordered pair of strategies is there
+    (a strategy with itself on another world included), and the worlds are chosen so that every strategy meets every
+    world on either side, and every world every world.
     """
     layouts = list(layouts)
     pairs = [(layout, layout) for layout in layouts]

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node=4 tests/strategies/measure.py --strategy zero3 --slots 20000 --width 256
 
-Memory is the growth of resident memory at its peak from before the dictionary is built, read from the kernel (VmHWM): when all units were placed
-(placed_bytes), when the engine was built (build_bytes) and after the steps (peak_bytes). snapshot_bytes is what an asynchronous save of the rank copies.
-Bytes are what the kernel counted on this process's TCP
+Memory is the growth of resident memory at its peak from before the dictionary is built, read from the kernel (VmHWM):
+when all units were placed (placed_bytes), when the engine was built (build_bytes) and after the steps (peak_bytes).
+snapshot_bytes is what an asynchronous save of the rank copies. Bytes are what the kernel counted on this process's TCP
 sockets (TCP_INFO: acknowledged and received payload), which is what gloo moves data through.
 """
 
@@ -15,6 +15,7 @@ import os
 import socket
 import stat
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def tcp_bytes() -> tuple[int, int]:
 
 
 class Gathered:
-    """The most elements of partitioned parameters that were whole (or on their way) at once, seen after every fetch of ZeRO-3."""
+    """The most elements of partitioned parameters that were whole at once, seen after every fetch of ZeRO-3."""
 
     def __init__(self, parameters: list) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -79,8 +80,8 @@ class Gathered:
 
 @dataclass
 class Seen:
-    """Peaks of resident memory (bytes) when all units were placed, when the engine was built and after the last step; bytes that it moved;
-    ZeRO-3's peak of gathered elements; bytes of what this rank saves."""
+    """Peaks of resident memory (bytes) when all units were placed, when the engine was built and after the last step;
+    bytes that it moved; ZeRO-3's peak of gathered elements; bytes of what this rank saves."""
 
     placed: int
     built: int
@@ -171,7 +172,7 @@ def main() -> None:
     }
     if seen.gathered is not None:
         result |= {"gathered_elements": seen.gathered, "bank_elements": args.bank_slots * (2 * args.width + 1)}
-    print(json.dumps(result), flush=True)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The JSON files that tune DeepSpeed: those of launch/deepspeed train to the same numbers, and what would change numbers is refused."""
+"""JSON files that tune DeepSpeed: those of launch/deepspeed change no number, and what would change one is refused."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""Commands as users type them: accelerate, torchrun and python of this environment, started from the root of the checkout."""
+"""Commands as users type them, in the root of the checkout: accelerate, torchrun and python of this environment."""
 
 import subprocess
 import sys

@@ -19,10 +19,11 @@ def write_data(
     dtype: str = "float16",
     factors: dict[int, float] | None = None,
 ) -> Path:
-    """Shards, in blocks of 20, of rows that are sparse sums of directions, one of them their concept's; row i is multiplied by factors[i].
+    """Shards, in blocks of 20, of rows that are sparse sums of directions, one of them their concept's; row i is
+    multiplied by factors[i].
 
-    Most labels of the first half are known and most of the second are not, so that ranks get unequal numbers of them. A row without a known
-    concept has no answer. No concepts, no answers.
+    Most labels of the first half are known and most of the second are not, so that ranks get unequal numbers of them.
+    A row without a known concept has no answer. No concepts, no answers.
     """
     generator = torch.Generator().manual_seed(1)
 

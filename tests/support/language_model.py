@@ -1,4 +1,4 @@
-"""Small dictionaries and a random GPT-2 whose words are single tokens, for the tests of evaluation and interventions."""
+"""Small dictionaries and a random GPT-2 whose words are single tokens."""
 
 import json
 from pathlib import Path

@@ -2,8 +2,9 @@
 
     outputs = run_ranks(2, train_rank, ["--config", "small.yaml", "parallel.strategy=zero3"])
 
-Importing torch, Accelerate and DeepSpeed takes longer than a small run does, so ranks are forked from one process that has imported them (the
-standard library's forkserver). Where the start itself is what a test is about, commands.py starts programs as users do.
+Importing torch, Accelerate and DeepSpeed takes longer than a small run does, so ranks are forked from one process that
+has imported them (the standard library's forkserver). Where the start itself is what a test is about, commands.py
+starts programs as users do.
 """
 
 import faulthandler
@@ -61,8 +62,9 @@ class Ended:
 class Ranks:
     """`world` processes that call `function(*args)`; a context that leaves none of them behind.
 
-    `function` must be importable (defined at the top of a module); what it returns is the exit code. It sees the variables that a launcher sets
-    (none of them where there is one rank), `env`, and otherwise the caller's environment.
+    `function` must be importable (defined at the top of a module); what it returns is the exit code. It sees the
+    variables that a launcher sets (none of them where there is one rank), `env`, and otherwise the caller's
+    environment.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Ranks:
             process.join()
 
     def wait(self, timeout: float = LIMIT) -> Ended:
-        """Wait for all ranks. Those that are left when another has failed, or when time is up, are ended, and say where they stood."""
+        """Wait for all ranks. Who is left when one has failed or time is up says where it stood and is ended."""
         deadline, failed = time.monotonic() + timeout, False
         while living := [process.sentinel for process in self._ranks if process.is_alive()]:
             if not failed and any(process.exitcode for process in self._ranks):
@@ -128,7 +130,7 @@ def run_ranks(
     timeout: float = LIMIT,
     env: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """What each of `world` ranks that called `function(*args)` wrote. Fails with the traceback of a rank that failed."""
+    """What each of `world` ranks that called `function(*args)` wrote. Fails with the tracebacks of those that fail."""
     with Ranks(world, function, *args, env=env) as ranks:
         ended = ranks.wait(timeout)
     assert not any(ended.codes), ended.report()

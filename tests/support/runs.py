@@ -40,11 +40,17 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return {**settings, **changes, **deeper}
 
 
-def arguments(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> list[str]:
-    """Command line of a run in folder/run on a data folder: CONFIG with changes as a file, then overrides."""
+def write_config(folder: Path, changes: Mapping[str, Any]) -> Path:
+    """CONFIG with changes, as a file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(merged(CONFIG, changes or {})))
+    path.write_text(yaml.safe_dump(merged(CONFIG, changes)))
+    return path
+
+
+def arguments(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> list[str]:
+    """Command line of a run in folder/run on a data folder: CONFIG with changes as a file, then overrides."""
+    path = write_config(folder, changes or {})
     return ["--config", str(path), f"data.shards={data}", f"run.dir={folder / 'run'}", *overrides]
 
 
