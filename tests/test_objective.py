@@ -83,9 +83,9 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
 
 
-# bf16 keeps 8 bits: products are off by about 2^-9, which the loss shows. Encoder gradients show more, since entries near 0 change
-# sides: those of the concept slots, and with the dense kernel those of the free slots too. Each is about twice the largest error
-# that was measured over the cases below.
+# bf16 keeps 8 bits: products are off by about 2^-9, which the loss shows. Encoder gradients show more, since entries
+# near 0 change sides: those of the concept slots, and with the dense kernel those of the free slots too. Each is about
+# twice the largest error that was measured over the cases below.
 BF16_LOSS = 3e-3
 BF16_GRADIENT = {
     "dense": {"banks.W_enc": 0.13, "banks.b_enc": 0.035, "banks.W_dec": 6e-3},
@@ -144,7 +144,8 @@ def test_a_batch_whose_rows_are_all_masked_changes_nothing(kernel):
 
 
 def test_micro_batches_add_up_to_the_batch_without_orthogonality():
-    """Gradient accumulation changes nothing but memory for every term but perp, whose correlation needs all rows at once."""
+    """Gradient accumulation changes nothing but memory for every term but perp, whose correlation needs all rows at
+    once."""
     objective = make(8, 3, 20, 6)
     batch, weights = make_batch(12, 8, 3), LossWeights(perp=0.0)
     loss, _ = objective(batch, weights, True, 1)

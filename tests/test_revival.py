@@ -16,7 +16,8 @@ WIDTH, SLOTS, ROWS = 16, 60, 400
 
 
 def trained(steps: int = 30) -> tuple[LocalStrategy, torch.Tensor]:
-    """A strategy whose dictionary has taken some steps, then had the first 20 slots of its first bank silenced; and rows."""
+    """A strategy whose dictionary has taken some steps, then had the first 20 slots of its first bank silenced; and
+    rows."""
     generator = torch.Generator().manual_seed(0)
     codes = (torch.rand(ROWS, 40, generator=generator) < 0.1) * torch.rand(ROWS, 40, generator=generator)
     rows = codes @ torch.randn(40, WIDTH, generator=generator)

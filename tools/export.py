@@ -1,4 +1,5 @@
-"""Write a dictionary for other programs: raw activations in, raw activations out, normalisation folded into the weights.
+"""Write a dictionary for other programs: raw activations in, raw activations out, normalisation folded into the
+weights.
 
   alignsae export --run runs/demo --out exported/demo --format saelens
 
@@ -7,8 +8,8 @@ saelens      cfg.json and sae_weights.safetensors of architecture `standard`, fo
 safetensors  dictionary.safetensors: W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D]; z = ReLU(h W_enc^T + b_enc),
              h_hat = z W_dec + b_dec
 
-Both come with concepts.json, which names the first R slots and says where the activations were taken. What was written is
-read again and compared with the dictionary before OUT gets its name.
+Both come with concepts.json, which names the first R slots and says where the activations were taken. What was written
+is read again and compared with the dictionary before OUT gets its name.
 """
 
 import argparse

@@ -3,12 +3,13 @@
     alignsae plan --config configs/large.yaml --devices 64 --device-memory 80GiB --width 4096 --concepts 100
     alignsae plan --scaling > table.md
 
-Width and concepts come from the manifest of data.shards, or from --width and --concepts where the data does not exist yet. Memory is the peak within
-a step: weights, gradients, AdamW's two moments (fp32 unless optim.state=bf16), what a strategy gathers or copies, and what the largest bank needs while it is
-computed; or, where that is more, what building the engine takes. `snapshot` is host memory: with checkpoint.asynchronous a rank keeps a copy of
-what it saves (weights and moments of its units). Bytes are what one rank sends in one step; it receives as many. With --backend gloo the
-figures are those of CPU ranks, where a reduce-scatter costs an all-reduce and an all-gather a copy, and snapshots count in the total; the tests
-hold them against measurements.
+Width and concepts come from the manifest of data.shards, or from --width and --concepts where the data does not exist
+yet. Memory is the peak within a step: weights, gradients, AdamW's two moments (fp32 unless optim.state=bf16), what a
+strategy gathers or copies, and what the largest bank needs while it is computed; or, where that is more, what building
+the engine takes. `snapshot` is host memory: with checkpoint.asynchronous a rank keeps a copy of what it saves (weights
+and moments of its units). Bytes are what one rank sends in one step; it receives as many. With --backend gloo the
+figures are those of CPU ranks, where a reduce-scatter costs an all-reduce and an all-gather a copy, and snapshots count
+in the total; the tests hold them against measurements.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def scaling_table(memory: int) -> str:
                 found = {s: estimate(work, s, devices) for s in ("ddp", "zero3", "dictionary")}
                 cells = [human(e.total) if e else "more ranks than banks" for e in found.values()]
                 sent = human(sum(found["dictionary"].sent.values())) if found["dictionary"] else "-"
-                head = f"| {slots:,} | {width} | {(work.free() + work.shared) / 1e9:.2f} G | {human(alone.total) if alone else '-'} "
+                single = human(alone.total) if alone else "-"
+                head = f"| {slots:,} | {width} | {(work.free() + work.shared) / 1e9:.2f} G | {single} "
                 lines.append(f"{head}| {devices} | {' | '.join(cells)} | {sent} | {fewest[0]} / {fewest[1]} |")
     return "\n".join(lines)
 

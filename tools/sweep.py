@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_impossible(config: str, common: list[str], points: list[list[str]]) -> None:
-    """Raise UserError with what is wrong with any of the points: better found before the first than after hours of training."""
+    """Raise UserError with what is wrong with any of the points: better found before the first than after hours of
+    training."""
     wrong: dict[str, list[str]] = {}
     for point in points:
         try:

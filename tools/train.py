@@ -1,10 +1,12 @@
-"""Train a dictionary on all ranks that a launch file names; a rank's failure is one line, and its exit code is that of this command.
+"""Train a dictionary on all ranks that a launch file names; a rank's failure is one line, and its exit code is that of
+this command.
 
   alignsae train --config configs/demo.yaml run.dir=runs/demo
   alignsae train --launch zero3 --processes 4 --config configs/large.yaml data.shards=data/large/layer-15/train
 
-It does what `accelerate launch [--config_file launch/accelerate/NAME.yaml] -m trainer.train --config ...` does, which goes on to work
-beside it. 0: finished. 2: refused or given up. 75: saved and left, start it again. 130: saved and left because of Ctrl-C.
+It does what `accelerate launch [--config_file launch/accelerate/NAME.yaml] -m trainer.train --config ...` does, which
+goes on to work beside it. 0: finished. 2: refused or given up. 75: saved and left, start it again. 130: saved and left
+because of Ctrl-C.
 """
 
 import argparse

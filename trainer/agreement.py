@@ -1,4 +1,5 @@
-"""What all ranks must bring alike: compared by digest before anything depends on it, and item by item where the digests differ."""
+"""What all ranks must bring alike: compared by digest before anything depends on it, and item by item where the digests
+differ."""
 
 import hashlib
 import json
@@ -40,9 +41,12 @@ def source_digest(folder: Path | None = None) -> str:
 
 
 def require_agreement(facts: Mapping[str, str], topology: Topology) -> None:
-    """Raise AgreedError on every rank unless all ranks bring the same facts; it names what differs, and on which ranks. Called on all ranks.
+    """Raise AgreedError on every rank unless all ranks bring the same facts; it names what differs, and on which ranks.
 
-    It works whatever the facts are: two collectives of fixed size and, where digests differ, one as long as the longest rank's facts.
+    Called on all ranks.
+
+    It works whatever the facts are: two collectives of fixed size and, where digests differ, one as long as the longest
+    rank's facts.
     """
     if topology.world == 1:
         return
@@ -91,7 +95,10 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def decide(problem: str, topology: Topology) -> None:
-    """Raise AgreedError on every rank with the main rank's `problem`, unless that is "". Called on all ranks; others bring ""."""
+    """Raise AgreedError on every rank with the main rank's `problem`, unless that is "".
+
+    Called on all ranks; others bring "".
+    """
     said = topology.share(problem.encode() if topology.is_main else b"")[0].decode()
     if said:
         raise AgreedError(said)

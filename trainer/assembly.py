@@ -66,7 +66,10 @@ def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
 
 
 def own(folder: RunFolder, topology: Topology, ending: ExitStack) -> None:
-    """Take the run folder for the main rank. Raises AgreedError on all ranks when another run has it. Called on all ranks."""
+    """Take the run folder for the main rank.
+
+    Raises AgreedError on all ranks when another run has it. Called on all ranks.
+    """
     problem = ""
     if topology.is_main:
         try:

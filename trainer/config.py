@@ -77,8 +77,8 @@ class Config:
 def load_config(path: str | Path, overrides: list[str]) -> Config:
     """Read a YAML file, apply `key=value` overrides, check every key and value.
 
-    Raises UserError, one line: an unknown key (with the nearest known one), a value of the wrong type, an unreadable file. What
-    needs the data or the launch is checked by trainer.assembly.
+    Raises UserError, one line: an unknown key (with the nearest known one), a value of the wrong type, an unreadable
+    file. What needs the data or the launch is checked by trainer.assembly.
     """
     schema = OmegaConf.structured(Config)
     loaded = read_yaml(_read_text(path), f"configuration {path}")
@@ -119,8 +119,8 @@ def _read_text(path: str | Path) -> str:
 
 
 def _refuse_impossible(config: Config) -> None:
-    """Raise UserError for what no key can be, whatever it means: numbers that are not finite or beyond 64 bits, texts that no file system,
-    log or database takes. Rooms bound their own keys further (`validate`)."""
+    """Raise UserError for what no key can be, whatever it means: numbers that are not finite or beyond 64 bits, texts
+    that no file system, log or database takes. Rooms bound their own keys further (`validate`)."""
     if config.kernel not in KERNELS:
         raise UserError(f"kernel={config.kernel!r} is unknown; use one of {', '.join(KERNELS)}")
     for key, value in flatten(config).items():
@@ -178,7 +178,8 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _refuse_unknown(values: Any, where: str, schema: type = Config, prefix: str = "") -> None:
-    """Raise UserError, with the nearest known key, for a key that is not in the dataclass; nested sections and lists of them too."""
+    """Raise UserError, with the nearest known key, for a key that is not in the dataclass; nested sections and lists of
+    them too."""
     hints = get_type_hints(schema)
     for element in values if isinstance(values, list) else [values]:
         for name, inner in element.items() if isinstance(element, dict) else ():

@@ -16,7 +16,8 @@ MOST_STEPS = 1 << 40
 
 @dataclass
 class StageConfig:
-    """One stage: its name, its length in epochs or steps (one of them), and what differs in it from the rest of the run."""
+    """One stage: its name, its length in epochs or steps (one of them), and what differs in it from the rest of the
+    run."""
 
     name: str = "pretrain"
     epochs: float | None = None
@@ -60,7 +61,8 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 
 @dataclass(frozen=True)
 class L0Target:
-    """Where the number of active free slots of a row is to be: it falls from `start` to `k` over `fall` steps, then stays."""
+    """Where the number of active free slots of a row is to be: it falls from `start` to `k` over `fall` steps, then
+    stays."""
 
     k: float
     start: float
@@ -105,7 +107,8 @@ class Curriculum:
         loss: weights, before the overrides of a stage.
         optim: learning rate, warm-up steps of each stage, share of the run that decays.
         steps_per_epoch: of the stream.
-        target: of a gate that keeps the number of active slots; sparsity then has no weight where it does, unless a stage gives one.
+        target: of a gate that keeps the number of active slots; sparsity then has no weight where it does, unless a
+            stage gives one.
     """
 
     def __init__(
@@ -135,9 +138,11 @@ class Curriculum:
         return CurriculumRecord(self.names, self.starts, self.total)
 
     def refuse_other_past(self, step: int, stage: str, awake: bool, record: CurriculumRecord | None) -> None:
-        """Raise UserError unless this curriculum can go on after `step` steps: what is past must be as it was, what is to come may change.
+        """Raise UserError unless this curriculum can go on after `step` steps: what is past must be as it was, what is
+        to come may change.
 
-        stage: of the last of these steps, "" for none. awake: whether concept slots are. record: of the curriculum that they were taken
+        stage: of the last of these steps, "" for none. awake: whether concept slots are. record: of the curriculum that
+            they were taken
         under; None in checkpoints that have none.
         """
         if self.total < step:

@@ -37,12 +37,16 @@ def in_one_line(error: BaseException, timeout: float | None = None) -> str | Non
             return f"{GONE}, {_where(error)}; look for its own message ({text:.150})"
         if any(word in lower for word in _LATE):
             waited = f"parallel.timeout={timeout:g} s" if timeout else "the time limit"
-            return f"other ranks did not come within {waited}, {_where(error)}; look for one that hangs or is slow ({text:.150})"
+            return (
+                f"other ranks did not come within {waited}, {_where(error)}; "
+                f"look for one that hangs or is slow ({text:.150})"
+            )
     return None
 
 
 def tell_launcher(error: BaseException, line: str | None) -> None:
-    """Leave the line where torchrun and `accelerate launch` look for what happened to a rank; without one, the traceback."""
+    """Leave the line where torchrun and `accelerate launch` look for what happened to a rank; without one, the
+    traceback."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return

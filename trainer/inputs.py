@@ -1,4 +1,5 @@
-"""What configuration, data and launch fix before any other rank is asked, and every refusal that needs no other rank."""
+"""What configuration, data and launch fix before any other rank is asked, and every refusal that needs no other
+rank."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,8 @@ from trainer.optimizer import OptimConfig
 from trainer.strategies import LaunchFile, Layout, launch_file
 from trainer.stream import Manifest, Plan, lanes_of_rank
 
-# Settings that ranks may hold different values of: nodes have disks of their own, and the content of a cache is checked.
+# Settings that ranks may hold different values of: nodes have disks of their own, and the content of a cache is
+# checked.
 OWN_TO_A_RANK = ("data.cache_dir",)
 
 

@@ -1,4 +1,7 @@
-"""Requests to stop: signals and the wall clock. They set a flag; the loop reduces the flags of all ranks and stops between two steps."""
+"""Requests to stop: signals and the wall clock.
+
+They set a flag; the loop reduces the flags of all ranks and stops between two steps.
+"""
 
 import signal
 import threading
@@ -10,7 +13,8 @@ import torch
 
 from trainer.topology import Topology
 
-# Exit codes: EX_TEMPFAIL of sysexits.h, "try again later", which launch/slurm requeues on; and the shell's code for Ctrl-C.
+# Exit codes: EX_TEMPFAIL of sysexits.h, "try again later", which launch/slurm requeues on; and the shell's code for
+# Ctrl-C.
 REQUEUE, INTERRUPTED = 75, 130
 
 

@@ -190,7 +190,8 @@ def binding(logits: Tensor, concept: Tensor) -> Tensor:
 
 
 def value(answer_logits: Tensor, answer: Tensor) -> Tensor:
-    """L_val (AlignSAE): cross-entropy of V(z_concept) [B, A] with answer [B], over rows that have one; 0 without any."""
+    """L_val (AlignSAE): cross-entropy of V(z_concept) [B, A] with answer [B], over rows that have one; 0 without
+    any."""
     return _labelled_cross_entropy(answer_logits, answer)
 
 
@@ -220,9 +221,9 @@ def orthogonality(z_concept: Tensor, z_rest: Tensor, weight: Tensor | None = Non
     return squares.sum() if weight is None else (squares * weight).sum()
 
 
-# A slot that is independent of the concepts has a dependence of 1, whatever its frequency; it wanders by some hundredths,
-# and by more where concept slots themselves move. The term leaves a slot alone up to INDEPENDENT and counts it whole from
-# DEPENDENT on.
+# A slot that is independent of the concepts has a dependence of 1, whatever its frequency; it wanders by some
+# hundredths, and by more where concept slots themselves move. The term leaves a slot alone up to INDEPENDENT and counts
+# it whole from DEPENDENT on.
 INDEPENDENT, DEPENDENT = 3.0, 6.0
 DEPENDENCE_RATE = 0.01
 
@@ -230,9 +231,9 @@ DEPENDENCE_RATE = 0.01
 def followed_dependence(dependence: Tensor, squares: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
     """Dependence [n] of free slots on the concepts after one more step.
 
-    A sum of R squared sample correlations is R / (G - 1) on average where a slot is independent, however often it is active
-    (and exactly so for any two columns under permutation of their rows); dependence is that sum over its expectation, averaged
-    over the steps in which the slot was active on some row.
+    A sum of R squared sample correlations is R / (G - 1) on average where a slot is independent, however often it is
+    active (and exactly so for any two columns under permutation of their rows); dependence is that sum over its
+    expectation, averaged over the steps in which the slot was active on some row.
 
     Args:
         dependence: [n], 1 at first.

@@ -66,6 +66,7 @@ class Metrics:
 
 
 def batch_means(total: dict[str, float], steps: int = 1) -> dict[str, float]:
-    """The mean of each term of the loss over what it runs over (losses.TERMS), from the sums of `steps` global batches."""
+    """The mean of each term of the loss over what it runs over (losses.TERMS), from the sums of `steps` global
+    batches."""
     counts = {name: max(total[name], 1.0) for name in COUNTS}
     return term_means(total, counts | {"steps": max(steps, 1)})

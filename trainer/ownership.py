@@ -1,9 +1,9 @@
 """Who owns a run folder: one process at a time, on any node that sees the folder.
 
-The folder `.owner` holds files 1, 2, 3, ...; the highest names the owner. A file is made by link(), which one process alone can do on every
-shared file system, and the highest is never deleted: who finds its owner gone makes the next one, and only one of several can. So a
-takeover has no moment in which nobody, or two, own the folder. While the owner lives a thread renews the file's time (heartbeat); an owner
-that leaves sets it to 0, which needs no room on a full disk.
+The folder `.owner` holds files 1, 2, 3, ...; the highest names the owner. A file is made by link(), which one process
+alone can do on every shared file system, and the highest is never deleted: who finds its owner gone makes the next one,
+and only one of several can. So a takeover has no moment in which nobody, or two, own the folder. While the owner lives
+a thread renews the file's time (heartbeat); an owner that leaves sets it to 0, which needs no room on a full disk.
 """
 
 import json
@@ -31,7 +31,8 @@ _held: set[Path] = set()  # files of this process
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, so that it cannot be mistaken for another: host with boot and process namespace, pid with start time."""
+    """A process, so that it cannot be mistaken for another: host with boot and process namespace, pid with start
+    time."""
 
     host: str
     boot: str
@@ -64,8 +65,9 @@ class Ownership:
         folder: the run folder; it is made.
         interval: seconds between heartbeats; patience: seconds without one after which an owner elsewhere is gone.
 
-    Entering raises UserError, one line, when another process owns the folder, or when the folder cannot be written. Where the owner's host
-    cannot be looked at, entering waits until its heartbeat is seen or has been missing for `patience`.
+    Entering raises UserError, one line, when another process owns the folder, or when the folder cannot be written.
+    Where the owner's host cannot be looked at, entering waits until its heartbeat is seen or has been missing for
+    `patience`.
     """
 
     def __init__(self, folder: Path, interval: float = INTERVAL, patience: float = PATIENCE):

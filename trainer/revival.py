@@ -150,7 +150,8 @@ def _biases(encoder: Tensor, x: Tensor, topology: Topology) -> Tensor:
 
 
 def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float]:
-    """Dead slots of every free bank, int64 [banks], and the mean encoder norm of living slots; of the whole dictionary."""
+    """Dead slots of every free bank, int64 [banks], and the mean encoder norm of living slots; of the whole
+    dictionary."""
     dictionary, topology = strategy.objective.dictionary, strategy.topology
     figures = torch.zeros(dictionary.form.banks + 2, dtype=torch.float64, device=topology.device)
     for number, bank in zip(dictionary.owned, dictionary.free_banks(), strict=True):

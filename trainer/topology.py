@@ -1,7 +1,8 @@
 """Who we are: rank, world, device and the (data, dictionary) mesh. The only room that asks torch.distributed.
 
-Ranks of one dictionary group see the same rows and hold different banks; ranks of one data group hold the same banks and see different rows.
-World = data_world x dictionary_world, dictionary ranks next to each other (so that they share a node).
+Ranks of one dictionary group see the same rows and hold different banks; ranks of one data group hold the same banks
+and see different rows. World = data_world x dictionary_world, dictionary ranks next to each other (so that they share a
+node).
 """
 
 import os
@@ -115,7 +116,8 @@ def check_mesh(world: int, dictionary_ranks: int) -> None:
 def limit_waiting(seconds: float) -> None:
     """Let no group wait longer than this in a collective.
 
-    The time limit of the process group does not pass on to groups made later, of the mesh or by DeepSpeed: torch gives those 10 or 30 minutes.
+    The time limit of the process group does not pass on to groups made later, of the mesh or by DeepSpeed: torch gives
+    those 10 or 30 minutes.
     """
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):

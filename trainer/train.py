@@ -1,6 +1,7 @@
 """Train a concept-aligned dictionary: `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.
 
-key=value overrides the YAML, for example data.shards=data/demo/layer-01/train dictionary.free_slots=16384 stages.1.epochs=40.
+key=value overrides the YAML, for example data.shards=data/demo/layer-01/train dictionary.free_slots=16384
+stages.1.epochs=40.
 """
 
 import argparse

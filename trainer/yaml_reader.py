@@ -15,8 +15,8 @@ MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1 << 20, 20, 100_000
 def read_yaml(text: str, where: str) -> Any:
     """The value of a YAML document; None for an empty one. `where` names it in errors.
 
-    Raises UserError, one line: no YAML, a key that stands twice in one mapping (the last would win silently), an anchor that contains
-    itself, a document that is too deep or too large.
+    Raises UserError, one line: no YAML, a key that stands twice in one mapping (the last would win silently), an anchor
+    that contains itself, a document that is too deep or too large.
     """
     if len(text) > MAX_BYTES:
         raise UserError(f"{where} is larger than {MAX_BYTES} bytes; it is no configuration")
@@ -56,7 +56,10 @@ _Loader.add_implicit_resolver(
 
 
 def _check(node: yaml.Node, where: str, sizes: dict[int, int], above: tuple[int, ...]) -> int:
-    """Values below a node, each alias written out. Raises UserError. `sizes`: of nodes that were seen; `above`: those around this one."""
+    """Values below a node, each alias written out.
+
+    Raises UserError. `sizes`: of nodes that were seen; `above`: those around this one.
+    """
     line = node.start_mark.line + 1
     if id(node) in above:
         raise UserError(f"{where}: the anchor in line {line} contains itself")

@@ -94,7 +94,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     SlotBank.__init__ = quiet_bank  # type: ignore[method-assign, assignment]
     loop.to_micro_batch, loop.clip_and_update = timed_begin, timed_update
-    Saver.save, Saver._write, Saver._commit = timed_save, timed_write, timed_commit  # type: ignore[method-assign, assignment]
+    for name, method in (("save", timed_save), ("_write", timed_write), ("_commit", timed_commit)):
+        setattr(Saver, name, method)
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
         "dictionary.free_slots": args.slots, "optim.lr": 1e-6, "revival.method": "none", "tracking.uri": "off",
@@ -105,7 +106,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     finally:
         SlotBank.__init__ = original_bank  # type: ignore[method-assign]
         loop.to_micro_batch, loop.clip_and_update = original_begin, original_update
-        Saver.save, Saver._write, Saver._commit = original_save, original_write, original_commit  # type: ignore[method-assign]
+        for name, method in (("save", original_save), ("_write", original_write), ("_commit", original_commit)):
+            setattr(Saver, name, method)
     if code:
         raise SystemExit(code)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -12,8 +12,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
-from small_run import CONFIG
 
+from tests.support.runs import CONFIG
 from trainer.config import Config, load_config
 from trainer.errors import UserError
 from trainer.inputs import read_inputs
@@ -221,17 +221,26 @@ def test_configurations_are_taken_or_refused_in_one_line(
 
 # What was found by hand, each with the word that its refusal must have.
 FOUND = [
-    (["stages.0.epochs=.nan"], "stages.0.epochs"), (["stages.0.epochs=.inf"], "stages.0.epochs"), (["stages.0.epochs=1e300"], "stages.0.epochs"),
-    (["dictionary.value_hidden=0"], "value_hidden"), (["dictionary.free_slots=1000000000000", "dictionary.bank_slots=1"], "bank_slots"),
+    (["stages.0.epochs=.nan"], "stages.0.epochs"), (["stages.0.epochs=.inf"], "stages.0.epochs"),
+    (["stages.0.epochs=1e300"], "stages.0.epochs"),
+    (["dictionary.value_hidden=0"], "value_hidden"),
+    (["dictionary.free_slots=1000000000000", "dictionary.bank_slots=1"], "bank_slots"),
     ([f"guard.window={10**30}"], "guard.window"), (["1=2"], "'1'"), (["run.dir='a\\0b'", 'run.dir="a\\0b"'], "run.dir"),
-    ([f"run.dir={'x' * 300}"], "run.dir"), (["run.dir=''"], "run.dir"), (["loss.sp_warmup=-1"], "sp_warmup"), (["optim.eps=.inf"], "optim.eps"),
-    (["parallel.timeout=.nan"], "parallel.timeout"), (["loss.sp=.nan"], "loss.sp"), (["stages.0.loss.sp=.nan"], "stages.0.loss.sp"),
-    (["data.threads=10000"], "data.threads"), (["optim.accumulate=1000000"], "optim.accumulate"), (["optim.accumulate=49"], "optim.accumulate"),
+    ([f"run.dir={'x' * 300}"], "run.dir"), (["run.dir=''"], "run.dir"), (["loss.sp_warmup=-1"], "sp_warmup"),
+    (["optim.eps=.inf"], "optim.eps"),
+    (["parallel.timeout=.nan"], "parallel.timeout"), (["loss.sp=.nan"], "loss.sp"),
+    (["stages.0.loss.sp=.nan"], "stages.0.loss.sp"),
+    (["data.threads=10000"], "data.threads"), (["optim.accumulate=1000000"], "optim.accumulate"),
+    (["optim.accumulate=49"], "optim.accumulate"),
     (["optim.lr=.nan"], "optim.lr"), (["revival.until=.nan"], "revival.until"), (["revival.until=-1"], "revival.until"),
-    (["data.lanes=1000000007"], "data.lanes"), ([f"data.global_batch={2**29 + 1}"], "global_batch"), (["run.log_every=0"], "log_every"),
-    (["kernel=nope"], "kernel"), (["checkpoint.resume=''"], "checkpoint.resume"), (["data.shards=~nobody/x"], "data.shards"),
-    (["run.wall_minutes=.inf"], "wall_minutes"), (["checkpoint.keep=0"], "checkpoint.keep"), ([f"run.seed={2**64}"], "run.seed"),
-    (["stages.0.steps=0"], "steps"), ([f"stages.0.steps={2**60}", "stages.0.epochs=null"], "steps"), (["optim.betas=[0.9, .nan]"], "betas"),
+    (["data.lanes=1000000007"], "data.lanes"), ([f"data.global_batch={2**29 + 1}"], "global_batch"),
+    (["run.log_every=0"], "log_every"),
+    (["kernel=nope"], "kernel"), (["checkpoint.resume=''"], "checkpoint.resume"),
+    (["data.shards=~nobody/x"], "data.shards"),
+    (["run.wall_minutes=.inf"], "wall_minutes"), (["checkpoint.keep=0"], "checkpoint.keep"),
+    ([f"run.seed={2**64}"], "run.seed"),
+    (["stages.0.steps=0"], "steps"), ([f"stages.0.steps={2**60}", "stages.0.epochs=null"], "steps"),
+    (["optim.betas=[0.9, .nan]"], "betas"),
 ]  # fmt: skip
 
 
@@ -251,8 +260,10 @@ def test_what_was_found_by_hand_is_refused_by_name(
 @pytest.mark.parametrize(
     "text,word",
     [
-        ("run: {seed: 1}\nrun: {seed: 2}\n", "'run' stands twice"), ("run: {seed: 1, seed: 2}\n", "'seed' stands twice"),
-        ("run: &r {dir: *r}\n", "contains itself"), ("a: " + "[" * 60 + "]" * 60, "nested"), ("a: " + "[" * 2000, "nested"), (TEXTS[19], "values"), ("x: \x00", "not YAML"),
+        ("run: {seed: 1}\nrun: {seed: 2}\n", "'run' stands twice"),
+        ("run: {seed: 1, seed: 2}\n", "'seed' stands twice"),
+        ("run: &r {dir: *r}\n", "contains itself"), ("a: " + "[" * 60 + "]" * 60, "nested"),
+        ("a: " + "[" * 2000, "nested"), (TEXTS[19], "values"), ("x: \x00", "not YAML"),
         ("#" * (1 << 21), "larger"),
     ],
     ids=lambda value: value[:20],

@@ -1,4 +1,5 @@
-"""Hostile bytes: the tar, npy and manifest readers answer with DataError or with arrays inside the bytes they were given.
+"""Hostile bytes: the tar, npy and manifest readers answer with DataError or with arrays inside the bytes they were
+given.
 
 The slow test runs for ALIGNSAE_FUZZ_SECONDS (600): `ALIGNSAE_FUZZ_SECONDS=60 pytest -m slow tests/stream/test_fuzz.py`.
 """
@@ -24,7 +25,8 @@ from trainer.stream.blocks import open_block
 from trainer.stream.tar import samples
 
 SECONDS = float(os.environ.get("ALIGNSAE_FUZZ_SECONDS", "600"))
-# Beyond the bytes that were given a reader may keep small objects (messages, member tuples), nothing that a header sized.
+# Beyond the bytes that were given a reader may keep small objects (messages, member tuples), nothing that a header
+# sized.
 SLACK = 256 * 1024
 
 

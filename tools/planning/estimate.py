@@ -1,4 +1,5 @@
-"""Memory of a rank and bytes that it sends in a step, by strategy: arithmetic on the sizes of a run, held against measurements by tests/test_plan.py."""
+"""Memory of a rank and bytes that it sends in a step, by strategy: arithmetic on the sizes of a run, held against
+measurements by tests/test_plan.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ MOST_DEVICES = 8192
 class Workload:
     """What memory and traffic follow from.
 
-    form: of the dictionary. rows: of the global batch. bf16: whether products are in bf16. moment: bytes of a moment of AdamW.
+    form: of the dictionary. rows: of the global batch. bf16: whether products are in bf16. moment: bytes of a moment of
+        AdamW.
     """
 
     form: DictionaryForm
@@ -42,14 +44,16 @@ class Workload:
         return whole * self.bank + last
 
     def activations(self, rows: int) -> int:
-        """Bytes of the rows, the running reconstruction and one bank's code for `rows` rows of a rank, and of its bf16 weights."""
+        """Bytes of the rows, the running reconstruction and one bank's code for `rows` rows of a rank, and of its bf16
+        weights."""
         widest = min(self.form.bank_slots, self.form.free_slots)
         return FP32 * rows * (8 * self.form.width + widest) + (2 * self.bank if self.bf16 else 0)
 
 
 @dataclass
 class Estimate:
-    """One strategy on `devices` ranks: peak bytes of a rank by what they are for, and bytes that it sends in a step by where they go."""
+    """One strategy on `devices` ranks: peak bytes of a rank by what they are for, and bytes that it sends in a step by
+    where they go."""
 
     strategy: str
     devices: int
@@ -96,7 +100,8 @@ def estimate(
 
 
 def _snapshot(work: Workload, ranks: int) -> int:
-    """Weights and two moments of the units that the busiest of the ranks saves: units are spread evenly, whatever the strategy."""
+    """Weights and two moments of the units that the busiest of the ranks saves: units are spread evenly, whatever the
+    strategy."""
     elements = min(-(-work.form.banks // ranks) * work.bank + work.shared, work.free() + work.shared)
     return (FP32 + 2 * work.moment) * elements
 
@@ -173,7 +178,8 @@ def _correlation(work: Workload, data: int) -> dict[str, int]:
 
 
 def smallest(work: Workload, strategy: str, memory: int, **how: bool) -> int | None:
-    """Fewest devices (powers of two, and all banks one by one) on which a rank fits into `memory` bytes; `how` as for `estimate`."""
+    """Fewest devices (powers of two, and all banks one by one) on which a rank fits into `memory` bytes; `how` as for
+    `estimate`."""
     counts = {2**i for i in range(MOST_DEVICES.bit_length())} | (
         {work.form.banks} if work.form.banks <= MOST_DEVICES else set()
     )

@@ -19,8 +19,8 @@ class RunState:
     """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
 
     step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
-    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the steps
-    were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
+    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the
+    steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     """
 
     step: Count

@@ -41,7 +41,8 @@ class ChosenForm:
                 raise UserError(f"dictionary.{name}={getattr(self, name)} must be between 1 and {most}")
         if self.banks > MOST_BANKS:
             raise UserError(
-                f"dictionary.bank_slots={self.bank_slots} makes {self.banks} banks of {self.free_slots} free slots; use larger banks"
+                f"dictionary.bank_slots={self.bank_slots} makes {self.banks} banks of {self.free_slots} free slots; "
+                f"use larger banks"
             )
         for name, known in (("decoder_norm", ("free", "unit")), ("gate", tuple(GATES))):
             if getattr(self, name) not in known:

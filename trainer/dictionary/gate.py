@@ -32,7 +32,8 @@ class Gate:
         return None
 
     def follow(self, bank: nn.Module, l0: float, target: float) -> None:
-        """Look at the mean number of active free slots of a row at the step that was made, where `target` are wanted."""
+        """Look at the mean number of active free slots of a row at the step that was made, where `target` are
+        wanted."""
 
 
 class ReLU(Gate):

@@ -53,5 +53,6 @@ def unfold_output(b_dec: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
 
 
 def _shift(W_enc: Tensor, mean: Tensor) -> Tensor:
-    """W_enc mean [n], in fp64: the mean of a residual stream can be far larger than what is left after subtracting it."""
+    """W_enc mean [n], in fp64: the mean of a residual stream can be far larger than what is left after subtracting
+    it."""
     return W_enc.double() @ mean.double()

@@ -34,7 +34,8 @@ __all__ = [
 def join(layout: Layout, facts: Mapping[str, str] | None = None) -> Topology:
     """Form the process group that the launcher announced and return this rank's place in the mesh.
 
-    facts: what ranks must have in common. They are compared before anything whose size or order they decide; see require_agreement.
+    facts: what ranks must have in common. They are compared before anything whose size or order they decide; see
+        require_agreement.
     """
     cuda = torch.cuda.is_available() and not launch_file().cpu
     _, local_rank, world = launched_world()

@@ -1,4 +1,5 @@
-"""What the loop asks of a strategy: wrap objective and optimizer, run them, and name their state without naming ranks."""
+"""What the loop asks of a strategy: wrap objective and optimizer, run them, and name their state without naming
+ranks."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

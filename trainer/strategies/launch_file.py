@@ -13,7 +13,8 @@ OFF = ("", "0", "no", "none", "false", "auto")  # how accelerate writes that som
 class LaunchFile:
     """What was asked for.
 
-    strategy: ZeRO strategy or "". dictionary_ranks: 1 for none. offload: of the optimizer state. precision: bf16 or "". accumulate, clip:
+    strategy: ZeRO strategy or "". dictionary_ranks: 1 for none. offload: of the optimizer state. precision: bf16 or "".
+        accumulate, clip:
     numbers, or None. cpu: not to use the GPUs that are there.
     """
 
@@ -38,7 +39,8 @@ def launch_file() -> LaunchFile:
     precision = _asked(env, "ACCELERATE_MIXED_PRECISION")
     if precision not in ("", "bf16"):
         raise UserError(
-            f"mixed_precision={precision} of the launch file is not possible: weights are fp32 and products run.precision=bf16 or fp32; "
+            f"mixed_precision={precision} of the launch file is not possible: "
+            f"weights are fp32 and products run.precision=bf16 or fp32; "
             f"set mixed_precision: 'no' there"
         )
     accumulate = _number(env, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps") if zero else None
@@ -64,7 +66,8 @@ def _asked(env: Mapping[str, str], name: str) -> str:
 def _refuse_engines(env: Mapping[str, str]) -> None:
     if path := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         raise UserError(
-            f"deepspeed_config_file={path} of the launch file is not read; write zero_stage there and give parallel.deepspeed={path}"
+            f"deepspeed_config_file={path} of the launch file is not read; "
+            f"write zero_stage there and give parallel.deepspeed={path}"
         )
     for variable, name, instead in (
         (
@@ -82,7 +85,8 @@ def _refuse_engines(env: Mapping[str, str]) -> None:
             raise UserError(f"the launch file asks for {name}, which this trainer does not use; {instead}")
     if backend := _asked(env, "ACCELERATE_DYNAMO_BACKEND"):
         raise UserError(
-            f"dynamo_backend={backend} of the launch file is not possible: the kernels are compiled by hand (see `kernel`); "
+            f"dynamo_backend={backend} of the launch file is not possible: "
+            f"the kernels are compiled by hand (see `kernel`); "
             f"set dynamo_backend: 'no' there"
         )
 
@@ -97,13 +101,15 @@ def _dictionary_ranks(env: Mapping[str, str]) -> int:
     ):
         if _size(env, part) > 1:
             raise UserError(
-                f"parallelism_config_{part.lower()}_size={_size(env, part)} of the launch file is not possible; {instead}"
+                f"parallelism_config_{part.lower()}_size={_size(env, part)} of the launch file is not possible; "
+                f"{instead}"
             )
     ranks, replicas = _size(env, "TP"), _size(env, "DP_REPLICATE")
     world = env.get("WORLD_SIZE", "")
     if replicas > 1 and world.isdigit() and int(world) != ranks * replicas:
         raise UserError(
-            f"parallelism_config of the launch file: dp_replicate_size={replicas} times tp_size={ranks} is not the {world} "
+            f"parallelism_config of the launch file: dp_replicate_size={replicas} times tp_size={ranks} "
+            f"is not the {world} "
             f"launched processes; take dp_replicate_size out, it follows from the others"
         )
     return ranks

@@ -17,8 +17,8 @@ from trainer.failures import GONE, QUIET
 def start(options: Sequence[str], arguments: Sequence[str]) -> tuple[int, str]:
     """Run `accelerate launch OPTIONS -m trainer.train ARGUMENTS` to its end.
 
-    Returns the exit code of the rank that failed first (0 for none), and what it said; "" where it printed that itself. Raises UserError for
-    options that accelerate does not take.
+    Returns the exit code of the rank that failed first (0 for none), and what it said; "" where it printed that itself.
+    Raises UserError for options that accelerate does not take.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -54,7 +54,8 @@ def start(options: Sequence[str], arguments: Sequence[str]) -> tuple[int, str]:
 
 def _first(error: object) -> tuple[int, str]:
     """Exit code and words of the failure that caused the others."""
-    failures = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[0]))  # type: ignore[attr-defined]
+    listed = error.failures.items()  # type: ignore[attr-defined]
+    failures = sorted(listed, key=lambda item: (item[1].timestamp, item[0]))
     told = [(failure, _words(failure)) for _, failure in failures]
     failure, words = next((pair for pair in told if GONE not in pair[1]), told[0])
     leaves = failure.exitcode in (75, 130)  # saved and left: the run has said why

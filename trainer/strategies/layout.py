@@ -15,8 +15,10 @@ STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "dictionary")
 class Layout:
     """What a launch runs under.
 
-    strategy: one of STRATEGIES. dictionary_ranks: ranks that share the free banks; the others see other rows. offload: ZeRO
-    optimizer state in host memory. deepspeed: file that tunes ZeRO, or "". timeout: seconds that a rank waits for the others.
+    strategy: one of STRATEGIES. dictionary_ranks: ranks that share the free banks; the others see other rows. offload:
+        ZeRO
+    optimizer state in host memory. deepspeed: file that tunes ZeRO, or "". timeout: seconds that a rank waits for the
+    others.
     """
 
     strategy: str

@@ -1,7 +1,7 @@
 """Locks that killed builds left behind.
 
-torch.utils.cpp_extension, with which DeepSpeed builds its operators at first use, guards a build with a file `lock` in the operator's folder,
-waits for as long as the file is there, and says nothing. A build that was killed leaves it.
+torch.utils.cpp_extension, with which DeepSpeed builds its operators at first use, guards a build with a file `lock` in
+the operator's folder, waits for as long as the file is there, and says nothing. A build that was killed leaves it.
 """
 
 import logging
@@ -21,8 +21,9 @@ QUIET = 60.0  # seconds
 def remove_left_locks(root: Path | None = None, quiet: float = QUIET) -> None:
     """Remove the locks in folders of operators that no build holds, before anything waits for them.
 
-    A lock is left alone when a process of this host uses the folder, or when it is newer than this process: then it may be of another rank.
-    One that is older is given `quiet` seconds since the last change in its folder, for a build on another host that shares it.
+    A lock is left alone when a process of this host uses the folder, or when it is newer than this process: then it may
+    be of another rank. One that is older is given `quiet` seconds since the last change in its folder, for a build on
+    another host that shares it.
     """
     root = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")]):
