@@ -96,9 +96,9 @@ void add_concept_gradient(at::TensorList row_order, const Tensor& z, const Tenso
   });
 }
 
-// Over pairs of rows: adds w_j z_bj z_cj / n_j^2 to shared [B, B] and returns (K z_j)_b of the active entries [E], K = gram
-// [B, B]. Row by row, so that what is read and written at random is one row of each block, and no two threads write the
-// same.
+// Over pairs of rows: adds w_j z_bj z_cj / n_j^2 to shared [B, B] and returns (K z_j)_b of the active entries [E], K =
+// gram [B, B]. Row by row, so that what is read and written at random is one row of each block, and no two threads
+// write the same.
 Tensor pair_products(at::TensorList slot_order, at::TensorList row_order, const Tensor& inv_norm, const Tensor& weight,
                      const Tensor& gram, Tensor shared) {
   const Entries entries(slot_order);
@@ -155,8 +155,9 @@ Tensor pair_slopes(at::TensorList slot_order, const Tensor& mean, const Tensor& 
 
 TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def("column_sums(Tensor[] entries, Tensor code, Tensor columns, Tensor(a!) out) -> ()", &column_sums);
-  m.def("weigh(Tensor(a!) sums, Tensor mean, Tensor inv_norm, Tensor weight) -> (Tensor q, Tensor shift, Tensor squares)",
-        &weigh);
+  m.def(
+      "weigh(Tensor(a!) sums, Tensor mean, Tensor inv_norm, Tensor weight) -> (Tensor q, Tensor shift, Tensor squares)",
+      &weigh);
   m.def(
       "add_concept_gradient(Tensor[] by_row, Tensor z, Tensor place, Tensor weighted, Tensor shift, Tensor q, "
       "Tensor code, Tensor inv_norm, Tensor(a!) grad_concept) -> ()",

@@ -97,7 +97,8 @@ struct Backward {
     float sum = dot(g_recon + b * D, decoder, D) * (unit_rows ? inverse : 1) + g_sp * (unit_rows ? 1 : norm);
     if (column) {
       const float scale = column->inv_norm;
-      sum += g_perp * 2 * column->weight * scale * scale * column->at(correlation.code + b * correlation.concepts, entries.z[e]);
+      sum += g_perp * 2 * column->weight * scale * scale *
+             column->at(correlation.code + b * correlation.concepts, entries.z[e]);
     }
     if (slopes) sum += g_perp * slopes[e];
     return sum;
