@@ -15,7 +15,7 @@ from trainer.objective import SUMS, AlignObjective, MicroBatch
 from trainer.topology import Topology
 
 
-def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="dense", precision="fp32"):
+def make(D, R, K, bank, answers=5, decoder_norm="free", **options):
     torch.manual_seed(D * 100 + R)
     names = [f"c{i}" for i in range(R)]
     config = DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7)
@@ -25,7 +25,7 @@ def make(D, R, K, bank, answers=5, decoder_norm="free", bind_on="pre", kernel="d
             parameter.add_(0.3 * torch.randn_like(parameter))
         for bank in dictionary.free_banks():  # slots that count whole, in part, and not at all
             bank.dependence.uniform_(0.0, 2 * losses.DEPENDENT)
-    return AlignObjective(dictionary, Topology(), bind_on=bind_on, kernel=kernel, precision=precision)
+    return AlignObjective(dictionary, Topology(), **{"kernel": "dense"} | options)
 
 
 def make_batch(B, D, R, answers=5, unlabelled=0.3):

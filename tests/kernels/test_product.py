@@ -51,39 +51,35 @@ def assert_finds_what_is_active(
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @given(
     seed=st.integers(0, 2**32),
-    rows=st.integers(1, 70),
-    slots=st.integers(1, 140),
-    width=st.integers(1, 300),
-    exponent_x=st.integers(-12, 12),
-    exponent_w=st.integers(-12, 12),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 140), st.integers(1, 300)),
+    exponents=st.tuples(st.integers(-12, 12), st.integers(-12, 12)),
     tail=st.floats(0, 4),
     bias=st.floats(-4, 2),
     thresholds=st.none() | st.tuples(st.floats(-2, 4), st.floats(0, 3), st.sampled_from([0.0, 1.0, 1e6])),
 )
-@example(seed=0, rows=16, slots=6, width=2, exponent_x=0, exponent_w=0, tail=0.0, bias=0.0, thresholds=None)
-@example(seed=0, rows=16, slots=6, width=2, exponent_x=0, exponent_w=0, tail=0.0, bias=0.0, thresholds=(2.0, 0.0, 1.0))
+@example(seed=0, sizes=(16, 6, 2), exponents=(0, 0), tail=0.0, bias=0.0, thresholds=None)
+@example(seed=0, sizes=(16, 6, 2), exponents=(0, 0), tail=0.0, bias=0.0, thresholds=(2.0, 0.0, 1.0))
 def test_finds_what_is_active(
     arithmetic: str,
     seed: int,
-    rows: int,
-    slots: int,
-    width: int,
-    exponent_x: int,
-    exponent_w: int,
+    sizes: tuple[int, int, int],
+    exponents: tuple[int, int],
     tail: float,
     bias: float,
     thresholds: tuple[float, float, float] | None,
 ) -> None:
     """All sizes and scales, and rows and weights of very unequal norms and with a few very large numbers (`tail`).
 
-    thresholds: mean and spread over slots, and what a shift of bias and threshold alike is multiplied with.
+    sizes: rows, slots and width. exponents: of ten, of rows and weights. thresholds: mean and spread over slots, and
+    what a shift of bias and threshold alike is multiplied with.
     """
     g = torch.Generator().manual_seed(seed)
+    rows, slots, width = sizes
 
     def heavy(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g) * torch.exp(tail * torch.randn(*shape, generator=g))
 
-    x, W = heavy(rows, width) * 10.0**exponent_x, heavy(slots, width) * 10.0**exponent_w
+    x, W = heavy(rows, width) * 10.0 ** exponents[0], heavy(slots, width) * 10.0 ** exponents[1]
     b = bias * (x.norm(dim=1).mean() * W.norm(dim=1)) / width**0.5
     if arithmetic == "bf16":
         # bf16 allows for rounding that spreads over all numbers of a row, so it is not asked for rows of a few large

@@ -20,8 +20,8 @@ CHUNK_ENTRIES = 1 << 22  # entries [B, chunk] of one temporary: 16 MiB in fp32
 
 def dense_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank by dense products; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
-    return _Dense.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
+    W_enc, b_enc, W_dec, threshold, *_ = weights
+    return _Dense.apply(W_enc, b_enc, W_dec, threshold, recon, context, weights)
 
 
 @dataclass
@@ -105,9 +105,9 @@ class _Dense(torch.autograd.Function):
         threshold: Tensor | None,
         recon: Tensor,
         context: StepContext,
-        decoder_norm: str,
-        counted: Tensor,
+        bank: BankWeights,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        decoder_norm, counted = bank.decoder_norm, bank.counted()
         x = context.operand
         encoder = Encoder(W_enc, b_enc, threshold)
         chunks = _chunks(W_enc.shape[0], x.shape[0])
@@ -177,7 +177,7 @@ class _Dense(torch.autograd.Function):
                 along = (row_gradient * decoder).sum(dim=1, keepdim=True)
                 row_gradient = (row_gradient - along * decoder) / norm[c].clamp_min(1e-12)[:, None]
             grad_dec[c] = row_gradient
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
 
 
 def _decoder(W_dec: Tensor, norm: Tensor, decoder_norm: str) -> Tensor:

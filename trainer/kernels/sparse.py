@@ -25,8 +25,8 @@ BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
-    return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
+    W_enc, b_enc, W_dec, threshold, *_ = weights
+    return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, weights)
 
 
 class Entries(NamedTuple):
@@ -73,9 +73,9 @@ class _Sparse(torch.autograd.Function):
         threshold: Tensor | None,
         recon: Tensor,
         context: StepContext,
-        decoder_norm: str,
-        counted: Tensor,
+        bank: BankWeights,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        decoder_norm, counted = bank.decoder_norm, bank.counted()
         perp = context.perp
         entries = find_entries(W_enc, b_enc, threshold, context)
         by_row = RowEntries(*ops.by_row(entries, len(context.x)))
@@ -120,7 +120,7 @@ class _Sparse(torch.autograd.Function):
         )
         note_square(grad_enc, enc_square)
         note_square(grad_dec, dec_square)
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
 
 
 def in_blocks(x: Tensor) -> Tensor:

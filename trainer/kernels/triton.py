@@ -24,8 +24,8 @@ TILE, TILE_WIDTH = tl.constexpr(64), tl.constexpr(32)  # rows and slots of a til
 
 def triton_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
-    W_enc, b_enc, W_dec, threshold, decoder_norm, _ = weights
-    return _Triton.apply(W_enc, b_enc, W_dec, threshold, recon, context, decoder_norm, weights.counted())
+    W_enc, b_enc, W_dec, threshold, *_ = weights
+    return _Triton.apply(W_enc, b_enc, W_dec, threshold, recon, context, weights)
 
 
 @triton.jit
@@ -180,9 +180,9 @@ class _Triton(torch.autograd.Function):
         threshold: Tensor | None,
         recon: Tensor,
         context: StepContext,
-        decoder_norm: str,
-        counted: Tensor,
+        bank: BankWeights,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        decoder_norm, counted = bank.decoder_norm, bank.counted()
         entries = Entries.find(W_enc, b_enc, threshold, context)
         norm = W_dec.norm(dim=1)
         unit_rows = decoder_norm == "unit"
@@ -230,7 +230,7 @@ class _Triton(torch.autograd.Function):
         else:
             total = segment_sum(ones, e.start, e.row, e.z)[:, 0]
             grad_dec += (g_sp * total / norm)[:, None] * W_dec
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None, None
+        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
 
 
 def _column_sums(e: Entries, perp: Orthogonality) -> tuple[Tensor, Tensor, Tensor]:
