@@ -1,4 +1,4 @@
-"""Undocumented names of torch and DeepSpeed: the installed versions have them; one that goes gives one clear line."""
+"""Undocumented names of other packages: the installed versions have them; one that goes gives one clear line."""
 
 import ast
 import importlib.util
@@ -56,6 +56,11 @@ def test_the_installed_deepspeed_has_the_name(name):
     )
 
 
+def test_the_installed_gcsfs_has_the_name():
+    core = pytest.importorskip("gcsfs.core", reason="needs the extra `remote`")
+    assert callable(private.reach(core.GCSFileSystem, "_request", "gcsfs"))
+
+
 def test_the_installed_torch_has_the_names():
     assert private.has_avx512_bf16() in (True, False)
     assert private.has_mkldnn_bf16() in (True, False)
@@ -69,10 +74,13 @@ def test_the_installed_torch_has_the_names():
         (private.zero3_weights, "fp16_partitioned_groups_flat"),
         (private.link_moments, "_lazy_init_hp_params_optimizer_state"),
         (private.zero3_shard, "ds_tensor"),
+        (private.answer_once, "_request"),
     ],
 )
-def test_a_name_of_deepspeed_that_goes_is_reported(call, name):
-    with pytest.raises(UserError, match=rf"^deepspeed [\d.]+ has no {name}: trainer/private\.py must be adapted"):
+def test_a_name_that_goes_is_reported(call, name):
+    with pytest.raises(
+        UserError, match=rf"^(deepspeed|gcsfs) [\d.]+ has no {name}: trainer/private\.py must be adapted"
+    ):
         call(SimpleNamespace())
 
 
@@ -83,7 +91,8 @@ def test_a_name_of_torch_that_goes_is_reported(monkeypatch):
 
 
 def test_private_names_of_others_are_used_in_one_file():
-    for path in sorted((ROOT / "trainer").rglob("*.py")) + sorted((ROOT / "tools").rglob("*.py")):
+    files = {*(ROOT / "trainer").rglob("*.py"), *(ROOT / "tools").rglob("*.py")} - {Path(private.__file__)}
+    for path in sorted(files):
         found = sorted(foreign_private_names(path))
         assert not found, f"{path.relative_to(ROOT)}: reach {', '.join(found)} through trainer/private.py"
     used = {

@@ -5,8 +5,6 @@ the one that tries again.
 """
 
 import contextlib
-import functools
-import inspect
 import os
 import queue
 import signal
@@ -19,6 +17,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
+from trainer import private
 from trainer.errors import DataError, UserError
 from trainer.redact import redact
 from trainer.stream.attempts import Deadline, Refused, Unreachable, retried
@@ -128,7 +127,7 @@ def _open(url: str, timeout: float) -> tuple[Any, str]:
     if scheme.lower() in ("s3", "s3a"):
         system.retries = 1
     elif scheme.lower() in ("gs", "gcs"):
-        system._request = functools.partial(inspect.unwrap(type(system)._request), system)
+        private.answer_once(system)
     return system, path
 
 
