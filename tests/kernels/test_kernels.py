@@ -58,6 +58,13 @@ def test_no_threshold_is_a_threshold_of_zero(name: str) -> None:
         assert torch.equal(found[figure], value), figure
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_one_threshold_for_all_slots_may_come_expanded(name: str) -> None:
+    case = make_case(40, 90, 3)
+    case.threshold = torch.tensor(0.7).expand(90)
+    assert_same(by_kernel(kernel_named(name), case), by_oracle(case), FP32)
+
+
 @pytest.mark.parametrize("threshold", [(0.0, 2.0), (1.0, 3.0)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_thresholds_with_bf16_products(name: str, threshold: tuple[float, float]) -> None:
