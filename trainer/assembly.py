@@ -19,7 +19,7 @@ from trainer.loop import Run
 from trainer.objective import AlignObjective
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
-from trainer.strategies import Layout, Strategy, build_strategy, join, owned_banks
+from trainer.strategies import Layout, ParallelConfig, Strategy, build_strategy, join, owned_banks
 from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
 from trainer.stream.manifest import write_atomically
 from trainer.topology import Topology
@@ -186,6 +186,7 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
     shown = replace(
         config,
         data=replace(config.data, shards=location),
+        parallel=ParallelConfig(**vars(inputs.layout)),  # what auto and the launch file came to
         checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
         tracking=config.tracking.redacted(),
     )
