@@ -131,4 +131,5 @@ def test_the_threshold_follows_the_count_of_active_entries():
         bank.gate.follow(bank, l0, 20.0)
         assert (float(theta) > before, float(theta) < before) == (grows is True, grows is None)
         assert abs(math.log(float(theta) / before)) <= 0.2 + 1e-6
-    assert start > 0 and torch.equal(bank.weights().threshold, theta.expand(6))
+    threshold = bank.weights().threshold
+    assert start > 0 and threshold is not None and torch.equal(threshold, theta.expand(6))

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -45,11 +46,17 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
+def stand_in(owner: object, **functions: object) -> None:
+    """Put functions in the place of an owner's."""
+    for name, function in functions.items():
+        setattr(owner, name, function)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds of steps and saves of one run."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4 * args.batch, args.width, generator=generator)
-    names = {"concepts": CONCEPTS, "answers": ["a"], "model": "none", "hook_point": "none"}
+    names: dict[str, Any] = {"concepts": CONCEPTS, "answers": ["a"], "model": "none", "hook_point": "none"}
     with ShardWriter(folder / "data", "train", width=args.width, dtype="float16", **names) as writer:
         writer.write(rows, torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64))
     (folder / "run.yaml").write_text("stages: [{name: pretrain, steps: %d}]" % args.steps)  # noqa: UP031
@@ -92,9 +99,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         original_commit(self)
         writing[-1] += time.thread_time() - cpu
 
-    SlotBank.__init__ = quiet_bank  # type: ignore[method-assign, assignment]
-    loop.to_micro_batch, loop.clip_and_update = timed_begin, timed_update
-    Saver.save, Saver._write, Saver._commit = timed_save, timed_write, timed_commit  # type: ignore[method-assign, assignment]
+    stand_in(SlotBank, __init__=quiet_bank)
+    stand_in(loop, to_micro_batch=timed_begin, clip_and_update=timed_update)
+    stand_in(Saver, save=timed_save, _write=timed_write, _commit=timed_commit)
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
         "dictionary.free_slots": args.slots, "optim.lr": 1e-6, "revival.method": "none", "tracking.uri": "off",
@@ -103,9 +110,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     try:
         code = train.main(["--config", str(folder / "run.yaml"), *(f"{k}={v!s}" for k, v in settings.items())])
     finally:
-        SlotBank.__init__ = original_bank  # type: ignore[method-assign]
-        loop.to_micro_batch, loop.clip_and_update = original_begin, original_update
-        Saver.save, Saver._write, Saver._commit = original_save, original_write, original_commit  # type: ignore[method-assign]
+        stand_in(SlotBank, __init__=original_bank)
+        stand_in(loop, to_micro_batch=original_begin, clip_and_update=original_update)
+        stand_in(Saver, save=original_save, _write=original_write, _commit=original_commit)
     if code:
         raise SystemExit(code)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

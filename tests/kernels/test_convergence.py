@@ -1,6 +1,7 @@
 """The demo's dictionary ends where it ends whatever computes it: dense in fp32, or sparse with bf16 products."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def planted(folder: Path) -> Path:
     acts = person[who] + 0.7 * relation[what] + 0.5 * template[how] + rng.standard_normal((len(who), 128))
     label = np.where(rng.random(len(who)) < 0.05, rng.integers(0, len(RELATIONS), len(who)), what)
     answer = (7 * who + what) % 100
-    names = {"concepts": RELATIONS, "answers": [f"answer {i}" for i in range(100)]}
+    names: dict[str, Any] = {"concepts": RELATIONS, "answers": [f"answer {i}" for i in range(100)]}
     with ShardWriter(folder, "train", width=128, dtype="float16", rows_per_block=64, **names) as writer:
         writer.write(acts.astype(np.float16), label.astype(np.int32), answer.astype(np.int32))
     return folder

@@ -44,8 +44,15 @@ def write_rows(folder: Path) -> Path:
         acts = np.concatenate([person[who] + 2 * relation[what] + 0.3 * template[t] for t in templates])
         acts += 0.1 * rng.standard_normal(acts.shape)
         concept, answer = np.tile(what, 2).astype(np.int32), np.tile((who + what) % 50, 2).astype(np.int32)
-        names = {"concepts": [f"relation-{i}" for i in range(RELATIONS)], "answers": [f"answer-{i}" for i in range(50)]}
-        with ShardWriter(folder / split, split, width=WIDTH, dtype="float16", rows_per_block=64, **names) as writer:
+        with ShardWriter(
+            folder / split,
+            split,
+            width=WIDTH,
+            dtype="float16",
+            concepts=[f"relation-{i}" for i in range(RELATIONS)],
+            answers=[f"answer-{i}" for i in range(50)],
+            rows_per_block=64,
+        ) as writer:
             writer.write(acts.astype(np.float16), concept, answer)
     return folder
 
