@@ -100,11 +100,12 @@ def test_a_damaged_checkpoint_costs_only_its_steps(trained: Path, root: Path, sm
 def test_retention_counts_verified_checkpoints_only(asynchronous: str, small_data: Path, tmp_path: Path) -> None:
     often = ["checkpoint.every=2", "checkpoint.keep=3", f"checkpoint.asynchronous={asynchronous}"]
 
+    root = tmp_path / "run" / "checkpoints"
+
     def kept_after(steps: int) -> list[int]:
         assert train_here(tmp_path, small_data, *often, f"stages=[{{name: pretrain, steps: {steps}}}]") == 0
         return sorted(int(p.name.removeprefix("step-")) for p in root.glob("step-*"))
 
-    root = tmp_path / "run" / "checkpoints"
     assert kept_after(10) == [6, 8, 10]
     (root / "step-00000008" / "state.json").write_text("{}")
     # The damaged one does not count, so 6 is still needed; it stays itself, to be looked at.

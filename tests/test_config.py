@@ -1,6 +1,7 @@
 """Configuration: shipped files load, the command line wins, and mistakes are named in one line."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -89,8 +90,10 @@ def test_what_is_kept_carries_no_credentials(tmp_path):
     )
     shards = "https://user:secret@host/data?X-Signature=private"
     config = load_config(write(tmp_path, ""), [f"data.shards={shards}", "tracking.uri=off"])
-    inputs = Inputs(config, Layout("single"), manifest, None, None, config.dictionary.form(2))
-    open_tracker(inputs, RunFolder(tmp_path / "run"), 0, Topology()).close("finished")
+    inputs = Inputs(config, Layout("single"), manifest, mock.Mock(), mock.Mock(), config.dictionary.form(2))
+    tracker = open_tracker(inputs, RunFolder(tmp_path / "run"), 0, Topology())
+    assert tracker is not None
+    tracker.close("finished")
     kept = (tmp_path / "run" / "config.yaml").read_text()
     assert "https://***@host/data?X-Signature=***" in kept and "secret" not in kept and "private" not in kept
     assert config.data.shards == shards

@@ -33,7 +33,7 @@ def test_a_bank_starts_alike_wherever_it_lives():
 
 
 def test_units_are_handed_out_one_by_one_before_the_next_is_made():
-    seen = {}
+    seen: dict[str, torch.nn.Module] = {}
 
     def on_unit(name, unit):
         assert all(p.numel() == 0 for earlier in seen.values() for p in earlier.parameters())
@@ -124,10 +124,12 @@ def test_the_form_knows_every_parameter_of_every_unit(gate, concepts, answers):
 
 def test_the_threshold_follows_the_count_of_active_entries():
     bank = SlotBank(6, 16, gate="batch_topk")
-    start = float(bank.theta)
+    theta = bank.get_buffer("theta")
+    start = float(theta)
     for l0, grows in ((40.0, True), (20.0, False), (10.0, None)):
-        before = float(bank.theta)
+        before = float(theta)
         bank.gate.follow(bank, l0, 20.0)
-        assert (float(bank.theta) > before, float(bank.theta) < before) == (grows is True, grows is None)
-        assert abs(math.log(float(bank.theta) / before)) <= 0.2 + 1e-6
-    assert start > 0 and torch.equal(bank.weights().threshold, bank.theta.expand(6))
+        assert (float(theta) > before, float(theta) < before) == (grows is True, grows is None)
+        assert abs(math.log(float(theta) / before)) <= 0.2 + 1e-6
+    threshold = bank.weights().threshold
+    assert start > 0 and threshold is not None and torch.equal(threshold, theta.expand(6))

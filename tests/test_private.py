@@ -50,7 +50,9 @@ def foreign_private_names(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", DEEPSPEED)
 def test_the_installed_deepspeed_has_the_name(name):
-    package = Path(importlib.util.find_spec("deepspeed").origin).parent
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
     assert name in defined(package / DEEPSPEED[name]), (
         f"deepspeed {version('deepspeed')} has no {name}: trainer/private.py must be adapted"
     )

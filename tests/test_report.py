@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.language_model import CONCEPTS
@@ -147,7 +148,7 @@ def test_steer_prints_both_texts(finished, capsys):
     model = ["--run", str(finished / "aligned"), "--model", str(finished / "lm"), "--prompt", "Q where ann city"]
     assert main(["steer", *model, "--max-new-tokens", "2", "city=0", "work=50"]) == 0
     out = capsys.readouterr().out
-    before, after = (re.search(rf"{word}: +(.*)", out)[1] for word in ("before", "after"))
+    before, after = (re.findall(rf"{word}: +(.*)", out)[0] for word in ("before", "after"))
     assert before and after and before != after
 
 
@@ -275,4 +276,4 @@ def test_swap_plot_takes_alpha_zero(finished):
     for method in ("slots", "mean_difference"):
         swap[method]["alphas"].insert(0, {"alpha": 0.0, "success": 0.0, "category_kept": 0.0})
     lines = plots.swap_plot(swap).axes[0].lines
-    assert [list(line.get_xdata()) for line in lines] == [[0, 1, 2]] * 4
+    assert [np.asarray(line.get_xdata()).tolist() for line in lines] == [[0, 1, 2]] * 4

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,21 +162,32 @@ def test_uri_off_needs_no_mlflow(small_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "run" / "mlflow_run_id").exists()
 
 
+def counts_one(in_store: Callable[[], dict[int, int]], step: int) -> bool:
+    """Whether a step is in the store once."""
+    return in_store()[step] == 1
+
+
 def test_outages_and_lost_answers_lose_nothing_and_double_nothing(
     server: Server, gate: Gate, run_dir: Path, impatient: None
 ) -> None:
     client = connect(server.store, run_dir)
     tracker = Tracker(run_dir, TrackingConfig(uri=gate.uri), {"a": 1}, {}, 0)
+
+    def arrived(step: int) -> bool:
+        return history(client, run_id_of(run_dir), "loss/rec")[step] == 1
+
+    def refused_up_to(count: int) -> bool:
+        return gate.refused >= count
+
     for first in (1, 301, 601):
         log_steps(tracker, range(first, first + 10))
         eventually(lambda: (run_dir / "mlflow_run_id").exists())
-        eventually(lambda first=first: history(client, run_id_of(run_dir), "loss/rec")[first + 9] == 1)
+        eventually(partial(arrived, first + 9))
         gate.lose(b"runs/log-batch")
         log_steps(tracker, range(first + 10, first + 20))
         eventually(lambda: gate.shut)
         log_steps(tracker, range(first + 20, first + 300))
-        refused = gate.refused
-        eventually(lambda refused=refused: gate.refused >= refused + 2)
+        eventually(partial(refused_up_to, gate.refused + 2))
         gate.shut = False
     tracker.close(patience=30)
     assert_complete(client, run_dir, "FINISHED")
@@ -193,7 +204,7 @@ def test_a_server_that_is_killed_three_times(tmp_path: Path, run_dir: Path) -> N
         eventually(lambda: (run_dir / "mlflow_run_id").exists(), 90)
         client = connect(server.store, run_dir)
         in_store = partial(history, client, run_id_of(run_dir), "loss/rec")
-        eventually(lambda last=first + 49, in_store=in_store: in_store()[last] == 1, 90)
+        eventually(partial(counts_one, in_store, first + 49), 90)
         log_steps(tracker, range(first + 50, first + 100))
         server.kill()
     server.start()
@@ -366,7 +377,7 @@ def test_the_status_comes_after_the_points_and_does_not_wait_for_files(
 ) -> None:
     import mlflow
 
-    def fails(*_: Any, **__: Any) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
         raise OSError("not today")
 
     (run_dir / "config.yaml").write_text("a: 1\n")

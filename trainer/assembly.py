@@ -23,9 +23,16 @@ from trainer.objective import AlignObjective
 from trainer.ownership import Ownership
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
+<<<<<<< HEAD
 from trainer.strategies import Strategy, build_strategy, join, owned_banks
 from trainer.stream import RowDigest
 from trainer.topology import Topology, limit_waiting
+=======
+from trainer.strategies import Layout, ParallelConfig, Strategy, build_strategy, join, owned_banks
+from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
+from trainer.stream.manifest import write_atomically
+from trainer.topology import Topology
+>>>>>>> refs/heads/tests
 from trainer.tracking import DatasetInput, Tracker
 
 log = logging.getLogger(__name__)
@@ -192,7 +199,19 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
     if not topology.is_main:
         return None
     config, manifest = inputs.config, inputs.manifest
+<<<<<<< HEAD
     kept = shown(config)
+=======
+    # What is kept and shown elsewhere carries no credentials and no signed query.
+    location = redact(config.data.shards)
+    shown = replace(
+        config,
+        data=replace(config.data, shards=location),
+        parallel=ParallelConfig(**vars(inputs.layout)),  # what auto and the launch file came to
+        checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
+        tracking=config.tracking.redacted(),
+    )
+>>>>>>> refs/heads/tests
     tags = {
         "manifest_digest": manifest.digest,
         "hook_point": manifest.hook_point,

@@ -45,6 +45,12 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
+def stand_in(owner: object, **functions: object) -> None:
+    """Put functions in the place of an owner's."""
+    for name, function in functions.items():
+        setattr(owner, name, function)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds of steps and saves of one run."""
     generator = torch.Generator().manual_seed(0)
@@ -92,10 +98,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         original_commit(self)
         writing[-1] += time.thread_time() - cpu
 
-    SlotBank.__init__ = quiet_bank  # type: ignore[method-assign, assignment]
-    loop.to_micro_batch, loop.clip_and_update = timed_begin, timed_update
-    for name, method in (("save", timed_save), ("_write", timed_write), ("_commit", timed_commit)):
-        setattr(Saver, name, method)
+    stand_in(SlotBank, __init__=quiet_bank)
+    stand_in(loop, to_micro_batch=timed_begin, clip_and_update=timed_update)
+    stand_in(Saver, save=timed_save, _write=timed_write, _commit=timed_commit)
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
         "dictionary.free_slots": args.slots, "optim.lr": 1e-6, "revival.method": "none", "tracking.uri": "off",
@@ -104,10 +109,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     try:
         code = train.main(["--config", str(folder / "run.yaml"), *(f"{k}={v!s}" for k, v in settings.items())])
     finally:
-        SlotBank.__init__ = original_bank  # type: ignore[method-assign]
-        loop.to_micro_batch, loop.clip_and_update = original_begin, original_update
-        for name, method in (("save", original_save), ("_write", original_write), ("_commit", original_commit)):
-            setattr(Saver, name, method)
+        stand_in(SlotBank, __init__=original_bank)
+        stand_in(loop, to_micro_batch=original_begin, clip_and_update=original_update)
+        stand_in(Saver, save=original_save, _write=original_write, _commit=original_commit)
     if code:
         raise SystemExit(code)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """A full disk and a read-only folder under a run, on a small tmpfs (needs the right to mount)."""
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def between(monkeypatch: pytest.MonkeyPatch, actions: dict[int, object]) -> None:
+def between(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> None:
     """Run actions before the updates of these steps."""
     original = loop.to_micro_batch
 

@@ -79,7 +79,7 @@ def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> Non
     argv = ["stages.0.epochs=60", "stages.1.epochs=60", "revival.every=50", "checkpoint.every=10"]
     argv += [f"checkpoint.asynchronous={asynchronous}", "run.log_every=10"]
     assert train_here(tmp_path / "undisturbed", data, *argv) == 0
-    generator, moments = random.Random(1), []
+    generator, moments = random.Random(1), list[str]()
     folder = tmp_path / "killed"
     while len(moments) < 50:
         began = newest_step(folder)

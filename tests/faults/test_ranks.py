@@ -17,6 +17,8 @@ from tests.support.ranks import Ranks, run_ranks
 from tests.support.runs import arguments, assert_same, digests, outcome, tensors, train_here, train_rank
 from trainer import loop
 from trainer.checkpoint import saver, verify
+from trainer.objective import MicroBatch
+from trainer.stream import Batch
 
 
 def train_half_broken(argv: list[str]) -> None:
@@ -28,7 +30,7 @@ def train_half_broken(argv: list[str]) -> None:
             raise OSError(28, "No space left on device")
         original(self, *rest)
 
-    saver.Saver._write = write  # type: ignore[method-assign]
+    saver.Saver._write = write  # type: ignore[method-assign, assignment]
     train_rank(argv)
 
 
@@ -36,10 +38,11 @@ def train_and_hang(argv: list[str]) -> None:
     """Training that waits for ever, where no Python runs, before its first update."""
     lock = threading.Lock()
 
-    def hang(*_: object) -> Any:
+    def hang(run: loop.Run, rows: Batch) -> MicroBatch:
         Path("hanging").touch()
         lock.acquire()
         lock.acquire()
+        raise AssertionError("nobody releases it")
 
     os.chdir(Path(argv[1]).parent)
     loop.to_micro_batch = hang

@@ -14,6 +14,13 @@ from trainer.kernels.gradients import gradient_buffer, note_square, noted_square
 from trainer.optimizer import OptimConfig, build_optimizer, square_norm
 
 
+def gradients(*parameters: torch.Tensor) -> list[torch.Tensor]:
+    """Their gradients, which must be there."""
+    found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    assert len(found) == len(parameters)
+    return found
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_steps_like_torch_with_scaled_gradients(weight_decay):
     torch.manual_seed(0)
@@ -62,16 +69,16 @@ def test_the_noted_norm_is_the_norm_and_is_forgotten_on_change(decoder_norm):
         (out.square().sum() + sp).backward()
 
     def norms():
-        grads = [W_enc.grad, b_enc.grad, W_dec.grad]
-        return float(square_norm(grads)), float(sum(g.double().square().sum() for g in grads))
+        grads = gradients(W_enc, b_enc, W_dec)
+        return float(square_norm(grads)), sum(float(g.double().square().sum()) for g in grads)
 
     backward()
-    assert noted_square(W_enc.grad) is not None
+    assert noted_square(gradients(W_enc)[0]) is not None
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
-    W_dec.grad.mul_(3.0)
+    gradients(W_dec)[0].mul_(3.0)
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
     backward()  # a second micro-batch adds to what is there
-    assert noted_square(W_enc.grad) is None
+    assert noted_square(gradients(W_enc)[0]) is None
     assert norms()[0] == pytest.approx(norms()[1], rel=1e-5)
 
 
@@ -135,8 +142,8 @@ def test_the_norm_of_large_gradients_is_finite():
         BankWeights(W_enc, b_enc, W_dec), recon, StepContext(case.x, None, None)
     )
     (out.sum() * 1e20).backward()
-    grads = [W_enc.grad, b_enc.grad, W_dec.grad]
-    assert float(square_norm(grads)) == pytest.approx(float(sum(g.double().square().sum() for g in grads)), rel=1e-5)
+    grads = gradients(W_enc, b_enc, W_dec)
+    assert float(square_norm(grads)) == pytest.approx(sum(float(g.double().square().sum()) for g in grads), rel=1e-5)
 
 
 def test_bf16_moments_are_the_same_bits_compiled_and_in_plain_torch(monkeypatch):

@@ -150,10 +150,10 @@ def http_server(
     faults: tuple[str, ...] = PASSING,
 ) -> Iterator[tuple[str, Faults, list[str]]]:
     """Serves a folder; yields its URL, the fault counters and the list of requested paths."""
-    counters, seen = Faults(share, faults), []
+    counters, seen = Faults(share, faults), list[str]()
     handler = type("Handler", (kind,), {"folder": folder, "faults": counters, "ranges": ranges, "seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # a client that hangs up on a server that hangs is no news
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up on a server that hangs is no news
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

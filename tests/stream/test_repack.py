@@ -101,8 +101,10 @@ def test_samples_that_webdataset_writes_are_read(tmp_path):
     names, path = ["born", "works"], tmp_path / "raw-{0..1}.tar"  # a file's name, not a pattern
     with webdataset.TarWriter(str(path)) as sink:
         for i in range(4):
-            acts = np.full((2, 3), i, np.float16)
-            sink.write({"__key__": f"d/{i}", "H.npy": acts, "txt": names[i % 2], "cls": i, "jpg": b"", "pyd": {"x": 1}})
+            payload = np.full((2, 3), i, np.float16)
+            sink.write(
+                {"__key__": f"d/{i}", "H.npy": payload, "txt": names[i % 2], "cls": i, "jpg": b"", "pyd": {"x": 1}}
+            )
     fsspec.filesystem("memory").put_file(str(path), "/raw.tar")
     for source in (path, f"file://{path}", "memory://raw.tar"):
         assert (

@@ -88,7 +88,7 @@ def exact_dictionary() -> ConceptDictionary:
     """Dictionary that reconstructs every activation exactly: free slots read +e_i and -e_i and write them back."""
     dictionary = ConceptDictionary(DictionaryConfig(2 * WIDTH, WIDTH).form(WIDTH, CONCEPTS))
     with torch.no_grad():
-        for bank, sign in zip(dictionary.banks.values(), (1, -1), strict=True):
+        for bank, sign in zip(dictionary.free_banks(), (1, -1), strict=True):
             bank.W_enc.copy_(sign * torch.eye(WIDTH))
             bank.W_dec.copy_(sign * torch.eye(WIDTH))
     return dictionary
