@@ -23,16 +23,9 @@ from trainer.objective import AlignObjective
 from trainer.ownership import Ownership
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
-<<<<<<< HEAD
-from trainer.strategies import Strategy, build_strategy, join, owned_banks
+from trainer.strategies import ParallelConfig, Strategy, build_strategy, join, owned_banks
 from trainer.stream import RowDigest
 from trainer.topology import Topology, limit_waiting
-=======
-from trainer.strategies import Layout, ParallelConfig, Strategy, build_strategy, join, owned_banks
-from trainer.stream import Manifest, Plan, RowDigest, lanes_of_rank
-from trainer.stream.manifest import write_atomically
-from trainer.topology import Topology
->>>>>>> refs/heads/tests
 from trainer.tracking import DatasetInput, Tracker
 
 log = logging.getLogger(__name__)
@@ -113,17 +106,22 @@ def log_changes(resume: Path, state: checkpoint.RunState, inputs: Inputs) -> Non
         old = flatten(load_config(RunFolder(resume.parents[1]).config, []))
     except UserError:  # an older version's, or the checkpoint is alone
         return
-    now = flatten(shown(inputs.config))
+    now = flatten(shown(inputs))
     for key in sorted((old.keys() | now.keys()) - {"run.dir", "checkpoint.resume"}):
         if old.get(key) != now.get(key):
             log.info("resumed with %s=%s; it was %s", key, _shortened(now.get(key)), _shortened(old.get(key)))
 
 
-def shown(config: Config) -> Config:
-    """The configuration as it is kept and shown elsewhere: without credentials and signed queries."""
+def shown(inputs: Inputs) -> Config:
+    """The configuration as it is kept and shown elsewhere.
+
+    Without credentials and signed queries, and with what `auto` and the launch file came to.
+    """
+    config = inputs.config
     return replace(
         config,
         data=replace(config.data, shards=redact(config.data.shards)),
+        parallel=ParallelConfig(**vars(inputs.layout)),
         checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
         tracking=config.tracking.redacted(),
     )
@@ -199,19 +197,7 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
     if not topology.is_main:
         return None
     config, manifest = inputs.config, inputs.manifest
-<<<<<<< HEAD
-    kept = shown(config)
-=======
-    # What is kept and shown elsewhere carries no credentials and no signed query.
-    location = redact(config.data.shards)
-    shown = replace(
-        config,
-        data=replace(config.data, shards=location),
-        parallel=ParallelConfig(**vars(inputs.layout)),  # what auto and the launch file came to
-        checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
-        tracking=config.tracking.redacted(),
-    )
->>>>>>> refs/heads/tests
+    kept = shown(inputs)
     tags = {
         "manifest_digest": manifest.digest,
         "hook_point": manifest.hook_point,

@@ -1,7 +1,7 @@
 """Every undocumented name of torch, DeepSpeed and gcsfs that is used here: the one file to adapt when one goes.
 
-pyproject.toml bounds torch and DeepSpeed from above for this reason. DeepSpeed and gcsfs are not imported: their objects
-are handed in.
+pyproject.toml bounds torch and DeepSpeed from above for this reason. DeepSpeed and gcsfs are not imported: their
+objects are handed in.
 """
 
 import functools
