@@ -4,6 +4,7 @@ PIP_FLAGS ?= --disable-pip-version-check
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CPP := $(wildcard trainer/kernels/*.cpp trainer/kernels/*.h)
 # Compiled operators belong to this checkout: another one, or a build that was killed elsewhere, cannot get in its way.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
@@ -21,10 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/demo.sh
 
-test: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint
 	$(BIN)/pytest -m "not slow"
 
 test-slow: install
@@ -32,11 +30,14 @@ test-slow: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
 
 # Pins what a fresh environment resolves to, beside the torch that is pinned already; commit the result.
 lock:
