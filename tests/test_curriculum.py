@@ -75,5 +75,5 @@ def test_slots_wake_up_alive_on_their_own_concept():
     torch.testing.assert_close(
         centre @ weights["W_enc"].T[:, :4] + weights["b_enc"][:4], -torch.ones(4), rtol=1e-4, atol=1e-5
     )
-    torch.testing.assert_close(pre.diagonal()[:, None] * weights["W_dec"][:4], means[:4] - centre)
+    assert not weights["W_dec"].any()  # what free slots reconstruct already is not added again
     assert (weights["W_enc"][4] == 0).all() and weights["b_enc"][4] == 0
