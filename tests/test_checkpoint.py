@@ -301,3 +301,17 @@ def test_the_last_save_must_not_fail_quietly(
     failing(monkeypatch, 99)
     assert train_here(tmp_path, small_data) == 2
     assert f"step-{TOTAL:08d} was not saved" in capsys.readouterr().err.splitlines()[-1]
+
+
+OLD = Path(__file__).parent / "old_checkpoint"  # written by version 0.1.0 at fd412eb, with what that version made of it
+
+
+def test_a_checkpoint_of_an_earlier_version_loads() -> None:
+    assert verify(OLD / "step-00000021") is None
+    dictionary, _ = load_dictionary(OLD / "step-00000021")
+    expected = json.loads((OLD / "expected.json").read_text())
+    code = dictionary.encode(torch.linspace(-2, 2, 36).reshape(3, 12))
+    torch.testing.assert_close(code, torch.tensor(expected["code"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dictionary.decode(code), torch.tensor(expected["decoded"]), rtol=1e-5, atol=1e-5)
+    state = read_state(OLD / "step-00000021")
+    assert state.dictionary.gate == "relu" and state.curriculum is None and state.awake
