@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.errors import UserError
 
@@ -31,9 +32,17 @@ TOOLS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError instead of printing the usage."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
 def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     """Parser of all subcommands; only `selected` gets its arguments (and its imports)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="alignsae",
         description="Concept-aligned sparse autoencoders: data, evaluation and interventions. "
         "Training is `alignsae train`, or `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.",

@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="ranks of this machine; wins over the launch file")
     parser.add_argument(
-        "--accelerate", default="", metavar="OPTIONS", help="further options of `accelerate launch`, as one text"
+        "--accelerate",
+        default="",
+        metavar="OPTIONS",
+        help="further options of `accelerate launch`, as one text: --accelerate='--num_machines 2 ...'",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
 

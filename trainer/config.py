@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -147,11 +148,13 @@ def _check_text(key: str, text: str) -> None:
     if key in PATHS and not text.lower().startswith("pipe:"):
         if any(len(name.encode()) > LONGEST_NAME for name in text.split("/")) and "://" not in text:
             raise UserError(f"{key}={shown} has a name longer than {LONGEST_NAME} bytes")
-        if text.startswith("~"):
-            try:
-                Path(text).expanduser()
-            except RuntimeError as error:
-                raise UserError(f"{key}={shown} begins with the home folder of an unknown user") from error
+        try:
+            urlsplit(text)
+            Path(text).expanduser()
+        except ValueError as error:
+            raise UserError(f"{key}={shown} is neither a path nor a URL ({error})") from error
+        except RuntimeError as error:
+            raise UserError(f"{key}={shown} begins with the home folder of an unknown user") from error
 
 
 def to_yaml(config: Config) -> str:

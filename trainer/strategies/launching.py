@@ -54,12 +54,21 @@ def start(options: Sequence[str], arguments: Sequence[str]) -> tuple[int, str]:
 
 def _first(error: object) -> tuple[int, str]:
     """Exit code and words of the failure that caused the others."""
-    listed = error.failures.items()  # type: ignore[attr-defined]
-    failures = sorted(listed, key=lambda item: (item[1].timestamp, item[0]))
-    told = [(failure, _words(failure)) for _, failure in failures]
-    failure, words = next((pair for pair in told if GONE not in pair[1]), told[0])
+    failures = [failure for _, failure in sorted(error.failures.items())]  # type: ignore[attr-defined]
+    failure = min(failures, key=lambda failure: (_follows(failure), failure.timestamp))
     leaves = failure.exitcode in (75, 130)  # saved and left: the run has said why
-    return _code(failure.exitcode), "" if leaves else words
+    return _code(failure.exitcode), "" if leaves else _words(failure)
+
+
+def _follows(failure: object) -> int:
+    """How likely a failure is only what another one brought about; 0: not at all.
+
+    The launcher ends all ranks when one has failed.
+    """
+    code = failure.exitcode  # type: ignore[attr-defined]
+    if isinstance(failure.message, dict):  # type: ignore[attr-defined]
+        return 3 if GONE in _words(failure) else 0
+    return 4 if code == -signal.SIGTERM else 1 if code < 0 else 2
 
 
 def _words(failure: object) -> str:

@@ -1,0 +1,139 @@
+"""A user reads one line, and the exit code comes through, however training was started."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import command
+from small_run import arguments, outcome, quiet_environment
+
+from trainer.failures import in_one_line
+
+HANGS = """
+import os, time
+from trainer import loop, train
+original = loop.to_micro_batch
+def to_micro_batch(run, rows):
+    if run.state.step == 3 and os.environ["RANK"] == "1":
+        time.sleep(600) if os.environ["HOW"] == "hang" else os._exit(9)
+    return original(run, rows)
+loop.to_micro_batch = to_micro_batch
+train.exit_with(train.main())
+"""
+
+
+def alignsae(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command, as users call it."""
+    return subprocess.run(
+        [sys.executable, "-m", "tools.cli", *words],
+        env=quiet_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "error" in line.lower() or "Traceback" in line]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_refusal_is_one_line_with_its_code(world: int, small_data: Path, tmp_path: Path) -> None:
+    ended = alignsae("train", "--processes", str(world), *arguments(tmp_path, small_data, "optim.lr=-1"))
+    assert ended.returncode == 2
+    assert len(errors(ended.stderr)) == 1 and "optim.lr=-1.0 must be between" in errors(ended.stderr)[0]
+
+
+@pytest.mark.slow
+def test_leaving_for_a_requeue_keeps_its_code(small_data: Path, tmp_path: Path) -> None:
+    settings = ["stages.0.epochs=3000", "run.wall_minutes=0.2"]
+    ended = alignsae("train", "--processes", "2", *arguments(tmp_path, small_data, *settings))
+    assert ended.returncode == 75, ended.stderr[-2000:]
+    assert errors(ended.stderr) == [] and outcome(tmp_path)["exit_code"] == 75
+
+
+def test_torchrun_shows_the_line_instead_of_a_traceback(small_data: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        command(2, arguments(tmp_path, small_data, "optim.lr=-1")),
+        env=quiet_environment(DIE_AT=""), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert re.search(r"^  traceback : rank \d: optim.lr=-1.0 must be between 0 and 1000$", ended.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("how", ["hang", pytest.param("gone", marks=pytest.mark.slow)])
+def test_ranks_that_do_not_come_are_told_with_the_call(how: str, small_data: Path, tmp_path: Path) -> None:
+    program = tmp_path / "hangs.py"
+    program.write_text(HANGS)
+    ended = subprocess.run(
+        command(2, arguments(tmp_path, small_data, "parallel.timeout=5"), program),
+        env=quiet_environment(HOW=how), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("trainer.train:")] or [""]
+    if how == "hang":
+        assert "rank 0: error: other ranks did not come within parallel.timeout=5 s" in line
+    else:
+        assert not line or "rank 0: error: another rank has gone" in line  # the launcher may end it first
+        assert "exitcode  : 9" in ended.stderr
+    assert not line or "in all_reduce called by sum_over_" in line
+
+
+def test_errors_in_words() -> None:
+    assert in_one_line(KeyError("x")) is None
+    assert in_one_line(RuntimeError("sizes do not match")) is None
+    assert "alignsae plan" in str(in_one_line(MemoryError()))
+    assert "alignsae plan" in str(in_one_line(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")))
+    late = in_one_line(RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"), 5.0)
+    assert late is not None and late.startswith("other ranks did not come within parallel.timeout=5 s")
+    gone = in_one_line(RuntimeError("[gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:33"), 5.0)
+    assert gone is not None and gone.startswith("another rank has gone")
+
+
+@pytest.mark.parametrize(
+    "words,says",
+    [
+        (["trian"], "the nearest is 'train'"),
+        (["evaluate", "--run", "nowhere", "--model", "m", "--prompts", "p"], "--run nowhere: there is no such folder"),
+        (["export", "--run", "nowhere", "--out", "x"], "--run nowhere: there is no such folder"),
+        (["report", "--run", "x" * 300], "there is no such folder"),
+        (["train", "--config", "c.yaml", "--launch", "zero33"], "the nearest name is zero3"),
+        (["train", "--config", "c.yaml", "--accelerate=--bogus"], "unrecognized arguments: --bogus"),
+        (["train", "--config", "c.yaml", "--processes", "0"], "--processes 0"),
+        (["train"], "arguments are required: --config"),
+        (["report", "--run", ".", "--nonsense"], "--nonsense"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_mistakes_at_the_command_line(words: list[str], says: str, capsys) -> None:
+    from tools.cli import main
+
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and says in said
+
+
+def test_a_device_that_is_not_there(small_data: Path, tmp_path: Path, capsys) -> None:
+    import torch
+
+    from tools.cli import check_device
+    from trainer.errors import UserError
+
+    check_device(None)
+    check_device("cpu")
+    for name in ("nonsense", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used here") as caught:
+            check_device(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_sweep_names_all_points_that_cannot_be(small_data: Path, tmp_path: Path, capsys) -> None:
+    from tools.cli import main
+
+    config = arguments(tmp_path, small_data)[1]
+    grid = ["--grid", "loss.sp=.nan,0.1", "--grid", "data.lanes=5,4", "--set", f"data.shards={small_data}"]
+    assert main(["sweep", "--config", config, "--out", str(tmp_path / "s"), *grid]) == 2
+    said = capsys.readouterr().err
+    assert "3 of 4 points" in said and "loss.sp=nan" in said and "data.lanes=5 does not divide" in said
+    assert said.count("\n") == 1 and not (tmp_path / "s").exists()
