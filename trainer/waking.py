@@ -36,8 +36,8 @@ def concept_weights(classes: ClassMeans, gain: float = 1.0) -> dict[str, Tensor]
     """W_enc [R, D], b_enc [R] and W_dec [R, D] of slots that wake up.
 
     With d_r = mean of concept r minus the mean over concepts, slot r has pre-activation +gain at its own mean and -gain
-    at the mean over concepts: it starts alive, on its concept alone. Its decoder row starts from 0, since the free slots
-    reconstruct d_r already and it would be there twice. A concept without rows stays at zero.
+    at the mean over concepts: it starts alive, on its concept alone. Its decoder row starts from 0, since the free
+    slots reconstruct d_r already and it would be there twice. A concept without rows stays at zero.
     """
     seen = classes.counts > 0
     centre = classes.means[seen].mean(dim=0) if seen.any() else torch.zeros_like(classes.means[:1]).sum(dim=0)

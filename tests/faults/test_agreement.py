@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from launching import launch
-from small_run import edit_json
 
+from tests.faults.programs import launch
+from tests.support.runs import edit_json
 from trainer.agreement import difference, source_digest
 
 # Settings `RANK:key=value` are those of one rank.
@@ -39,7 +39,8 @@ def said(ended) -> list[str]:
         *(
             pytest.param(setting, marks=pytest.mark.slow)
             for setting in (
-                "run.seed=5", "loss.sp=0.3", "optim.lr=0.1", "dictionary.bank_slots=8", "kernel=auto", "stages.0.epochs=1",
+                "run.seed=5", "loss.sp=0.3", "optim.lr=0.1", "dictionary.bank_slots=8", "kernel=auto",
+                "stages.0.epochs=1",
                 "checkpoint.every=3", "parallel.strategy=dictionary", "run.dir=elsewhere", "checkpoint.resume=none",
                 "data.window=3", "stages.1.loss.sp=0.2", "parallel.timeout=50", "run.log_every=2", "guard.spike=5",
             )

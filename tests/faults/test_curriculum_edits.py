@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from small_run import STEPS_PER_EPOCH, SWITCH, edit_json, metrics, outcome, tensors, train_here
 
+from tests.support.runs import STEPS_PER_EPOCH, SWITCH, edit_json, metrics, outcome, tensors, train_here
 from trainer import loop
 from trainer.checkpoint import read_state
 from trainer.curriculum import Curriculum, CurriculumRecord, StageConfig

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import command
-from small_run import arguments, outcome, quiet_environment
 
+from tests.faults.programs import command, environment
+from tests.support.runs import arguments, outcome
 from trainer.failures import in_one_line
 
 HANGS = """
@@ -28,7 +28,7 @@ def alignsae(*words: str) -> subprocess.CompletedProcess[str]:
     """The command, as users call it."""
     return subprocess.run(
         [sys.executable, "-m", "tools.cli", *words],
-        env=quiet_environment(),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -57,7 +57,7 @@ def test_leaving_for_a_requeue_keeps_its_code(small_data: Path, tmp_path: Path) 
 def test_torchrun_shows_the_line_instead_of_a_traceback(small_data: Path, tmp_path: Path) -> None:
     ended = subprocess.run(
         command(2, arguments(tmp_path, small_data, "optim.lr=-1")),
-        env=quiet_environment(DIE_AT=""), capture_output=True, text=True, timeout=300,
+        env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert re.search(r"^  traceback : rank \d: optim.lr=-1.0 must be between 0 and 1000$", ended.stderr, re.MULTILINE)
 
@@ -68,7 +68,7 @@ def test_ranks_that_do_not_come_are_told_with_the_call(how: str, small_data: Pat
     program.write_text(HANGS)
     ended = subprocess.run(
         command(2, arguments(tmp_path, small_data, "parallel.timeout=5"), program),
-        env=quiet_environment(HOW=how), capture_output=True, text=True, timeout=300,
+        env=environment(HOW=how), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended.returncode != 0
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("trainer.train:")] or [""]

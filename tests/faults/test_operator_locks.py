@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import launch
 
+from tests.faults.programs import launch
 from trainer.strategies.operator_locks import remove_left_locks
 
 

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import command
-from small_run import arguments, metrics, outcome, quiet_environment, train_here
 
+from tests.faults.programs import command, environment
+from tests.support.runs import arguments, metrics, outcome, train_here
 from trainer.errors import UserError
 from trainer.ownership import Owner, Ownership
 
@@ -47,7 +47,7 @@ def test_a_second_one_is_refused_until_the_first_has_left(tmp_path: Path) -> Non
 def test_an_owner_killed_on_this_host_keeps_nothing(tmp_path: Path) -> None:
     code = "import sys, os; from pathlib import Path; from trainer.ownership import Ownership\n"
     code += "Ownership(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=quiet_environment())
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment())
     assert killed.returncode == -signal.SIGKILL and (tmp_path / ".owner" / "1").exists()
     began = time.monotonic()
     with Ownership(tmp_path):  # with the patience of 60 s: it must not be needed
@@ -124,7 +124,7 @@ def test_one_that_was_taken_over_stops(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from trainer.ownership import Ownership\n"
     code += "Ownership(Path(sys.argv[1]), interval=0.1).__enter__(); print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=quiet_environment(), text=True, stdout=-1, stderr=-1
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(), text=True, stdout=-1, stderr=-1
     )
     assert process.stdout.readline() == "has it\n"
     (tmp_path / ".owner" / "2").write_text(json.dumps(vars(Owner.me())))
@@ -139,7 +139,7 @@ def test_of_two_runs_started_together_one_trains(times: int, small_data: Path, t
         runs = [
             subprocess.Popen(
                 command(1, arguments(folder, small_data, f"optim.lr={rate}", "stages.0.epochs=20")),
-                env=quiet_environment(DIE_AT=""), stderr=subprocess.PIPE, text=True,
+                env=environment(), stderr=subprocess.PIPE, text=True,
             )
             for rate in ("3e-3", "1e-3")
         ]  # fmt: skip
