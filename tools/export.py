@@ -83,8 +83,9 @@ def concepts(dictionary: ConceptDictionary, facts: Facts) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare(dictionary: ConceptDictionary, folder: Path) -> float:
-    """Largest relative difference of pre-activations and reconstructions between the exported files and the dictionary, on random
-    activations of the training data's mean and scale. Raises UserError beyond TOLERANCE, or for other thresholds."""
+    """Largest relative difference of pre-activations and reconstructions between the exported files and the
+    dictionary, on random activations of the training data's mean and scale. Raises UserError beyond TOLERANCE, or for
+    other thresholds."""
     saelens = (folder / WEIGHTS["saelens"]).is_file()
     tensors = load_file(folder / WEIGHTS["saelens" if saelens else "safetensors"])
     encoder = tensors["W_enc"] if saelens else tensors["W_enc"].T

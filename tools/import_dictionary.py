@@ -8,8 +8,9 @@ SOURCE is a folder or an address below which one dictionary lies (local, hf://, 
   Gemma Scope  params.npz
   alignsae     a run, a checkpoint, or what `alignsae export` wrote
 
-Weights are turned into such that act on raw activations. A dictionary that keeps the k largest of a row gets one threshold instead,
-above which as many entries lie on average on the rows of --rows; what both do there is printed. Pickle is never read.
+Weights are turned into such that act on raw activations. A dictionary that keeps the k largest of a row gets one
+threshold instead, above which as many entries lie on average on the rows of --rows; what both do there is printed.
+Pickle is never read.
 """
 
 import argparse
@@ -77,8 +78,8 @@ def convert(source: pretrained.Source, folder: Path, rows: Tensor | None, name: 
     if source.top_k is not None:
         if rows is None:
             raise UserError(
-                f"{source.facts.location} keeps the {source.top_k} largest of each row; its threshold is taken from rows of its "
-                f"hook point: give a shard folder with --rows"
+                f"{source.facts.location} keeps the {source.top_k} largest of each row; its threshold is taken from rows "
+                f"of its hook point: give a shard folder with --rows"
             )
         theta, true = pretrained.calibrate(source, rows)
         k, measured["top_k"] = float(source.top_k), asdict(true)

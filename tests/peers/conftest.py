@@ -1,4 +1,5 @@
-"""The other trainers, in an interpreter of their own (`make test-peers`): they pin packages that this one does not want."""
+"""The other trainers, in an interpreter of their own (`make test-peers`): they pin packages that this one does not
+want."""
 
 import json
 import os
@@ -56,7 +57,8 @@ class Peers:
 
 @pytest.fixture(scope="session")
 def peers() -> Iterator[Peers]:
-    """sae-lens and eai-sparsify in the interpreter ALIGNSAE_PEERS_PYTHON, or that of .venv-peers; skipped where there is none."""
+    """sae-lens and eai-sparsify in the interpreter ALIGNSAE_PEERS_PYTHON, or that of .venv-peers; skipped where
+    there is none."""
     python = os.environ.get("ALIGNSAE_PEERS_PYTHON", str(ROOT / ".venv-peers/bin/python"))
     if not Path(python).is_file():
         pytest.skip("no interpreter with sae-lens and eai-sparsify; `make test-peers` makes one")

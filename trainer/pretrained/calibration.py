@@ -42,8 +42,9 @@ def measure(source: Source, h: Tensor, theta: float | None = None) -> Measured:
 
 @torch.no_grad()
 def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
-    """For a source that keeps the top_k largest of a row: the threshold above which lie top_k entries a row on average, over the
-    rows h [N, D], and what the true top k does on them. Raises DataError when the rows leave nothing to choose."""
+    """For a source that keeps the top_k largest of a row: the threshold above which lie top_k entries a row on
+    average, over the rows h [N, D], and what the true top k does on them. Raises DataError when the rows leave nothing
+    to choose."""
     assert source.top_k is not None
     k, kept = source.top_k, min(source.slots, _KEPT * source.top_k)
     while True:
@@ -72,7 +73,8 @@ def _visit(source: Source, h: Tensor) -> Iterator[tuple[Tensor, BankWeights]]:
     """Pre-activations [N, n] of each bank, with its weights for centred rows."""
     mean, one = h.double().mean(dim=0).float(), torch.ones(())
     for begin in range(0, source.slots, BANK):
-        # Rows minus their mean: the mean of a residual stream can be far larger than what is left, and fp32 would lose that.
+        # Rows minus their mean: the mean of a residual stream can be far larger than what is left, and fp32 would lose
+        # that.
         weights = normalisation.unfold(source.bank(begin, min(begin + BANK, source.slots)), mean, one)
         yield weights.pre_activations(h - mean), weights
 

@@ -14,7 +14,7 @@ from trainer import checkpoint
 from trainer.dictionary import BankWeights, ConceptDictionary, normalisation
 from trainer.pretrained.folder import FILE_NAME, Imported, load
 from trainer.pretrained.own import facts_of
-from trainer.pretrained.source import Facts, rescale
+from trainer.pretrained.source import Facts, joined, rescale
 from trainer.stream import Manifest
 
 # What SAELens decides the layout of the file by: without it, it reads a layout of before 6.0. Not who trained it.
@@ -38,7 +38,8 @@ def read_trained(path: Path) -> tuple[ConceptDictionary, Facts]:
 
 
 def token_position(manifest: Manifest) -> str:
-    """At which token of a text the rows were taken: what the manifest says, or what `alignsae extract` does; "" for unknown."""
+    """At which token of a text the rows were taken: what the manifest says, or what `alignsae extract` does; "" for
+    unknown."""
     stated = manifest.extra.get("token_position")
     if isinstance(stated, str):
         return stated
@@ -48,7 +49,8 @@ def token_position(manifest: Manifest) -> str:
 
 @torch.no_grad()
 def fold(dictionary: ConceptDictionary, unit_norm: bool = False) -> dict[str, Tensor]:
-    """W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D] that act on raw activations; threshold [S] unless all slots are relu.
+    """W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D] that act on raw activations; threshold [S] unless all slots are
+    relu.
 
     unit_norm: decoder rows at norm 1, codes multiplied by the norm that they had (rows of 0 stay).
     """
@@ -56,13 +58,10 @@ def fold(dictionary: ConceptDictionary, unit_norm: bool = False) -> dict[str, Te
     banks = [normalisation.fold(bank.weights(), mean, scale) for bank in dictionary.all_banks()]
     if unit_norm:
         banks = [rescale(bank, _norms(bank)) for bank in banks]
-    tensors = {name: torch.cat([getattr(bank, name) for bank in banks]) for name in ("W_enc", "b_enc", "W_dec")}
+    whole = joined(banks)
+    tensors = {"W_enc": whole.W_enc, "b_enc": whole.b_enc, "W_dec": whole.W_dec}
     tensors["b_dec"] = normalisation.fold_output(dictionary.output(torch.zeros_like(mean)), mean, scale)
-    if any(bank.threshold is not None for bank in banks):
-        tensors["threshold"] = torch.cat(
-            [torch.zeros_like(b.b_enc) if b.threshold is None else b.threshold for b in banks]
-        )
-    return tensors
+    return tensors if whole.threshold is None else tensors | {"threshold": whole.threshold}
 
 
 def _norms(bank: BankWeights) -> Tensor:
@@ -71,8 +70,8 @@ def _norms(bank: BankWeights) -> Tensor:
 
 
 def saelens_config(dictionary: ConceptDictionary, facts: Facts, thresholds: bool) -> dict[str, Any]:
-    """cfg.json of a SAELens 6 inference SAE: `jumprelu` where slots have thresholds (SAELens's own name for batchtopk too), else
-    `standard`. Its metadata say who trained it."""
+    """cfg.json of a SAELens 6 inference SAE: `jumprelu` where slots have thresholds (SAELens's own name for batchtopk
+    too), else `standard`. Its metadata say who trained it."""
     return {
         "architecture": "jumprelu" if thresholds else "standard",
         "d_in": dictionary.width,

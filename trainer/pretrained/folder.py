@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trainer.checkpoint.files import digest, read_json, seal, sync_folder, write_json
+from trainer.checkpoint.files import digest, seal, sync_folder
 from trainer.dictionary import (
     BankWeights,
     ConceptDictionary,
@@ -31,7 +30,8 @@ from trainer.dictionary import (
 )
 from trainer.dictionary.units import OUTPUT
 from trainer.errors import DataError, UserError
-from trainer.pretrained.source import Facts, Source, rescale
+from trainer.files import checked, read_json, write_json
+from trainer.pretrained.source import Facts, Source, joined, rescale
 
 SCHEMA = 1
 FILE_NAME = "dictionary.json"
@@ -41,9 +41,9 @@ FILE_NAME = "dictionary.json"
 class Description:
     """Content of dictionary.json.
 
-    gate: see ChosenForm; k: mean active slots of a row, as the source states it or as measured; None: unknown. decoder_norm: mean
-    norm of the decoder rows. facts: where it comes from. measured: figures of the rows that the import was given. files: name ->
-    bytes and hash.
+    gate: see ChosenForm; k: mean active slots of a row, as the source states it or as measured; None: unknown.
+    decoder_norm: mean norm of the decoder rows. facts: where it comes from. measured: figures of the rows that the
+    import was given. files: name -> bytes and hash.
     """
 
     width: int
@@ -72,8 +72,8 @@ def write(
 ) -> Description:
     """Write a source into `folder`, which exists, bank by bank.
 
-    theta: threshold of all slots, of a source that has none of its own. k: see Description. measured: see Description. Raises
-    DataError for weights that are no numbers, OSError when the disk refuses.
+    theta: threshold of all slots, of a source that has none of its own. k: see Description. measured: see Description.
+    Raises DataError for weights that are no numbers, OSError when the disk refuses.
     """
     bank_slots = min(source.slots, DictionaryConfig().bank_slots)
     norms, low, high, names = 0.0, float("inf"), 0.0, ["output.safetensors"]
@@ -117,8 +117,8 @@ def _gate(low: float, high: float, k: float | None) -> str:
 class Place:
     """Where imported slots go.
 
-    bank_slots: of the dictionary they go into. mean [D], scale: its normalisation, x = (h - mean) / scale. gain: how many times as
-    large codes are to be.
+    bank_slots: of the dictionary they go into. mean [D], scale: its normalisation, x = (h - mean) / scale. gain: how
+    many times as large codes are to be.
     """
 
     bank_slots: int
@@ -128,7 +128,8 @@ class Place:
 
 
 class Imported:
-    """An imported dictionary, opened: its description checked, its files there. A file's content is checked when it is first read.
+    """An imported dictionary, opened: its description checked, its files there. A file's content is checked when it is
+    first read.
 
     Raises UserError when `path` is no such folder, DataError when it is damaged.
     """
@@ -139,13 +140,13 @@ class Imported:
             raise UserError(
                 f"{self.path}: holds no {FILE_NAME}; write such a folder with `alignsae import SOURCE --out FOLDER`"
             )
-        values = read_json(self.path / FILE_NAME)
+        values = read_json(self.path / FILE_NAME, dict[str, Any], "import it again")
         if values.pop("schema", None) != SCHEMA:
             raise DataError(f"{self.path / FILE_NAME} has another schema than {SCHEMA}; import it again")
         try:
-            self.description = msgspec.convert(values, Description)
+            self.description = checked(values, Description)
             self.form = self.description.form
-        except (msgspec.ValidationError, UserError, OverflowError) as error:
+        except (ValueError, UserError, OverflowError) as error:
             raise DataError(f"{self.path / FILE_NAME}: {error}; import it again") from error
         if len(self.description.files) != self.form.banks + 1:
             raise DataError(f"{self.path / FILE_NAME} lists {len(self.description.files)} files; import it again")
@@ -159,8 +160,8 @@ class Imported:
     def fill(self, name: str, unit: nn.Module, place: "Place") -> None:
         """Set the weights of a unit (ConceptDictionary.units) before an engine has it.
 
-        Units that the source does not have (concept slots, value head) are left alone. A free bank takes the slots of its place,
-        whatever the banks of the folder are.
+        Units that the source does not have (concept slots, value head) are left alone. A free bank takes the slots of
+        its place, whatever the banks of the folder are.
         """
         number = bank_number(name)
         if isinstance(unit, OutputBias):
@@ -173,13 +174,14 @@ class Imported:
 
     def bank(self, begin: int, end: int) -> BankWeights:
         """The slots [begin, end), raw."""
-        names = ("W_enc", "b_enc", "W_dec") if self.form.gate == "relu" else ("W_enc", "b_enc", "W_dec", "threshold")
         parts, size = [], self.form.bank_slots
         for number in range(begin // size, -(-end // size)):
             low, high = max(begin - number * size, 0), min(end - number * size, size)
             with self._file(bank_unit(number)) as file:
-                parts.append({name: file.get_slice(name)[low:high] for name in names})
-        return BankWeights(**{name: torch.cat([part[name] for part in parts]) for name in names})
+                W_enc, b_enc, W_dec = (file.get_slice(name)[low:high] for name in ("W_enc", "b_enc", "W_dec"))
+                threshold = None if self.form.gate == "relu" else file.get_slice("threshold")[low:high]
+            parts.append(BankWeights(W_enc, b_enc, W_dec, threshold))
+        return joined(parts)
 
     def _file(self, unit: str) -> Any:
         path = self.path / f"{unit}.safetensors"
@@ -193,7 +195,8 @@ class Imported:
 
 
 def load(path: str | Path) -> ConceptDictionary:
-    """The dictionary of a folder that `alignsae import` wrote: all its slots are free ones, raw activations in and out."""
+    """The dictionary of a folder that `alignsae import` wrote: all its slots are free ones, raw activations in and
+    out."""
     imported = Imported(path)
     place = Place(imported.form.bank_slots, torch.zeros(imported.form.width), torch.ones(()))
     dictionary = ConceptDictionary(imported.form, on_unit=lambda name, unit: imported.fill(name, unit, place))

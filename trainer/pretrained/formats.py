@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.files import read_json
 from trainer.errors import DataError, UserError
+from trainer.files import read_json
 from trainer.pretrained.source import Facts, Layout, Source, StoredSource, sha256_of
 from trainer.pretrained.tensors import NpzStore, SafetensorsStore
 
@@ -25,9 +25,10 @@ _SAELENS = {
 
 
 def saelens(folder: Path, location: str) -> Source:
-    """A SAELens folder (cfg.json, sae_weights.safetensors) of version 6, or of an earlier one where the fields mean the same."""
+    """A SAELens folder (cfg.json, sae_weights.safetensors) of version 6, or of an earlier one where the fields mean
+    the same."""
     path = folder / "cfg.json"
-    config = read_json(path)
+    config = _json(path)
     metadata = _dict(config.get("metadata")) or config  # before version 6 the fields lay side by side
     details = _dict(metadata.get("training_architecture_details"))
     architecture = str(config.get("architecture", "standard"))
@@ -75,7 +76,7 @@ def saelens(folder: Path, location: str) -> Source:
 def sparsify(folder: Path, location: str) -> Source:
     """A folder of EleutherAI's sparsify (cfg.json, sae.safetensors): TopK on relu(W_enc (h - b_dec) + b_enc)."""
     path = folder / "cfg.json"
-    config = read_json(path)
+    config = _json(path)
     for name, what in (("transcode", "is a transcoder"), ("skip_connection", "has a linear skip connection")):
         if config.get(name):
             raise UserError(f"{path}: it {what}, which no dictionary here does")
@@ -88,7 +89,7 @@ def sparsify(folder: Path, location: str) -> Source:
     layout = Layout(W_enc="encoder.weight", b_enc="encoder.bias", subtracts_b_dec=True)
     # Of the run: beside the hook point's folder.
     above = folder.parent / "config.json"
-    run = read_json(above) if above.is_file() else {}
+    run = _json(above) if above.is_file() else {}
     hook = hook_point_of(str(config.get("hookpoint") or Path(location).name))
     facts = Facts("sparsify", "topk", location, str(run.get("model") or ""), hook)
     facts.files, facts.training = sha256_of(folder, SPARSIFY, "cfg.json"), {**run, **config}
@@ -100,7 +101,8 @@ def sparsify(folder: Path, location: str) -> Source:
 
 
 def gemma_scope(path: Path, location: str, scratch: Path) -> Source:
-    """A `params.npz` of Gemma Scope: JumpReLU on raw activations, no bias taken off the input. Model and hook point from its address."""
+    """A `params.npz` of Gemma Scope: JumpReLU on raw activations, no bias taken off the input. Model and hook point
+    from its address."""
     store = NpzStore(path, scratch)
     layout = Layout(threshold="threshold", encoder_columns=True)
     facts = Facts("gemma-scope", "jumprelu", location, *_gemma_names(location))
@@ -110,7 +112,7 @@ def gemma_scope(path: Path, location: str, scratch: Path) -> Source:
 
 def own_export(folder: Path, location: str) -> Source:
     """What `alignsae export --format safetensors` writes."""
-    named = read_json(folder / "concepts.json")
+    named = _json(folder / "concepts.json")
     store = SafetensorsStore(folder / OWN)
     layout = Layout(threshold="threshold" if "threshold" in store.names() else "")
     architecture = "jumprelu" if layout.threshold else "standard"
@@ -121,7 +123,8 @@ def own_export(folder: Path, location: str) -> Source:
 
 
 def hook_point_of(name: str) -> str:
-    """The name that `alignsae extract` gives to a hook point; other spellings of the output of a block are translated."""
+    """The name that `alignsae extract` gives to a hook point; other spellings of the output of a block are
+    translated."""
     match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)$", name)
     if match:
         return f"blocks.{match[1]}.hook_resid_post"
@@ -140,13 +143,13 @@ def _factor(config: dict[str, Any], folder: Path) -> float:
                 f"{folder}: normalize_activations={kind!r}, but no activation_scaler.json holds the factor; "
                 f"fold it in with SAELens (fold_activation_norm_scaling_factor) and save again"
             )
-        factor = _positive(read_json(scaler).get("scaling_factor"))
+        factor = _positive(_json(scaler).get("scaling_factor"))
         if factor is None:
             raise DataError(f"{scaler}: scaling_factor is no positive number; fetch it again")
         return factor
     raise UserError(
-        f"{folder}: normalize_activations={kind!r} divides each row by a number of its own (or needs statistics that are not "
-        f"here), which weights cannot take up; only none and expected_average_only_in can be imported"
+        f"{folder}: normalize_activations={kind!r} divides each row by a number of its own (or needs statistics that "
+        f"are not here), which weights cannot take up; only none and expected_average_only_in can be imported"
     )
 
 
@@ -166,8 +169,12 @@ def _gemma_names(location: str) -> tuple[str, str]:
 
 def _concepts(folder: Path) -> list[str]:
     path = folder / "concepts.json"
-    names = read_json(path).get("concepts") if path.is_file() else []
+    names = _json(path).get("concepts") if path.is_file() else []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, dict[str, Any], "fetch it again")
 
 
 def _dict(value: Any) -> dict[str, Any]:

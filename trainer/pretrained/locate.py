@@ -17,8 +17,8 @@ _BESIDE = ("concepts.json", "activation_scaler.json")  # read where they are the
 def open_source(location: str, scratch: Path) -> Source:
     """The dictionary at a local folder or file, or below a URL (any protocol of fsspec, `hf://` among them).
 
-    scratch: an existing folder for what is fetched and unpacked; it must stay while the Source is used. Raises UserError for what
-    is of no known format or of one that cannot be imported, DataError for damaged files.
+    scratch: an existing folder for what is fetched and unpacked; it must stay while the Source is used. Raises
+    UserError for what is of no known format or of one that cannot be imported, DataError for damaged files.
     """
     if is_remote(location):
         check_allowed(location, allow_pipe=False)
@@ -53,7 +53,7 @@ def _hint(path: Path) -> str:
         return f"; its folders do: {', '.join(below[:8])}{' ...' if len(below) > 8 else ''}"
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in _PICKLES)
     if pickles:
-        return f"; {pickles[0]} is a pickle, which can run code and is never read: save it as safetensors where it comes from"
+        return f"; {pickles[0]} is a pickle, which can run code and is never read: save it as safetensors"
     return f" ({', '.join(names)}, or a run of this trainer)"
 
 

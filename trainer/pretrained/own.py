@@ -14,7 +14,7 @@ from trainer.checkpoint.state import RunState
 from trainer.dictionary import BankWeights, OutputBias, SlotBank, bank_unit, normalisation
 from trainer.dictionary.units import CONCEPTS, OUTPUT
 from trainer.errors import DataError
-from trainer.pretrained.source import Facts, Source, sha256_of
+from trainer.pretrained.source import Facts, Source, joined, sha256_of
 from trainer.stream import Manifest
 
 _KEPT = 2  # units in memory
@@ -54,12 +54,7 @@ class CheckpointSource(Source):
             if low < high:
                 parts.append(_slice(self._unit(name, size), low - first, high - first))
             first += size
-        if all(part.threshold is None for part in parts):
-            thresholds = None
-        else:  # concept slots are relu whatever the free ones are
-            thresholds = torch.cat([torch.zeros_like(p.b_enc) if p.threshold is None else p.threshold for p in parts])
-        W_enc, b_enc, W_dec = (torch.cat(tensors) for tensors in zip(*(part[:3] for part in parts), strict=True))
-        return BankWeights(W_enc, b_enc, W_dec, thresholds)
+        return joined(parts)  # concept slots are relu whatever the free ones are
 
     def output_bias(self) -> Tensor:
         output = OutputBias(self.width)

@@ -5,6 +5,7 @@ Shapes: D model width, n slots asked for, S slots in all.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from trainer.pretrained.tensors import TensorStore, check_sizes
 class Facts:
     """Where a dictionary comes from.
 
-    format: saelens, sparsify, gemma-scope or alignsae. architecture: as the source names it. location: without credentials.
-    model, hook_point: "" where the source does not say. concepts: names of its first slots. files: name -> sha256. training: what
-    the source says about how it was trained.
+    format: saelens, sparsify, gemma-scope or alignsae. architecture: as the source names it. location: without
+    credentials. model, hook_point: "" where the source does not say. concepts: names of its first slots. files: name
+    -> sha256. training: what the source says about how it was trained.
     """
 
     format: str
@@ -39,9 +40,9 @@ class Facts:
 class Source(ABC):
     """What every format is turned into.
 
-    facts: see Facts. width: D. slots: S. top_k: k of a dictionary that keeps the k largest pre-activations of a row and has no
-    threshold; None: what is active is decided slot by slot. k: mean active slots of a row as the source states it, None where it
-    does not.
+    facts: see Facts. width: D. slots: S. top_k: k of a dictionary that keeps the k largest pre-activations of a row
+    and has no threshold; None: what is active is decided slot by slot. k: mean active slots of a row as the source
+    states it, None where it does not.
     """
 
     facts: Facts
@@ -63,9 +64,10 @@ class Source(ABC):
 class Layout:
     """How a file spells a dictionary.
 
-    Names of tensors; threshold "" and b_enc "": there is none. encoder_columns: W_enc is [D, S]. subtracts_b_dec: the encoder is
-    given the activation minus b_dec. factor: what activations are multiplied with beforehand. by_norm: codes are pre-activations
-    times the norm of the decoder row, which is used at norm 1. log_threshold: thresholds are stored as logarithms.
+    Names of tensors; threshold "" and b_enc "": there is none. encoder_columns: W_enc is [D, S]. subtracts_b_dec: the
+    encoder is given the activation minus b_dec. factor: what activations are multiplied with beforehand. by_norm:
+    codes are pre-activations times the norm of the decoder row, which is used at norm 1. log_threshold: thresholds are
+    stored as logarithms.
     """
 
     W_enc: str = "W_enc"
@@ -150,6 +152,15 @@ def rescale(weights: BankWeights, gain: float | Tensor) -> BankWeights:
     rows = gain[:, None] if isinstance(gain, Tensor) else gain
     threshold = None if weights.threshold is None else weights.threshold * gain
     return BankWeights(weights.W_enc * rows, weights.b_enc * gain, weights.W_dec / rows, threshold)
+
+
+def joined(parts: Sequence[BankWeights]) -> BankWeights:
+    """Slots of several banks as one; decoder rows as they are used, thresholds where any slot has one."""
+    thresholds = None
+    if any(part.threshold is not None for part in parts):
+        thresholds = torch.cat([torch.zeros_like(p.b_enc) if p.threshold is None else p.threshold for p in parts])
+    W_enc, b_enc, W_dec = (torch.cat(t) for t in zip(*((p.W_enc, p.b_enc, p.decoder()) for p in parts), strict=True))
+    return BankWeights(W_enc, b_enc, W_dec, thresholds)
 
 
 def sha256_of(folder: Path, *names: str) -> dict[str, str]:

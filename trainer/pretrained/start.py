@@ -17,7 +17,8 @@ _ALIASES = {"gpt2-small": "gpt2"}
 class Start:
     """The beginning that dictionary.start_from names, for activations of `manifest`.
 
-    Raises UserError, one line, when the folder is not one of `alignsae import`, or is of another width, model or hook point.
+    Raises UserError, one line, when the folder is not one of `alignsae import`, or is of another width, model or hook
+    point.
     """
 
     def __init__(self, chosen: DictionaryConfig, manifest: Manifest):
@@ -40,22 +41,28 @@ class Start:
         self._manifest = manifest
         self._frozen = chosen.freeze == "free"
 
+    @property
+    def form(self) -> ChosenForm:
+        """What a run that begins here takes over."""
+        return self.imported.form
+
     def fill(self, name: str, unit: nn.Module, form: DictionaryForm) -> None:
         """Set the weights of a unit of a dictionary of this form."""
         mean, scale = torch.tensor(self._manifest.mean), torch.tensor(self._manifest.scale)
-        # Slots that stay as they are keep their codes. Slots that are trained on get codes at which the decoder rows have a mean
-        # norm of 1, as those of a new dictionary: AdamW's step is as large for an encoder of norm 100 as for a decoder of 0.01.
+        # Slots that stay as they are keep their codes. Slots that are trained on get codes at which the decoder rows
+        # have a mean norm of 1, as those of a new dictionary: AdamW's step is as large for an encoder of norm 100 as
+        # for a decoder of 0.01.
         gain = 1.0 if self._frozen else self.imported.description.decoder_norm / self._manifest.scale
         self.imported.fill(name, unit, Place(form.bank_slots, mean, scale, gain))
 
 
-def take_over(chosen: DictionaryConfig, theirs: ChosenForm, k_known: bool = True) -> DictionaryConfig:
+def take_over(chosen: DictionaryConfig, theirs: ChosenForm) -> DictionaryConfig:
     """The section `dictionary` with number of slots, gate and k of the dictionary that the run begins with.
 
     Raises UserError when it asks for others; what is at its default asks for nothing.
     """
     defaults, changes = ChosenForm(), {}
-    for name in ("free_slots", "gate", "k") if k_known else ("free_slots", "gate"):
+    for name in ("free_slots", "gate", "k"):
         mine, wanted = getattr(chosen, name), getattr(theirs, name)
         if name == "k" and mine != defaults.k:  # a threshold may be trained towards another number
             continue
