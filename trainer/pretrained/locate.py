@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from trainer.errors import DataError, UserError
+from trainer.errors import UserError
 from trainer.pretrained import folder as imported
 from trainer.pretrained.formats import FOLDERS, GEMMA, gemma_scope
 from trainer.pretrained.own import CheckpointSource
 from trainer.pretrained.source import Source
-from trainer.stream.location import is_remote, join, local_path, redact
-from trainer.stream.remote import check_allowed, save
+from trainer.redact import redact
+from trainer.stream.attempts import Refused
+from trainer.stream.location import check_allowed, is_remote, join, local_path
+from trainer.stream.remote import save
 
 _PICKLES = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
 _BESIDE = ("concepts.json", "activation_scaler.json")  # read where they are there
@@ -82,9 +84,7 @@ def _try(url: str, path: Path) -> bool:
     """Whether there is such a file; it is then here."""
     try:
         save(url, path)
-    except DataError as error:
+    except Refused:
         path.unlink(missing_ok=True)
-        if "no such file" not in str(error):
-            raise
         return False
     return True
