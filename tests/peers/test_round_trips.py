@@ -89,7 +89,6 @@ def test_an_own_run_is_loaded_by_saelens(peers, rows, tmp_path):
 
 def test_a_trained_batch_topk_is_aligned_with_its_slots_held(peers, tmp_path):
     """The row of the issue: SAELens trains it, it is imported, and concepts are named on top of it without touching it."""
-    from small_run import metrics, train_here, write_data
 
     data = write_data(tmp_path / "data", dtype="float32")
     rows = sample(str(data))

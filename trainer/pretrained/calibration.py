@@ -52,7 +52,7 @@ def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
         for pre, _ in _visit(source, h):
             both = torch.cat([top, pre.clamp_min(0.0)], dim=1)
             top = both.topk(min(kept, both.shape[1]), dim=1).values
-        theta = float(top.flatten().kthvalue(top.numel() - k * len(h)).values) if top.numel() > k * len(h) else 0.0
+        theta = _between(top.flatten(), k * len(h))
         # A row whose smallest kept value is above it may have more entries above it than were looked at.
         if kept == source.slots or not bool((top[:, -1] > theta).any()):
             break
@@ -67,6 +67,14 @@ def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
         return torch.relu(pre).masked_fill(pre < least, 0.0)
 
     return theta, _reconstruct(source, h, largest)
+
+
+def _between(values: Tensor, count: int) -> float:
+    """Halfway between the smallest of the `count` largest values and the next one, so that rounding moves none across; 0 without a next."""
+    if values.numel() <= count:
+        return 0.0
+    below, above = (values.kthvalue(values.numel() - rank).values.double() for rank in (count, count - 1))
+    return float((below + above) / 2)
 
 
 def _visit(source: Source, h: Tensor) -> Iterator[tuple[Tensor, BankWeights]]:

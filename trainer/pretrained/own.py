@@ -31,6 +31,7 @@ class CheckpointSource(Source):
         assert folder is not None  # a named path that has none raises
         self._folder, state = folder, checkpoint.read_state(folder)
         self._form, manifest = state.dictionary, Manifest.load(str(folder))
+        self.width = self._form.width
         if manifest.width != self._form.width:
             raise DataError(f"manifest.json of {folder} has width {manifest.width}, state.json {self._form.width}")
         self._mean, self._scale = torch.tensor(manifest.mean), torch.tensor(manifest.scale)
@@ -40,7 +41,7 @@ class CheckpointSource(Source):
         if self._form.concepts and bool(self._unit(CONCEPTS, len(self._form.concepts)).W_dec.any()):
             names, sizes = [CONCEPTS, *names], [len(self._form.concepts), *sizes]
         self._parts = list(zip(names, sizes, strict=True))
-        self.width, self.slots = self._form.width, sum(sizes)
+        self.slots = sum(sizes)
         self.k = float(self._form.k) if self._form.gate == "batch_topk" else None
         self.facts = facts_of(state, manifest, location)
         self.facts.concepts = self._form.concepts if names[0] == CONCEPTS else []
