@@ -78,8 +78,8 @@ def convert(source: pretrained.Source, folder: Path, rows: Tensor | None, name: 
     if source.top_k is not None:
         if rows is None:
             raise UserError(
-                f"{source.facts.location} keeps the {source.top_k} largest of each row; its threshold is taken from rows "
-                f"of its hook point: give a shard folder with --rows"
+                f"{source.facts.location} keeps the {source.top_k} largest of each row; its threshold is taken from "
+                f"rows of its hook point: give a shard folder with --rows"
             )
         theta, true = pretrained.calibrate(source, rows)
         k, measured["top_k"] = float(source.top_k), asdict(true)

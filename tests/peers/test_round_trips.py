@@ -8,18 +8,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.data import write_data
-from tests.support.runs import train_here
+from tests.support.runs import metrics, train_here
 from tools.cli import main
 from tools.import_dictionary import sample
 from trainer import pretrained
 from trainer.checkpoint import load_dictionary
-from trainer.stream import ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 
 
 def shards(folder: Path, rows: Tensor) -> Path:
     """Rows as a shard folder."""
     names = {"concepts": [], "answers": [], "model": "gpt2", "hook_point": "blocks.1.hook_resid_post"}
-    with ShardWriter(folder, "train", width=rows.shape[1], dtype="float32", rows_per_block=64, **names) as writer:
+    spec = ShardSpec(width=rows.shape[1], dtype="float32", **names)
+    with ShardWriter(folder, "train", spec, rows_per_block=64) as writer:
         none = torch.full((len(rows),), -1)
         writer.write(rows, none, none)
     return folder
@@ -88,7 +89,8 @@ def test_an_own_run_is_loaded_by_saelens(peers, rows, tmp_path):
 
 
 def test_a_trained_batch_topk_is_aligned_with_its_slots_held(peers, tmp_path):
-    """The row of the issue: SAELens trains it, it is imported, and concepts are named on top of it without touching it."""
+    """The row of the issue: SAELens trains it, it is imported, and concepts are named on top of it without touching
+    it."""
 
     data = write_data(tmp_path / "data", dtype="float32")
     rows = sample(str(data))

@@ -1,4 +1,5 @@
-"""Folders as other trainers write them, made here without them, and what a dictionary of each format computes, spelled out plainly."""
+"""Folders as other trainers write them, made here without them, and what a dictionary of each format computes,
+spelled out plainly."""
 
 import json
 from collections.abc import Callable

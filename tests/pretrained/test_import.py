@@ -1,4 +1,5 @@
-"""`alignsae import`: every format, exactly; what cannot be imported is refused in one line, and nothing is left behind."""
+"""`alignsae import`: every format, exactly; what cannot be imported is refused in one line, and nothing is left
+behind."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ from trainer import pretrained
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError
-from trainer.stream import Manifest, ShardWriter
+from trainer.stream import Manifest, ShardSpec, ShardWriter
 
 
 def imported(source, tmp_path, *more: str) -> ConceptDictionary:
@@ -84,10 +85,9 @@ def test_gemma_scope(tmp_path, compressed):
 
 def shards(folder, h):
     """Rows as a shard folder."""
-    with ShardWriter(
-        folder, "train", width=h.shape[1], dtype="float32", concepts=[], answers=[], model="none",
-        hook_point="blocks.3.hook_resid_post", rows_per_block=16,
-    ) as writer:  # fmt: skip
+    names = {"concepts": [], "answers": [], "model": "none", "hook_point": "blocks.3.hook_resid_post"}
+    spec = ShardSpec(width=h.shape[1], dtype="float32", **names)
+    with ShardWriter(folder, "train", spec, rows_per_block=16) as writer:
         writer.write(h, torch.full((len(h),), -1), torch.full((len(h),), -1))
     return folder
 
@@ -157,15 +157,20 @@ def test_from_an_address(tmp_path):
     assert_computes(found, computed(rows(), threshold=weights()["threshold"], bias_in=False), rows())
 
 
+def changed(without: str = "", **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights without one of them, and with others instead."""
+    return {name: tensor for name, tensor in (weights() | tensors).items() if name != without}
+
+
 REFUSED = {
     "architecture": (lambda p: saelens(p, "gated"), "architecture 'gated' cannot be imported"),
     "layer norm": (lambda p: saelens(p, normalize_activations="layer_norm"), "normalize_activations='layer_norm'"),
     "rescale": (lambda p: saelens(p, normalize_activations="constant_norm_rescale"), "'constant_norm_rescale'"),
     "d_sae": (lambda p: saelens(p, d_sae=41), "d_in 12 and d_sae 41"),
-    "no threshold": (lambda p: saelens(p, "jumprelu", tensors={k: v for k, v in weights().items() if k != "threshold"}), "no tensor threshold"),
-    "shape": (lambda p: saelens(p, tensors=weights() | {"b_enc": torch.zeros(3)}), "b_enc has shape (3,)"),
-    "nan": (lambda p: saelens(p, tensors=weights() | {"W_dec": torch.full((SLOTS, WIDTH), torch.nan)}), "W_dec holds NaN"),
-    "integers": (lambda p: saelens(p, tensors=weights() | {"b_enc": torch.zeros(SLOTS, dtype=torch.int32)}), "b_enc is I32"),
+    "no threshold": (lambda p: saelens(p, "jumprelu", tensors=changed("threshold")), "no tensor threshold"),
+    "shape": (lambda p: saelens(p, tensors=changed(b_enc=torch.zeros(3))), "b_enc has shape (3,)"),
+    "nan": (lambda p: saelens(p, tensors=changed(W_dec=torch.full((SLOTS, WIDTH), torch.nan))), "W_dec holds NaN"),
+    "integers": (lambda p: saelens(p, tensors=changed(b_enc=torch.zeros(SLOTS).int())), "b_enc is I32"),
     "transcoder": (lambda p: sparsify(p, transcode=True), "is a transcoder"),
     "groupmax": (lambda p: sparsify(p, activation="groupmax"), "'groupmax' cannot be imported"),
     "k": (lambda p: sparsify(p, k=0), "k is 0"),

@@ -137,7 +137,9 @@ def test_another_model_or_hook_point(tmp_path, small_data, source, capsys, chang
 
 def test_another_width(tmp_path, source, capsys):
     data = write_data(tmp_path / "wide", width=16)
-    assert_refused(tmp_path, capsys, "has width 12, the rows of data.shards have 16", data, f"dictionary.start_from={source}")
+    assert_refused(
+        tmp_path, capsys, "has width 12, the rows of data.shards have 16", data, f"dictionary.start_from={source}"
+    )
 
 
 def test_held_and_trained_runs_do_not_resume_each_other(tmp_path, small_data, source, capsys):
@@ -159,7 +161,8 @@ def test_per_slot_thresholds_are_held(tmp_path, small_data):
 
 @pytest.mark.parametrize(
     "strategy,freeze",
-    [(name, "free") for name in ("ddp", "dictionary", "zero1", "zero2", "zero3")] + [("ddp", "none"), ("zero3", "none")],
+    [(name, "free") for name in ("ddp", "dictionary", "zero1", "zero2", "zero3")]
+    + [("ddp", "none"), ("zero3", "none")],
 )
 def test_two_ranks_end_where_one_does(tmp_path, small_data, source, strategy, freeze):
     chosen = [f"dictionary.start_from={source}", f"dictionary.freeze={freeze}", "stages=[{name: align, steps: 12}]"]

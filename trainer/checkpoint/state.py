@@ -45,8 +45,17 @@ class RunState:
     @classmethod
     def fresh(cls, seed: int, form: DictionaryForm, freeze: str = "none") -> "RunState":
         """The state before step 0."""
-        begun = {"step": 0, "updates": 0, "stage": "", "stream": {}, "rows_digest": 0, "woken": False}
-        return cls(**begun, seed=seed, dictionary=form, freeze=freeze)
+        return cls(
+            step=0,
+            updates=0,
+            stage="",
+            seed=seed,
+            stream={},
+            rows_digest=0,
+            dictionary=form,
+            woken=False,
+            freeze=freeze,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Content of state.json."""

@@ -70,7 +70,8 @@ def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
 
 
 def _between(values: Tensor, count: int) -> float:
-    """Halfway between the smallest of the `count` largest values and the next one, so that rounding moves none across; 0 without a next."""
+    """Halfway between the smallest of the `count` largest values and the next one, so that rounding moves none
+    across; 0 without a next."""
     if values.numel() <= count:
         return 0.0
     below, above = (values.kthvalue(values.numel() - rank).values.double() for rank in (count, count - 1))
