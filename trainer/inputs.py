@@ -61,6 +61,11 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
     lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
     target = l0_target(config.dictionary, manifest.width)
     curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch, target)
+    if config.dictionary.gate == "jumprelu" and config.dictionary.freeze == "none":
+        raise UserError(
+            "dictionary.gate=jumprelu: thresholds of single slots are not trained; hold the slots with "
+            "dictionary.freeze=free"
+        )
     if "pretrain" in curriculum.names and config.dictionary.freeze == "free":
         raise UserError(
             "stage pretrain trains the free slots, which dictionary.freeze=free holds; drop the stage or set "

@@ -59,7 +59,10 @@ class Peers:
 def peers() -> Iterator[Peers]:
     """sae-lens and eai-sparsify in the interpreter ALIGNSAE_PEERS_PYTHON, or that of .venv-peers; skipped where
     there is none."""
-    python = os.environ.get("ALIGNSAE_PEERS_PYTHON", str(ROOT / ".venv-peers/bin/python"))
+    named = os.environ.get("ALIGNSAE_PEERS_PYTHON")
+    python = named or str(ROOT / ".venv-peers/bin/python")
+    if named and not Path(named).is_file():
+        pytest.fail(f"ALIGNSAE_PEERS_PYTHON={named} is no interpreter")
     if not Path(python).is_file():
         pytest.skip("no interpreter with sae-lens and eai-sparsify; `make test-peers` makes one")
     found = Peers(python)

@@ -18,8 +18,14 @@ from trainer.stream import ShardSpec, ShardWriter
 
 def shards(folder: Path, rows: Tensor) -> Path:
     """Rows as a shard folder."""
-    names = {"concepts": [], "answers": [], "model": "gpt2", "hook_point": "blocks.1.hook_resid_post"}
-    spec = ShardSpec(width=rows.shape[1], dtype="float32", **names)
+    spec = ShardSpec(
+        width=rows.shape[1],
+        dtype="float32",
+        concepts=[],
+        answers=[],
+        model="gpt2",
+        hook_point="blocks.1.hook_resid_post",
+    )
     with ShardWriter(folder, "train", spec, rows_per_block=64) as writer:
         none = torch.full((len(rows),), -1)
         writer.write(rows, none, none)

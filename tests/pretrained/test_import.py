@@ -85,8 +85,14 @@ def test_gemma_scope(tmp_path, compressed):
 
 def shards(folder, h):
     """Rows as a shard folder."""
-    names = {"concepts": [], "answers": [], "model": "none", "hook_point": "blocks.3.hook_resid_post"}
-    spec = ShardSpec(width=h.shape[1], dtype="float32", **names)
+    spec = ShardSpec(
+        width=h.shape[1],
+        dtype="float32",
+        concepts=[],
+        answers=[],
+        model="none",
+        hook_point="blocks.3.hook_resid_post",
+    )
     with ShardWriter(folder, "train", spec, rows_per_block=16) as writer:
         writer.write(h, torch.full((len(h),), -1), torch.full((len(h),), -1))
     return folder

@@ -150,10 +150,12 @@ def test_held_and_trained_runs_do_not_resume_each_other(tmp_path, small_data, so
     assert "was made with dictionary.freeze=free, not none" in capsys.readouterr().err
 
 
-def test_per_slot_thresholds_are_held(tmp_path, small_data):
+def test_per_slot_thresholds_are_held(tmp_path, small_data, capsys):
     gemma_scope(tmp_path / "gemma")
     assert main(["import", str(tmp_path / "gemma"), "--out", str(tmp_path / "source")]) == 0
+    capsys.readouterr()
     start = f"dictionary.start_from={tmp_path / 'source'}"
+    assert_refused(tmp_path, capsys, "thresholds of single slots are not trained", small_data, ALIGN, start)
     assert train_here(tmp_path, small_data, ALIGN, start, "dictionary.freeze=free") == 0
     code, _, h = free_slots(tmp_path)
     torch.testing.assert_close(code, pretrained.load(tmp_path / "source").encode(h), rtol=1e-4, atol=1e-4)

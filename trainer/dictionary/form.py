@@ -67,9 +67,7 @@ class DictionaryConfig(ChosenForm):
     initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
     k_fall: int = 100  # steps over which the number that batch_topk aims at falls from initial_l0 to k
     start_from: str = ""  # folder that `alignsae import` wrote: the free slots, their number and gate begin there
-    freeze: str = (
-        "none"  # free: the free slots stay as they began, the rest learns | none
-    )
+    freeze: str = "none"  # free: the free slots stay as they began, the rest learns | none
 
     def validate(self) -> None:
         """Raise UserError for a size or word that cannot be."""
