@@ -26,7 +26,7 @@ class ChosenForm:
     bank_slots: int = 8_192
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
-    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk
+    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk | jumprelu (held)
     k: int = 32  # free slots that the gate batch_topk leaves active on a row, on average
 
     def validate(self) -> None:
