@@ -8,7 +8,7 @@ CPP := $(wildcard trainer/kernels/*.cpp trainer/kernels/*.h)
 # Compiled operators belong to this checkout: another one, or a build that was killed elsewhere, cannot get in its way.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: install demo test test-slow lint format lock clean
+.PHONY: install demo test test-slow test-peers lint format lock clean
 
 install: $(STAMP)
 
@@ -27,6 +27,17 @@ test: lint
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# Round trips with other trainers, which live in an environment of their own: they pin packages that this one does not.
+PEERS := .venv-peers
+test-peers: install $(PEERS)/.installed
+	ALIGNSAE_PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/pytest tests/peers
+
+$(PEERS)/.installed: Makefile
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) -q torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.lock)
+	$(PEERS)/bin/python -m pip install $(PIP_FLAGS) -q sae-lens==6.54.12 eai-sparsify==1.3.3
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -50,4 +61,4 @@ lock:
 	rm -rf .lock-venv build
 
 clean:
-	rm -rf $(VENV) runs data models .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(PEERS) runs data models .pytest_cache .ruff_cache .mypy_cache

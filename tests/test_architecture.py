@@ -20,6 +20,7 @@ FLOORS = [
     ["curriculum", "metrics", "waking"],
     ["strategies", "tracking"],
     ["checkpoint", "revival"],
+    ["pretrained"],
     ["analysis", "config"],
     ["loop", "inputs"],
     ["assembly"],

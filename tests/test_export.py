@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary
 from tools.cli import main
-from tools.export import compare, fold
+from tools.export import compare
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
+from trainer.pretrained import fold
 
 
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])

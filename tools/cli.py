@@ -15,6 +15,7 @@ TOOLS = {
     "biographies": ("tools.biographies", "generate the synthetic biography benchmark"),
     "finetune-lm": ("tools.finetune_lm", "train or fine-tune a causal language model on prompts and texts"),
     "extract": ("tools.extract", "write activations of a language model as tar shards"),
+    "import": ("tools.import_dictionary", "bring a dictionary that was trained elsewhere"),
     "index": ("tools.index", "build a manifest for shards written elsewhere"),
     "repack": ("tools.repack", "turn one-vector WebDataset samples into blocks"),
     "verify": ("tools.verify", "check every byte of a shard folder"),

@@ -21,6 +21,7 @@ from tools.planning.estimate import Workload, estimate, smallest
 from trainer.config import Config, load_config
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
+from trainer.inputs import begun
 from trainer.optimizer import STATE_DTYPES
 from trainer.strategies import STRATEGIES
 from trainer.stream import Manifest
@@ -95,6 +96,7 @@ def read_workload(args: argparse.Namespace) -> tuple[Config, Workload]:
             manifest = Manifest.load(config.data.shards)
         except UserError as error:
             raise UserError(f"{error}; or give --width and --concepts") from error
+        config = begun(config, manifest)
         width, concepts, answers = manifest.width, len(manifest.concepts), len(manifest.answers)
     else:
         width, concepts, answers = args.width, args.concepts, args.answers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from trainer import checkpoint
+from trainer import checkpoint, pretrained
 from trainer.agreement import decide
 from trainer.config import Config, flatten, load_config, to_yaml
 from trainer.dictionary import ConceptDictionary, bank_number
@@ -83,7 +83,7 @@ def find_state(inputs: Inputs, folder: RunFolder, topology: Topology) -> tuple[P
     """The checkpoint to go on from, or None, and the state of the run there. Called on all ranks."""
     config = inputs.config
     resume, skipped = checkpoint.find(config.checkpoint.resume, folder.checkpoints, topology)
-    fresh = checkpoint.RunState.fresh(config.run.seed, inputs.form)
+    fresh = checkpoint.RunState.fresh(config.run.seed, inputs.form, config.dictionary.freeze)
     state = fresh if resume is None else resumed_state(resume, inputs)
     if config.checkpoint.resume != "auto":
         checkpoint.refuse_later(folder.checkpoints, state.step)
@@ -136,6 +136,11 @@ def resumed_state(folder: Path, inputs: Inputs) -> checkpoint.RunState:
             f"checkpoint {folder} has {key}={_shortened(theirs)} but this run has {_shortened(wanted)}; "
             f"use the configuration and data it was made with, or checkpoint.resume=none and another run.dir"
         )
+    if state.freeze != (freeze := inputs.config.dictionary.freeze):
+        raise UserError(
+            f"checkpoint {folder} was made with dictionary.freeze={state.freeze}, not {freeze}, and the optimizer's "
+            f"state would not fit; to train on from it, `alignsae import` it and name that in dictionary.start_from"
+        )
     if state.seed != seed:
         raise UserError(
             f"checkpoint {folder} was made with run.seed={state.seed}, not {seed}; the order of rows would change"
@@ -157,17 +162,23 @@ def build_objective(inputs: Inputs, strategy: Strategy, resume: Path | None) -> 
     Each unit is made, loaded and placed before the next one, so that a rank never holds more than its strategy does.
     """
     config, topology, kernels = inputs.config, strategy.topology, []
+    chosen = config.dictionary
+    start = pretrained.Start(chosen, inputs.manifest) if resume is None and chosen.start_from else None
 
     def load_and_place(name: str, unit: nn.Module) -> None:
         if resume is not None:
             kernel = checkpoint.load_unit(resume, name, unit)
             if bank_number(name) is not None:
                 kernels.append(kernel or "dense")
+        elif start is not None:
+            start.fill(name, unit, inputs.form)
+        if chosen.freeze == "free" and bank_number(name) is not None:
+            unit.requires_grad_(False)
         strategy.place(unit)
 
     dictionary = ConceptDictionary(
         inputs.form,
-        initial_l0=config.dictionary.initial_l0,
+        initial_l0=chosen.initial_l0,
         seed=config.run.seed,
         owned=owned_banks(inputs.form.banks, topology),
         on_unit=load_and_place,

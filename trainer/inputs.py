@@ -2,14 +2,17 @@
 rank."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from trainer import checkpoint, pretrained
 from trainer.agreement import versions
 from trainer.config import Config, flatten
 from trainer.curriculum import Curriculum, L0Target
 from trainer.dictionary import GATES, DictionaryConfig, DictionaryForm
 from trainer.errors import UserError
 from trainer.optimizer import OptimConfig
+from trainer.run_folder import RunFolder
 from trainer.strategies import LaunchFile, Layout, launch_file
 from trainer.stream import Manifest, Plan, lanes_of_rank
 
@@ -43,6 +46,9 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
     Raises UserError or DataError, one line, for settings, data and launch that do not go together.
     """
     config = taken_over(config, launch_file())
+    data = config.data
+    manifest = Manifest.load(data.shards, allow_pipe=data.allow_pipe, retries=data.retries, timeout=data.timeout)
+    config = begun(config, manifest)
     world = world or config.parallel.dictionary_ranks
     layout = config.parallel.resolve(world, config.dictionary.banks)
     config.optim.refuse_sharding(layout.zero_stage)
@@ -51,12 +57,20 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             f"optim.accumulate={config.optim.accumulate} is more than the rows of a step, "
             f"data.global_batch={config.data.global_batch}; lower it"
         )
-    data = config.data
-    manifest = Manifest.load(data.shards, allow_pipe=data.allow_pipe, retries=data.retries, timeout=data.timeout)
     plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
     lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
     target = l0_target(config.dictionary, manifest.width)
     curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch, target)
+    if config.dictionary.gate == "jumprelu" and config.dictionary.freeze == "none":
+        raise UserError(
+            "dictionary.gate=jumprelu: thresholds of single slots are not trained; hold the slots with "
+            "dictionary.freeze=free"
+        )
+    if "pretrain" in curriculum.names and config.dictionary.freeze == "free":
+        raise UserError(
+            "stage pretrain trains the free slots, which dictionary.freeze=free holds; drop the stage or set "
+            "dictionary.freeze=none"
+        )
     if "align" in curriculum.names and not manifest.concepts:
         raise UserError(
             "stage align needs labelled rows, but the manifest of data.shards names no concepts; "
@@ -67,11 +81,27 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
 
 
 def l0_target(chosen: DictionaryConfig, width: int) -> L0Target | None:
-    """Where the gate is to keep the number of active free slots; None for a gate that keeps none."""
-    if not GATES[chosen.gate].fixes_l0:
+    """Where the gate is to keep the number of active free slots; None for a gate that keeps none, or for slots held."""
+    if not GATES[chosen.gate].fixes_l0 or chosen.freeze == "free":
         return None
-    start = chosen.initial_l0 or max(1, min(width, chosen.free_slots // 2))
+    # A dictionary that others trained has its threshold already.
+    usual = chosen.k if chosen.start_from else max(1, min(width, chosen.free_slots // 2))
+    start = chosen.initial_l0 or usual
     return L0Target(chosen.k, start, chosen.k_fall)
+
+
+def begun(config: Config, manifest: Manifest) -> Config:
+    """The configuration with the form of the dictionary that the run begins with (dictionary.start_from).
+
+    A run that goes on takes it from its own checkpoint: the source may be gone. Raises UserError for a source that does
+    not go with configuration or data.
+    """
+    chosen = config.dictionary
+    if not chosen.start_from:
+        return config
+    kept = checkpoint.kept_form(config.checkpoint.resume, RunFolder(Path(config.run.dir)).checkpoints)
+    theirs = pretrained.Start(chosen, manifest).form if kept is None else kept
+    return replace(config, dictionary=pretrained.take_over(chosen, theirs))
 
 
 def taken_over(config: Config, launch: LaunchFile) -> Config:

@@ -82,7 +82,7 @@ def train(run: Run) -> int:
                 break
             rows = next(stream)
             batch = to_micro_batch(run, rows)
-            if config.revival.due(state.step, curriculum.total):
+            if config.dictionary.freeze == "none" and config.revival.due(state.step, curriculum.total):
                 revive(run, batch, settings)
 
             sums = StepSums(topology, config.optim.accumulate)

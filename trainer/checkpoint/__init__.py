@@ -11,7 +11,7 @@ written; the folder is renamed; COMPLETE is written; `latest` moves last. Only s
 """
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.restore import find, load_dictionary, load_moments, load_unit, refuse_later, verify
+from trainer.checkpoint.restore import find, kept_form, load_dictionary, load_moments, load_unit, refuse_later, verify
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import RunState, read_state
 
@@ -20,6 +20,7 @@ __all__ = [
     "RunState",
     "Saver",
     "find",
+    "kept_form",
     "load_dictionary",
     "load_moments",
     "load_unit",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint.files import digest
 from trainer.checkpoint.state import RunState, least_bytes, read_state
-from trainer.dictionary import ConceptDictionary
+from trainer.dictionary import ConceptDictionary, DictionaryForm
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
 from trainer.optimizer import MOMENTS
@@ -49,7 +49,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     try:
         entries = read_json(folder / "hashes.json", dict[str, Any], "it is damaged")
         listed = {name: _listed(name, entry) for name, entry in entries.items()}
-        for name, least in least_bytes(read_state(folder).dictionary, len(listed)).items():
+        for name, least in least_bytes(read_state(folder), len(listed)).items():
             if name not in listed:
                 return f"{name} is not in hashes.json"
             if listed[name].bytes < least:
@@ -134,6 +134,21 @@ def _candidates(path: Path) -> Iterator[Path]:
     yield from saved(inside if inside.is_dir() else path)
 
 
+def kept_form(resume: str, root: Path) -> DictionaryForm | None:
+    """The form of the dictionary in the newest checkpoint that a run with this setting looks at; None without one.
+
+    Only what can be read is asked for; whether the checkpoint is whole is for `find` to say.
+    """
+    if resume == "none":
+        return None
+    for folder in _candidates(root if resume == "auto" else Path(resume)):
+        try:
+            return read_state(folder).dictionary
+        except DataError:
+            continue
+    return None
+
+
 def refuse_later(root: Path, step: int) -> None:
     """Raise UserError when `root` holds complete checkpoints beyond `step`, where a run starts that saves there too."""
     later = [p for p in saved(root) if step_of(p) > step and (p / "COMPLETE").exists()]
@@ -171,7 +186,7 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
         if strategy.holds(unit):
             path = folder / "optimizer" / f"{unit}.safetensors"
             moments = _read(path)
-            shapes = form.shapes(unit)
+            shapes = form.shapes(unit) if strategy.trains(unit) else {}
             _refuse_other_shapes(path, moments, {f"{k}.{n}": s for k in MOMENTS for n, s in shapes.items()})
             strategy.write(unit, UnitState({}, _strip(moments, "exp_avg."), _strip(moments, "exp_avg_sq.")))
 

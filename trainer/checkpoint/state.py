@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.curriculum import CurriculumRecord
-from trainer.dictionary import DictionaryForm
+from trainer.dictionary import DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
 from trainer.guard import GuardState
@@ -21,6 +21,7 @@ class RunState:
     step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
     see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
+    freeze: see DictionaryConfig; with `free` the free banks have no moments.
     """
 
     step: Count
@@ -34,6 +35,7 @@ class RunState:
     damage: dict[str, Count] = field(default_factory=dict)
     curriculum: CurriculumRecord | None = None
     woken: bool | None = None
+    freeze: str = "none"
 
     @property
     def awake(self) -> bool:
@@ -41,9 +43,19 @@ class RunState:
         return self.stage == "align" if self.woken is None else self.woken
 
     @classmethod
-    def fresh(cls, seed: int, form: DictionaryForm) -> "RunState":
+    def fresh(cls, seed: int, form: DictionaryForm, freeze: str = "none") -> "RunState":
         """The state before step 0."""
-        return cls(step=0, updates=0, stage="", seed=seed, stream={}, rows_digest=0, dictionary=form, woken=False)
+        return cls(
+            step=0,
+            updates=0,
+            stage="",
+            seed=seed,
+            stream={},
+            rows_digest=0,
+            dictionary=form,
+            woken=False,
+            freeze=freeze,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Content of state.json."""
@@ -66,17 +78,19 @@ def read_state(folder: Path) -> RunState:
     return state
 
 
-def least_bytes(form: DictionaryForm, listed: int) -> dict[str, int]:
-    """Files that a checkpoint of a dictionary of this form must have, each with a size that it cannot be below.
+def least_bytes(state: RunState, listed: int) -> dict[str, int]:
+    """Files that a checkpoint of a run in this state must have, each with a size that it cannot be below.
 
     listed: number of files that there are. Raises DataError when they are too few, before a list of impossible length
     is made.
     """
+    form = state.dictionary
     if 2 * form.banks > listed:
         raise DataError(f"it lists {listed} files, too few for {form.banks} banks")
     files = {"state.json": 2, "manifest.json": 2}
     for unit in form.units():
         matrices = sum(4 * math.prod(shape) for shape in form.shapes(unit).values() if len(shape) == 2)
         files[f"dictionary/{unit}.safetensors"] = matrices
-        files[f"optimizer/{unit}.safetensors"] = matrices  # two moments, in bf16 or fp32
+        held = state.freeze == "free" and bank_number(unit) is not None
+        files[f"optimizer/{unit}.safetensors"] = 0 if held else matrices  # two moments, in bf16 or fp32
     return files

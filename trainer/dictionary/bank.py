@@ -110,6 +110,13 @@ class SlotBank(nn.Module):
         """
         return use(self.weights(), *args, **options)
 
+    @torch.no_grad()
+    def begin_at(self, weights: BankWeights) -> None:
+        """Copy weights, and thresholds in the way in which the gate keeps them. Before an engine has the bank."""
+        new = {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "W_dec": weights.decoder()}
+        for name, value in (new | self.gate.tensors_at(weights.threshold)).items():
+            getattr(self, name).copy_(value)
+
     def weights(self) -> BankWeights:
         """The weights as they lie here; whole outside of `forward` only where no engine shards them."""
         return BankWeights(self.W_enc, self.b_enc, self.W_dec, self.gate.threshold(self), self.decoder_norm)

@@ -26,7 +26,7 @@ class ChosenForm:
     bank_slots: int = 8_192
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
-    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk
+    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk | jumprelu (held)
     k: int = 32  # free slots that the gate batch_topk leaves active on a row, on average
 
     def validate(self) -> None:
@@ -66,6 +66,8 @@ class DictionaryConfig(ChosenForm):
 
     initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
     k_fall: int = 100  # steps over which the number that batch_topk aims at falls from initial_l0 to k
+    start_from: str = ""  # folder that `alignsae import` wrote: the free slots, their number and gate begin there
+    freeze: str = "none"  # free: the free slots stay as they began, the rest learns | none
 
     def validate(self) -> None:
         """Raise UserError for a size or word that cannot be."""
@@ -78,6 +80,12 @@ class DictionaryConfig(ChosenForm):
             raise UserError(f"dictionary.k_fall={self.k_fall} must be between 0 and {MOST_SLOTS}")
         if self.gate == "batch_topk" and self.k > self.free_slots:
             raise UserError(f"dictionary.k={self.k} is more than the {self.free_slots} free slots")
+        if self.freeze not in ("none", "free"):
+            raise UserError(f"dictionary.freeze={self.freeze!r} is unknown; use none or free")
+        if self.freeze == "free" and not self.start_from:
+            raise UserError("dictionary.freeze=free holds slots that know nothing; set dictionary.start_from as well")
+        if self.start_from and self.decoder_norm != "free":
+            raise UserError("dictionary.decoder_norm=unit does not go with dictionary.start_from; set it to free")
 
     def form(self, width: int, concepts: Sequence[str] = (), answers: int = 0) -> "DictionaryForm":
         """The form of a dictionary for activations of `width` D, with these concept slots and an answer vocabulary of

@@ -31,6 +31,10 @@ class Gate:
         """Thresholds [n] fp32 of the slots of a bank; None: 0 for every slot."""
         return None
 
+    def tensors_at(self, threshold: Tensor | None) -> Tensors:
+        """The values of its parameters and buffers at which a bank has these thresholds [n] (None: 0)."""
+        return {}
+
     def follow(self, bank: nn.Module, l0: float, target: float) -> None:
         """Look at the mean number of active free slots of a row at the step that was made, where `target` are
         wanted."""
@@ -61,13 +65,32 @@ class BatchTopK(Gate):
     def threshold(self, bank: nn.Module) -> Tensor:
         return bank.get_buffer("theta").expand(bank.get_buffer("last_fired").numel())
 
+    def tensors_at(self, threshold: Tensor | None) -> Tensors:
+        return {"theta": torch.zeros(1) if threshold is None else threshold[:1]}
+
     @torch.no_grad()
     def follow(self, bank: nn.Module, l0: float, target: float) -> None:
         change = min(max(l0 / target - 1.0, -1.0), 1.0)
         bank.get_buffer("theta").mul_(math.exp(self.RATE * change))
 
 
-GATES: dict[str, Gate] = {"relu": ReLU(), "batch_topk": BatchTopK()}
+class JumpReLU(Gate):
+    """A threshold per slot, the exponential of a parameter."""
+
+    # A threshold of 0 has no logarithm; no pre-activation above 0 that matters lies below this one.
+    LEAST = 1e-30
+
+    def parameters(self, slots: int) -> Tensors:
+        return {"log_threshold": torch.full((slots,), math.log(1e-3))}
+
+    def threshold(self, bank: nn.Module) -> Tensor:
+        return bank.get_parameter("log_threshold").exp()
+
+    def tensors_at(self, threshold: Tensor | None) -> Tensors:
+        return {} if threshold is None else {"log_threshold": threshold.clamp_min(self.LEAST).log()}
+
+
+GATES: dict[str, Gate] = {"relu": ReLU(), "batch_topk": BatchTopK(), "jumprelu": JumpReLU()}
 
 
 def apply_gate(pre: Tensor, threshold: Tensor | None) -> Tensor:

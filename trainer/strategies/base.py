@@ -17,7 +17,7 @@ class UnitState:
     """Everything of one unit (ConceptDictionary.units) that training changes, as whole tensors on the host.
 
     weights: parameter and buffer name -> tensor; exp_avg, exp_avg_sq: parameter name -> tensor (fp32, or bf16 with
-        optim.state=bf16).
+        optim.state=bf16), of the parameters that learn.
     """
 
     weights: dict[str, Tensor]
@@ -85,6 +85,10 @@ class Strategy(ABC):
     @abstractmethod
     def holds(self, unit: str) -> bool:
         """Whether this rank holds (a part of) the unit."""
+
+    def trains(self, unit: str) -> bool:
+        """Whether a unit that is held here learns; one that does not has no moments."""
+        return any(parameter.requires_grad for parameter in self.objective.dictionary.units()[unit].parameters())
 
     def unit_names(self) -> list[str]:
         """All units of the whole dictionary, the same list on all ranks."""

@@ -30,8 +30,9 @@ class LocalStrategy(Strategy):
     def prepare(self, objective: AlignObjective, optim: OptimConfig, updates: int) -> None:
         self.objective = objective
         self._units = objective.dictionary.units()
-        self.optimizer = build_optimizer(objective.parameters(), optim)
-        for parameter in objective.parameters():
+        learning = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(learning, optim)
+        for parameter in learning:
             self.optimizer.make_state(parameter, updates)
         self.engine: nn.Module = objective
         if self.topology.data_world > 1:
@@ -93,7 +94,7 @@ class LocalStrategy(Strategy):
         if not self.holds(unit) or not (everywhere or self._saves(unit)):
             return None
         module = self._units[unit]
-        parameters = dict(module.named_parameters())
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         old = into or UnitState({}, {}, {})
         moments = {
             key: {n: on_host(self.optimizer.state[p][key], getattr(old, key).get(n)) for n, p in parameters.items()}
@@ -111,7 +112,7 @@ class LocalStrategy(Strategy):
                 if name in state.weights:
                     tensor.copy_(state.weights[name])
             for name, parameter in module.named_parameters():
-                slot = self.optimizer.state[parameter]
+                slot = self.optimizer.state.get(parameter, {})  # empty for one that does not learn
                 for key in MOMENTS:
                     if name in (moments := getattr(state, key)):
                         slot[key].copy_(moments[name])

@@ -57,7 +57,7 @@ class ZeroStrategy(Strategy):
         dictionary = objective.dictionary
         self._units = dictionary.units()
         config = engine_config(self.stage, self.offload, self._tuning, dictionary.form, optim.accumulate)
-        optimizer = build_optimizer(objective.parameters(), optim)
+        optimizer = build_optimizer((p for p in objective.parameters() if p.requires_grad), optim)
         # DeepSpeed has no public way to drop gradients. Without .grad AdamW leaves a parameter and its moments alone.
         optimizer.register_step_pre_hook(self._drop_gradients)
         self._dropping = False
@@ -117,7 +117,7 @@ class ZeroStrategy(Strategy):
                     shard.grad = None
 
     def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         module = self._units[unit]
         mine = everywhere or self._saves(unit)
@@ -125,13 +125,26 @@ class ZeroStrategy(Strategy):
         weights = {n: on_host(buffer, old.weights.get(n)) for n, buffer in module.named_buffers()} if mine else {}
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            parts = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            whole = self._whole(parameter)
+            learning = MOMENTS if parameter.requires_grad else ()
+            parts = {key: safe_get_full_optimizer_state(parameter, key) for key in learning}
             if mine:
                 weights[name] = on_host(whole, old.weights.get(name))
-                for key in MOMENTS:
+                for key in learning:
                     moments[key][name] = on_host(parts[key], getattr(old, key).get(name))
         return UnitState(weights, moments["exp_avg"], moments["exp_avg_sq"]) if mine else None
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        """A whole parameter, on every rank."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)
+        if self.stage < 3:
+            return parameter.detach()
+        with zero.GatheredParameters([parameter]):  # one that does not learn has no fp32 master
+            return parameter.detach().clone()
 
     def write(self, unit: str, state: UnitState) -> None:
         module = self._units[unit]

@@ -1,0 +1,176 @@
+"""`dictionary.start_from` and `dictionary.freeze`: a run that begins with what others trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.pretrained.foreign import SLOTS, WIDTH, gemma_scope, saelens, weights
+from tests.support.data import write_data
+from tests.support.ranks import run_ranks
+from tests.support.runs import arguments, assert_same, edit_json, metrics, tensors, train_here, train_rank
+from tools.cli import main
+from trainer import pretrained
+from trainer.checkpoint import load_dictionary
+
+ALIGN = "stages=[{name: align, epochs: 3}]"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """An imported dictionary with one threshold for all slots, whose decoder rows have a norm of about 1."""
+    tensors = weights() | {"threshold": torch.full((SLOTS,), 0.5)}
+    metadata = {"training_architecture_details": {"k": 7.0}}
+    saelens(tmp_path / "sae", "jumprelu", tensors=tensors, metadata=metadata)
+    assert main(["import", str(tmp_path / "sae"), "--out", str(tmp_path / "source")]) == 0
+    return tmp_path / "source"
+
+
+def free_slots(folder: Path) -> tuple[torch.Tensor, ...]:
+    """Code of the free slots of the newest checkpoint on raw rows, reconstruction by them alone, and the rows."""
+    dictionary, _ = load_dictionary(folder / "run")
+    h = 3.0 * torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(2))
+    code = dictionary.encode(h)
+    code[:, : len(dictionary.concept_names)] = 0.0
+    return code[:, len(dictionary.concept_names) :], dictionary.decode(code), h
+
+
+def test_align_alone_names_slots_and_leaves_the_others_as_they_are(tmp_path, small_data, source):
+    start = f"dictionary.start_from={source}"
+    assert train_here(tmp_path, small_data, ALIGN, start, "dictionary.freeze=free", "optim.lr=0.01") == 0
+    lines = metrics(tmp_path)
+    assert lines[max(lines)]["binding"] > 0.8
+    imported = pretrained.load(source)
+    code, _, h = free_slots(tmp_path)
+    torch.testing.assert_close(code, imported.encode(h), rtol=1e-4, atol=1e-4)
+    assert load_dictionary(tmp_path / "run")[0].form.k == 7
+    assert (tmp_path / "run" / "config.yaml").read_text().count("gate: batch_topk") == 1
+
+
+def test_what_is_held_costs_no_moments(tmp_path, small_data, source):
+    assert train_here(tmp_path, small_data, ALIGN, f"dictionary.start_from={source}", "dictionary.freeze=free") == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
+    for unit, held in (("bank-00000", True), ("concepts", False), ("output", False), ("value", False)):
+        with safe_open(checkpoint / "optimizer" / f"{unit}.safetensors", framework="pt") as file:
+            assert (not list(file.keys())) == held
+    before = load_file(source / "bank-00000.safetensors")
+    after = load_file(checkpoint / "dictionary" / "bank-00000.safetensors")
+    scale = load_dictionary(tmp_path / "run")[0].scale
+    torch.testing.assert_close(after["W_dec"], before["W_dec"][:16] / scale)
+    assert torch.equal(after["theta"], torch.tensor([0.5]))
+
+
+def test_slots_that_are_trained_on_begin_in_units_of_the_data(tmp_path, small_data, source):
+    """The same reconstruction, codes in other units: the decoder rows have a mean norm of 1, as in a new dictionary."""
+    chosen = [f"dictionary.start_from={source}", "stages=[{name: pretrain, steps: 1}]", "optim.lr=0", "dictionary.k=9"]
+    assert train_here(tmp_path, small_data, *chosen) == 0
+    dictionary, _ = load_dictionary(tmp_path / "run")
+    norms = torch.cat([bank.W_dec.norm(dim=1) for bank in dictionary.free_banks()])
+    assert float(norms.mean()) == pytest.approx(1.0, rel=1e-5)
+    imported = pretrained.load(source)
+    # One step of following moves the threshold by at most a fifth, so the codes are compared where they are large.
+    code, _, h = free_slots(tmp_path)
+    theirs = imported.encode(h)
+    large = theirs > 1.0
+    gain = float(load_dictionary(tmp_path / "run")[0].scale)
+    ratio = (theirs[large] / code[large]) / gain
+    assert float(ratio.std()) < 1e-4
+
+
+def test_training_on_moves_the_free_slots(tmp_path, small_data, source):
+    start = f"dictionary.start_from={source}"
+    assert train_here(tmp_path, small_data, "stages=[{name: pretrain, epochs: 4}]", start, "optim.lr=0.003") == 0
+    lines = metrics(tmp_path)
+    assert lines[max(lines)]["fvu"] < 0.8 * lines[min(lines)]["fvu"]
+
+
+@pytest.mark.parametrize("freeze", ["none", "free"])
+def test_a_resume_does_not_need_the_source(tmp_path, small_data, source, freeze):
+    chosen = [f"dictionary.start_from={source}", f"dictionary.freeze={freeze}", "stages=[{name: align, steps: 20}]"]
+    assert train_here(tmp_path / "whole", small_data, *chosen) == 0
+    assert train_here(tmp_path / "cut", small_data, *chosen, "checkpoint.keep=5") == 0
+    for step in (20, 14):
+        shutil.rmtree(tmp_path / "cut" / "run" / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(source)
+    assert train_here(tmp_path / "cut", small_data, *chosen) == 0
+    assert_same(tensors(tmp_path / "cut"), tensors(tmp_path / "whole"))
+
+
+def assert_refused(tmp_path, capsys, reason: str, data: Path, *chosen: str) -> None:
+    """One line, exit code 2, no run folder."""
+    assert train_here(tmp_path, data, *chosen) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert reason in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_refusals(tmp_path, small_data, source, capsys):
+    start = f"dictionary.start_from={source}"
+    for reason, *chosen in (
+        ("holds slots that know nothing", "dictionary.freeze=free"),
+        ("dictionary.freeze='all' is unknown", "dictionary.freeze=all", start),
+        ("stage pretrain trains the free slots", start, "dictionary.freeze=free"),
+        ("dictionary.free_slots=41, but", start, "dictionary.free_slots=41"),
+        ("dictionary.gate=jumprelu, but", start, "dictionary.gate=jumprelu"),
+        ("does not go with dictionary.start_from", start, "dictionary.decoder_norm=unit"),
+        ("holds no dictionary.json", f"dictionary.start_from={tmp_path / 'sae'}"),
+    ):
+        assert_refused(tmp_path, capsys, reason, small_data, *chosen)
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"model": "gpt2"}, "is of the model gpt2, data.shards of none"),
+        ({"hook_point": "blocks.2.hook_resid_post"}, "is of the hook point blocks.2.hook_resid_post"),
+    ],
+)
+def test_another_model_or_hook_point(tmp_path, small_data, source, capsys, change, reason):
+    facts = json.loads((source / "dictionary.json").read_text())["facts"]
+    edit_json(source / "dictionary.json", facts=facts | change)
+    assert_refused(tmp_path, capsys, reason, small_data, f"dictionary.start_from={source}")
+
+
+def test_another_width(tmp_path, source, capsys):
+    data = write_data(tmp_path / "wide", width=16)
+    assert_refused(
+        tmp_path, capsys, "has width 12, the rows of data.shards have 16", data, f"dictionary.start_from={source}"
+    )
+
+
+def test_held_and_trained_runs_do_not_resume_each_other(tmp_path, small_data, source, capsys):
+    start = f"dictionary.start_from={source}"
+    assert train_here(tmp_path, small_data, ALIGN, start, "dictionary.freeze=free") == 0
+    capsys.readouterr()
+    assert train_here(tmp_path, small_data, ALIGN, start) == 2
+    assert "was made with dictionary.freeze=free, not none" in capsys.readouterr().err
+
+
+def test_per_slot_thresholds_are_held(tmp_path, small_data, capsys):
+    gemma_scope(tmp_path / "gemma")
+    assert main(["import", str(tmp_path / "gemma"), "--out", str(tmp_path / "source")]) == 0
+    capsys.readouterr()
+    start = f"dictionary.start_from={tmp_path / 'source'}"
+    assert_refused(tmp_path, capsys, "thresholds of single slots are not trained", small_data, ALIGN, start)
+    assert train_here(tmp_path, small_data, ALIGN, start, "dictionary.freeze=free") == 0
+    code, _, h = free_slots(tmp_path)
+    torch.testing.assert_close(code, pretrained.load(tmp_path / "source").encode(h), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy,freeze",
+    [(name, "free") for name in ("ddp", "dictionary", "zero1", "zero2", "zero3")]
+    + [("ddp", "none"), ("zero3", "none")],
+)
+def test_two_ranks_end_where_one_does(tmp_path, small_data, source, strategy, freeze):
+    chosen = [f"dictionary.start_from={source}", f"dictionary.freeze={freeze}", "stages=[{name: align, steps: 12}]"]
+    assert train_here(tmp_path / "one", small_data, *chosen) == 0
+    run_ranks(2, train_rank, arguments(tmp_path / "two", small_data, *chosen, f"parallel.strategy={strategy}"))
+    mine, theirs = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -1,0 +1,116 @@
+"""A dictionary as other programs read it: raw activations in and out, normalisation folded into the weights.
+
+Shapes: D model width, R concept slots, S slots, concept slots first.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.dictionary import BankWeights, ConceptDictionary, normalisation
+from trainer.pretrained.folder import FILE_NAME, Imported, load
+from trainer.pretrained.own import facts_of
+from trainer.pretrained.source import Facts, joined, rescale
+from trainer.stream import Manifest
+
+# What SAELens decides the layout of the file by: without it, it reads a layout of before 6.0. Not who trained it.
+SAELENS_LAYOUT = "6.0.0"
+
+
+def read_trained(path: Path) -> tuple[ConceptDictionary, Facts]:
+    """The dictionary of a run, a checkpoint or an import, and where it comes from.
+
+    Raises UserError when there is none, DataError when it is damaged.
+    """
+    if (path / FILE_NAME).is_file():
+        return load(path), Imported(path).description.facts
+    folder, _ = checkpoint.find(str(path), path)
+    assert folder is not None  # a named path that has none raises
+    dictionary, manifest = checkpoint.load_dictionary(folder)
+    facts = facts_of(checkpoint.read_state(folder), manifest, str(path))
+    facts.concepts = dictionary.concept_names
+    facts.training["token_position"] = token_position(manifest)
+    return dictionary, facts
+
+
+def token_position(manifest: Manifest) -> str:
+    """At which token of a text the rows were taken: what the manifest says, or what `alignsae extract` does; "" for
+    unknown."""
+    stated = manifest.extra.get("token_position")
+    if isinstance(stated, str):
+        return stated
+    # Of prompts alone come labels, and the model's weights are in the manifest of every extraction of ours.
+    return "last prompt token" if "weights" in manifest.extra and manifest.concepts else ""
+
+
+@torch.no_grad()
+def fold(dictionary: ConceptDictionary, unit_norm: bool = False) -> dict[str, Tensor]:
+    """W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D] that act on raw activations; threshold [S] unless all slots are
+    relu.
+
+    unit_norm: decoder rows at norm 1, codes multiplied by the norm that they had (rows of 0 stay).
+    """
+    mean, scale = dictionary.mean, dictionary.scale
+    banks = [normalisation.fold(bank.weights(), mean, scale) for bank in dictionary.all_banks()]
+    if unit_norm:
+        banks = [rescale(bank, _norms(bank)) for bank in banks]
+    whole = joined(banks)
+    tensors = {"W_enc": whole.W_enc, "b_enc": whole.b_enc, "W_dec": whole.W_dec}
+    tensors["b_dec"] = normalisation.fold_output(dictionary.output(torch.zeros_like(mean)), mean, scale)
+    return tensors if whole.threshold is None else tensors | {"threshold": whole.threshold}
+
+
+def _norms(bank: BankWeights) -> Tensor:
+    norm = bank.W_dec.norm(dim=1)
+    return torch.where(norm > 0, norm, 1.0)
+
+
+def saelens_config(dictionary: ConceptDictionary, facts: Facts, thresholds: bool) -> dict[str, Any]:
+    """cfg.json of a SAELens 6 inference SAE: `jumprelu` where slots have thresholds (SAELens's own name for batchtopk
+    too), else `standard`. Its metadata say who trained it."""
+    return {
+        "architecture": "jumprelu" if thresholds else "standard",
+        "d_in": dictionary.width,
+        "d_sae": dictionary.slots,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_LAYOUT,
+            "sae_lens_training_version": None,  # left out, SAELens would put in its own
+            "trainer": trainer_name(),
+            "model_name": facts.model,
+            "hook_name": facts.hook_point,
+            **named(dictionary, facts),
+        },
+    }
+
+
+def named(dictionary: ConceptDictionary, facts: Facts) -> dict[str, Any]:
+    """Names of the concept slots and how the dictionary was trained, for both formats."""
+    training = {**facts.training, "gate": dictionary.form.gate}
+    position = training.pop("token_position", "")
+    if facts.format != "alignsae":
+        training["trained_by"] = facts.format
+    if dictionary.form.gate == "batch_topk":
+        training["k"] = dictionary.form.k
+    # An imported dictionary has its names in the facts; all its slots are free ones.
+    return {
+        "concepts": dictionary.concept_names or facts.concepts,
+        "token_position": position or None,
+        "training": training,
+    }
+
+
+def trainer_name() -> str:
+    """Name and version of this program."""
+    try:
+        return f"alignsae {version('alignsae')}"
+    except PackageNotFoundError:
+        return "alignsae"
