@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from trainer import private
 from trainer.errors import UserError
@@ -22,7 +24,7 @@ DEEPSPEED = {
     "_lazy_init_hp_params_optimizer_state": "runtime/zero/stage_1_and_2.py",
     "ds_tensor": "runtime/zero/partition_parameters.py",
 }
-TORCH = {"_is_avx512_bf16_supported", "_is_mkldnn_bf16_supported"}
+TORCH = {"_is_avx512_bf16_supported", "_is_mkldnn_bf16_supported", "_set_pg_timeout", "_world"}
 # Undocumented by their underscore only; the standard library documents these.
 DOCUMENTED = {"_replace", "_exit"}
 
@@ -66,6 +68,7 @@ def test_the_installed_gcsfs_has_the_name():
 def test_the_installed_torch_has_the_names():
     assert private.has_avx512_bf16() in (True, False)
     assert private.has_mkldnn_bf16() in (True, False)
+    private.limit_groups(timedelta(seconds=1))
 
 
 @pytest.mark.parametrize(
@@ -86,10 +89,18 @@ def test_a_name_that_goes_is_reported(call, name):
         call(SimpleNamespace())
 
 
-def test_a_name_of_torch_that_goes_is_reported(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
-    with pytest.raises(UserError, match=r"^torch \S+ has no _is_avx512_bf16_supported: trainer/private\.py must be"):
-        private.has_avx512_bf16()
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (torch.cpu, "_is_avx512_bf16_supported", private.has_avx512_bf16),
+        (distributed_c10d, "_set_pg_timeout", lambda: private.limit_groups(timedelta(seconds=1))),
+        (distributed_c10d, "_world", lambda: private.limit_groups(timedelta(seconds=1))),
+    ],
+)
+def test_a_name_of_torch_that_goes_is_reported(monkeypatch, owner, name, call):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(UserError, match=rf"^torch \S+ has no {name}: trainer/private\.py must be adapted"):
+        call()
 
 
 def test_private_names_of_others_are_used_in_one_file():

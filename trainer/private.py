@@ -6,11 +6,13 @@ objects are handed in.
 
 import functools
 import inspect
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from trainer.errors import UserError
 
@@ -34,6 +36,13 @@ def has_avx512_bf16() -> bool:
 def has_mkldnn_bf16() -> bool:
     """Whether oneDNN multiplies bf16 on this processor, of whatever kind, without emulating it."""
     return torch.backends.mkldnn.is_available() and reach(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", "torch")()
+
+
+def limit_groups(limit: timedelta) -> None:
+    """Let no process group of this process wait longer than `limit` in a collective, those of meshes too."""
+    set_limit = reach(distributed_c10d, "_set_pg_timeout", "torch")
+    for group in list(reach(reach(distributed_c10d, "_world", "torch"), "pg_map", "torch")):
+        set_limit(limit, group)
 
 
 def zero_masters(optimizer: Any, stage: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from trainer import private
 from trainer.errors import UserError
 
 
@@ -120,8 +121,7 @@ def limit_waiting(seconds: float) -> None:
     those 10 or 30 minutes.
     """
     if dist.is_initialized():
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        private.limit_groups(timedelta(seconds=seconds))
 
 
 def world_topology(device: torch.device) -> Topology:
