@@ -68,7 +68,9 @@ def test_a_wrong_token_anywhere_in_the_answer_counts_as_wrong(data: Path, taught
 
 def test_accuracy_is_counted_per_group() -> None:
     prompts = [
-        Prompt("q", "a", c, t, s) for c, t, s in (("x", "0", "train"), ("x", "1", "heldout"), ("y", "0", "train"))
+        Prompt("q", "a", "x", "0", "train"),
+        Prompt("q", "a", "x", "1", "heldout"),
+        Prompt("q", "a", "y", "0", "train"),
     ]
     report = answer_accuracy(prompts, [True, False, False])
     assert report["answer_accuracy"] == pytest.approx(1 / 3)

@@ -8,7 +8,7 @@ import random
 import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -149,7 +149,7 @@ TEXTS = [
 ]
 
 
-def keys(schema: type = Config, prefix: str = "") -> list[str]:
+def keys(schema: Any = Config, prefix: str = "") -> list[str]:
     """Every key that a command line can set, the sections too; of stages the first one's."""
     found = []
     hints = get_type_hints(schema)
@@ -171,8 +171,8 @@ def configurations(count: int, seed: int):
         if number % 10 == 0:
             text = generator.choice(TEXTS) + ("\n" + text if generator.random() < 0.3 else "")
         elif number % 10 == 1:
-            key, value = generator.choice(known).split("."), generator.choice(values)
-            for part in reversed(key):
+            value = generator.choice(values)
+            for part in reversed(generator.choice(known).split(".")):
                 value = f"[{value}]" if part.isdigit() else f"{{{part}: {value}}}"
             text = f"{text}\n--- \n{value}" if generator.random() < 0.2 else value
         overrides = []

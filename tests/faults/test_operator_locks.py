@@ -40,6 +40,7 @@ def test_a_build_of_this_host_keeps_its_lock(holds: str, tmp_path: Path) -> None
     code = f"import os, sys, time; {holds}; print('holds', flush=True); time.sleep(60)"
     builder = subprocess.Popen([sys.executable, "-c", code, str(lock.parent)], stdout=subprocess.PIPE)
     try:
+        assert builder.stdout is not None
         assert builder.stdout.readline() == b"holds\n"
         remove_left_locks(tmp_path, quiet=0)
         assert lock.exists()

@@ -126,6 +126,7 @@ def test_one_that_was_taken_over_stops(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], env=environment(), text=True, stdout=-1, stderr=-1
     )
+    assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "has it\n"
     (tmp_path / ".owner" / "2").write_text(json.dumps(vars(Owner.me())))
     assert process.wait(timeout=20) == 2

@@ -44,8 +44,8 @@ def write_rows(folder: Path) -> Path:
         acts = np.concatenate([person[who] + 2 * relation[what] + 0.3 * template[t] for t in templates])
         acts += 0.1 * rng.standard_normal(acts.shape)
         concept, answer = np.tile(what, 2).astype(np.int32), np.tile((who + what) % 50, 2).astype(np.int32)
-        names = {"concepts": [f"relation-{i}" for i in range(RELATIONS)], "answers": [f"answer-{i}" for i in range(50)]}
-        spec = ShardSpec(width=WIDTH, dtype="float16", **names)
+        concepts, answers = [f"relation-{i}" for i in range(RELATIONS)], [f"answer-{i}" for i in range(50)]
+        spec = ShardSpec(width=WIDTH, dtype="float16", concepts=concepts, answers=answers)
         with ShardWriter(folder / split, split, spec, rows_per_block=64) as writer:
             writer.write(acts.astype(np.float16), concept, answer)
     return folder

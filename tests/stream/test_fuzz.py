@@ -46,8 +46,18 @@ def good_tar() -> bytes:
 def good_manifest() -> bytes:
     block = Block("k", 2, 0, 4096, (512, 160), (1536, 136), None, 7)
     shard = Shard("train-000000.tar", 10240, "0" * 64, (block,))
-    names = {"model": "m", "hook_point": "layer-01", "concepts": ["c"], "answers": ["a"]}
-    manifest = Manifest(width=4, dtype="float32", mean=[0.0] * 4, scale=1.0, rows=2, shards=(shard,), **names)
+    manifest = Manifest(
+        width=4,
+        dtype="float32",
+        model="m",
+        hook_point="layer-01",
+        mean=[0.0] * 4,
+        scale=1.0,
+        concepts=["c"],
+        answers=["a"],
+        rows=2,
+        shards=(shard,),
+    )
     return manifest.to_json().encode()
 
 

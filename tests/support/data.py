@@ -45,8 +45,7 @@ def write_data(
     answers = [f"a{i}" for i in range(ANSWERS)] if concepts else []
     # With factors: as if the normalisation had been measured on the other rows.
     usual = ([0.0] * width, 3.0) if factors else None
-    names = {"concepts": concepts, "answers": answers, "model": "none", "hook_point": "layer-01"}
-    spec = ShardSpec(width=width, dtype=dtype, **names)
+    spec = ShardSpec(width=width, dtype=dtype, concepts=concepts, answers=answers, model="none", hook_point="layer-01")
     with ShardWriter(folder, "train", spec, rows_per_block=20, normalisation=usual) as writer:
         writer.write(acts, concept, answer)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -61,11 +62,12 @@ def save_tiny_model(folder: Path) -> Path:
 
 def tiny_prompts() -> list[Prompt]:
     """Two templates per person and relation; `which` is the held-out one."""
+    splits: dict[str, Literal["train", "heldout"]] = {"where": "train", "which": "heldout"}
     return [
         Prompt(f"Q {opening} {person} {concept}", ANSWERS[concept][i], concept, opening, split, person)
         for i, person in enumerate(PEOPLE)
         for concept in CONCEPTS
-        for opening, split in (("where", "train"), ("which", "heldout"))
+        for opening, split in splits.items()
     ]
 
 
