@@ -1,5 +1,6 @@
 """Stages that were changed between a checkpoint and its resume: what is to come may change, what is past may not."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from tests.support.runs import STEPS_PER_EPOCH, SWITCH, edit_json, metrics, outcome, tensors, train_here
 from trainer import loop
 from trainer.checkpoint import read_state
+from trainer.checkpoint.files import seal
 from trainer.curriculum import Curriculum, CurriculumRecord, StageConfig
 from trainer.errors import UserError
 from trainer.losses import LossConfig
@@ -29,17 +31,13 @@ def dies(folder: Path, data: Path, step: int, monkeypatch: pytest.MonkeyPatch, *
 
     with monkeypatch.context() as patched, pytest.raises(Died):
         patched.setattr(loop, "to_micro_batch", to_micro_batch)
-        train_here(folder, data, *settings)
+        train_here(folder, data, "checkpoint.asynchronous=false", *settings)
 
 
 def forget(folder: Path) -> None:
     """Make the newest checkpoint one that knows nothing of curricula, as older versions wrote them."""
     root = folder / "run" / "checkpoints"
     path = root / (root / "latest").read_text().strip()
-    import json
-
-    from trainer.checkpoint.files import seal
-
     state = json.loads((path / "state.json").read_text())
     del state["curriculum"], state["woken"]
     (path / "state.json").write_text(json.dumps(state))

@@ -1,38 +1,42 @@
 """A user reads one line, and the exit code comes through, however training was started."""
 
+import os
 import re
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.faults.programs import command, environment
-from tests.support.runs import arguments, outcome
+from tests.support.commands import Result, launch, program, torchrun
+from tests.support.ranks import Ranks
+from tests.support.runs import arguments, outcome, train_rank
+from tools.cli import check_device, main
+from trainer import loop
+from trainer.errors import UserError
 from trainer.failures import in_one_line
-
-HANGS = """
-import os, time
-from trainer import loop, train
-original = loop.to_micro_batch
-def to_micro_batch(run, rows):
-    if run.state.step == 3 and os.environ["RANK"] == "1":
-        time.sleep(600) if os.environ["HOW"] == "hang" else os._exit(9)
-    return original(run, rows)
-loop.to_micro_batch = to_micro_batch
-train.exit_with(train.main())
-"""
+from trainer.objective import MicroBatch
+from trainer.stream import Batch
 
 
-def alignsae(*words: str) -> subprocess.CompletedProcess[str]:
+def train_and_fail(argv: list[str], how: str) -> None:
+    """A rank that trains; rank 1 hangs, or is gone, before its fourth update."""
+    original = loop.to_micro_batch
+
+    def to_micro_batch(run: loop.Run, rows: Batch) -> MicroBatch:
+        if run.state.step == 3 and os.environ["RANK"] == "1":
+            if how == "gone":
+                os._exit(9)
+            time.sleep(600)
+        return original(run, rows)
+
+    loop.to_micro_batch = to_micro_batch
+    train_rank(argv)
+
+
+def alignsae(*words: str) -> Result:
     """The command, as users call it."""
-    return subprocess.run(
-        [sys.executable, "-m", "tools.cli", *words],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return launch(program("python", "-m", "tools.cli", *words))
 
 
 def errors(text: str) -> list[str]:
@@ -42,42 +46,41 @@ def errors(text: str) -> list[str]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_refusal_is_one_line_with_its_code(world: int, small_data: Path, tmp_path: Path) -> None:
     ended = alignsae("train", "--processes", str(world), *arguments(tmp_path, small_data, "optim.lr=-1"))
-    assert ended.returncode == 2
-    assert len(errors(ended.stderr)) == 1 and "optim.lr=-1.0 must be between" in errors(ended.stderr)[0]
+    assert ended.code == 2
+    assert len(errors(ended.output)) == 1 and "optim.lr=-1.0 must be between" in errors(ended.output)[0]
 
 
 @pytest.mark.slow
 def test_leaving_for_a_requeue_keeps_its_code(small_data: Path, tmp_path: Path) -> None:
     settings = ["stages.0.epochs=3000", "run.wall_minutes=0.2"]
     ended = alignsae("train", "--processes", "2", *arguments(tmp_path, small_data, *settings))
-    assert ended.returncode == 75, ended.stderr[-2000:]
-    assert errors(ended.stderr) == [] and outcome(tmp_path)["exit_code"] == 75
+    assert ended.code == 75, ended.output[-2000:]
+    assert errors(ended.output) == [] and outcome(tmp_path)["exit_code"] == 75
 
 
 def test_torchrun_shows_the_line_instead_of_a_traceback(small_data: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        command(2, arguments(tmp_path, small_data, "optim.lr=-1")),
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert re.search(r"^  traceback : rank \d: optim.lr=-1.0 must be between 0 and 1000$", ended.stderr, re.MULTILINE)
+    ended = launch(torchrun(2, "-m", "trainer.train", *arguments(tmp_path, small_data, "optim.lr=-1")))
+    assert re.search(r"^  traceback : rank \d: optim.lr=-1.0 must be between 0 and 1000$", ended.output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("how", ["hang", pytest.param("gone", marks=pytest.mark.slow)])
-def test_ranks_that_do_not_come_are_told_with_the_call(how: str, small_data: Path, tmp_path: Path) -> None:
-    program = tmp_path / "hangs.py"
-    program.write_text(HANGS)
-    ended = subprocess.run(
-        command(2, arguments(tmp_path, small_data, "parallel.timeout=5"), program),
-        env=environment(HOW=how), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert ended.returncode != 0
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("trainer.train:")] or [""]
-    if how == "hang":
-        assert "rank 0: error: other ranks did not come within parallel.timeout=5 s" in line
-    else:
-        assert not line or "rank 0: error: another rank has gone" in line  # the launcher may end it first
-        assert "exitcode  : 9" in ended.stderr
-    assert not line or "in all_reduce called by sum_over_" in line
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "dictionary", *(pytest.param(z, marks=pytest.mark.slow) for z in ("zero2", "zero3"))]
+)
+def test_ranks_that_do_not_come_are_told_with_the_call(strategy: str, small_data: Path, tmp_path: Path) -> None:
+    argv = arguments(tmp_path, small_data, "parallel.timeout=5", f"parallel.strategy={strategy}")
+    with Ranks(2, train_and_fail, argv, "hang") as ranks:
+        ended = ranks.wait(100)
+    (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("trainer.train:")]
+    assert "rank 0: error: other ranks did not come within parallel.timeout=5 s" in line
+    assert "in all_reduce called by sum_over_" in line and ended.codes[0] == 2
+
+
+def test_a_rank_that_is_gone_is_told(small_data: Path, tmp_path: Path) -> None:
+    with Ranks(2, train_and_fail, arguments(tmp_path, small_data), "gone") as ranks:
+        ended = ranks.wait(100)
+    assert ended.codes == [2, 9]
+    (line,) = [line for line in ended.outputs[0].splitlines() if line.startswith("trainer.train:")]
+    assert "rank 0: error: another rank has gone, in all_reduce called by sum_over_" in line
 
 
 def test_errors_in_words() -> None:
@@ -107,19 +110,12 @@ def test_errors_in_words() -> None:
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
 def test_mistakes_at_the_command_line(words: list[str], says: str, capsys) -> None:
-    from tools.cli import main
-
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and says in said
 
 
 def test_a_device_that_is_not_there(small_data: Path, tmp_path: Path, capsys) -> None:
-    import torch
-
-    from tools.cli import check_device
-    from trainer.errors import UserError
-
     check_device(None)
     check_device("cpu")
     for name in ("nonsense", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])):
@@ -129,8 +125,6 @@ def test_a_device_that_is_not_there(small_data: Path, tmp_path: Path, capsys) ->
 
 
 def test_sweep_names_all_points_that_cannot_be(small_data: Path, tmp_path: Path, capsys) -> None:
-    from tools.cli import main
-
     config = arguments(tmp_path, small_data)[1]
     grid = ["--grid", "loss.sp=.nan,0.1", "--grid", "data.lanes=5,4", "--set", f"data.shards={small_data}"]
     assert main(["sweep", "--config", config, "--out", str(tmp_path / "s"), *grid]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.programs import launch
+from tests.faults.dying import train_apart
 from trainer.strategies.operator_locks import remove_left_locks
 
 
@@ -40,8 +40,7 @@ def test_a_build_of_this_host_keeps_its_lock(holds: str, tmp_path: Path) -> None
     code = f"import os, sys, time; {holds}; print('holds', flush=True); time.sleep(60)"
     builder = subprocess.Popen([sys.executable, "-c", code, str(lock.parent)], stdout=subprocess.PIPE)
     try:
-        assert builder.stdout is not None
-        assert builder.stdout.readline() == b"holds\n"
+        assert builder.stdout is not None and builder.stdout.readline() == b"holds\n"
         remove_left_locks(tmp_path, quiet=0)
         assert lock.exists()
     finally:
@@ -70,6 +69,6 @@ def test_a_build_elsewhere_is_waited_for_while_it_writes(tmp_path: Path, monkeyp
 def test_zero_starts_where_a_killed_build_left_its_lock(small_data: Path, tmp_path: Path, monkeypatch) -> None:
     lock = lock_of(tmp_path / "extensions", 10_000)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    ended = launch(tmp_path, small_data, "parallel.strategy=zero2", "stages.0.epochs=1", world=2)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert f"removed {lock}" in ended.stderr and not lock.exists()
+    ended = train_apart(tmp_path, small_data, "parallel.strategy=zero2", "stages.0.epochs=1", world=2)
+    assert ended.codes == [0, 0], ended.report()
+    assert f"removed {lock}" in "".join(ended.outputs) and not lock.exists()

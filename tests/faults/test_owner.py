@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.faults.programs import command, environment
-from tests.support.runs import arguments, metrics, outcome, train_here
+from tests.support.ranks import Ranks, clean_environment
+from tests.support.runs import arguments, metrics, outcome, train_here, train_rank
 from trainer.errors import UserError
 from trainer.ownership import Owner, Ownership
 
@@ -47,7 +48,7 @@ def test_a_second_one_is_refused_until_the_first_has_left(tmp_path: Path) -> Non
 def test_an_owner_killed_on_this_host_keeps_nothing(tmp_path: Path) -> None:
     code = "import sys, os; from pathlib import Path; from trainer.ownership import Ownership\n"
     code += "Ownership(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment())
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=clean_environment())
     assert killed.returncode == -signal.SIGKILL and (tmp_path / ".owner" / "1").exists()
     began = time.monotonic()
     with Ownership(tmp_path):  # with the patience of 60 s: it must not be needed
@@ -91,13 +92,13 @@ def test_a_damaged_owner_file_is_judged_by_its_time(tmp_path: Path, content: str
         pass
 
 
-def contend(folder: Path, start: float, results) -> None:
-    """Take the folder at a given moment, and keep it for a while."""
+def contend(folder: Path, start: float, results: Any, over: Any) -> None:
+    """Take the folder at a given moment, and keep it until all have tried."""
     time.sleep(max(0.0, start - time.time()))
     try:
         with Ownership(folder):
             results.put(1)
-            time.sleep(0.5)
+            over.wait(60)
     except UserError:
         results.put(0)
 
@@ -111,11 +112,13 @@ def test_of_several_at_once_one_wins(rounds: int, first: str, tmp_path: Path) ->
         if first == "dead":
             path = owned(folder)
             path.write_text(json.dumps(json.loads(path.read_text()) | {"started": "1"}))
-        results, start = context.Queue(), time.time() + 0.2
-        contenders = [context.Process(target=contend, args=(folder, start, results)) for _ in range(6)]
+        results, over, start = context.Queue(), context.Event(), time.time() + 0.2
+        contenders = [context.Process(target=contend, args=(folder, start, results, over)) for _ in range(6)]
         for process in contenders:
             process.start()
-        assert sum(results.get(timeout=30) for _ in contenders) == 1
+        won = sum(results.get(timeout=60) for _ in contenders)
+        over.set()
+        assert won == 1
         for process in contenders:
             process.join()
 
@@ -124,7 +127,7 @@ def test_one_that_was_taken_over_stops(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from trainer.ownership import Ownership\n"
     code += "Ownership(Path(sys.argv[1]), interval=0.1).__enter__(); print('has it', flush=True); time.sleep(60)"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment(), text=True, stdout=-1, stderr=-1
+        [sys.executable, "-c", code, str(tmp_path)], env=clean_environment(), text=True, stdout=-1, stderr=-1
     )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "has it\n"
@@ -133,25 +136,26 @@ def test_one_that_was_taken_over_stops(tmp_path: Path) -> None:
     assert process.stderr.read().count("was removed or taken over") == 1
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.slow)])
+def train_when_told(argv: list[str], start: float) -> None:
+    """Begin to train at a given moment."""
+    time.sleep(max(0.0, start - time.time()))
+    train_rank(argv)
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_of_two_runs_started_together_one_trains(times: int, small_data: Path, tmp_path: Path) -> None:
     for number in range(times):
-        folder = tmp_path / str(number)
-        runs = [
-            subprocess.Popen(
-                command(1, arguments(folder, small_data, f"optim.lr={rate}", "stages.0.epochs=20")),
-                env=environment(), stderr=subprocess.PIPE, text=True,
-            )
-            for rate in ("3e-3", "1e-3")
-        ]  # fmt: skip
-        said = [process.communicate(timeout=300)[1] for process in runs]
-        codes = [process.returncode for process in runs]
-        if codes == [0, 0]:  # the second came when the first had left: then it found nothing to do
+        folder, start = tmp_path / str(number), time.time() + 2
+        argvs = [arguments(folder, small_data, f"optim.lr={rate}", "stages.0.epochs=20") for rate in ("3e-3", "1e-3")]
+        with Ranks(1, train_when_told, argvs[0], start) as one, Ranks(1, train_when_told, argvs[1], start) as other:
+            ended = [one.wait(), other.wait()]
+        codes, said = [e.codes[0] for e in ended], [e.outputs[0] for e in ended]
+        if codes == [0, 0]:  # the second came when the first had left: it found nothing to do
             assert any("resuming from" in text and "at step 220 of 220" in text for text in said)
         else:
-            assert sorted(codes) == [0, 2]
-            refused = said[codes.index(2)].strip().splitlines()
-            assert refused[-1].startswith("trainer.train: error: run.dir=") and "in use by process" in refused[-1]
+            assert sorted(codes) == [0, 2], said
+            refused = said[codes.index(2)].strip().splitlines()[-1]
+            assert refused.startswith("trainer.train: error: run.dir=") and "in use by process" in refused
         assert sorted(metrics(folder)) == list(range(1, 221)) and outcome(folder)["status"] == "finished"
 
 
