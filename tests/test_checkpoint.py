@@ -82,7 +82,8 @@ def test_resume_takes_the_newest_that_verifies(root: Path) -> None:
     with pytest.raises(UserError, match="not completed"):
         find(str(root / "latest"), root)
     shutil.rmtree(folders[2])
-    assert find("auto", root)[0] is None
+    with pytest.raises(UserError, match=r"no checkpoint of .* can be used"):  # a start anew would wipe its figures
+        find("auto", root)
     with pytest.raises(UserError, match="no usable checkpoint"):
         find(str(root), root)
 
@@ -227,7 +228,7 @@ def test_hash_list_cannot_lead_out_of_the_folder_or_ask_for_memory(root: Path) -
     state = json.loads((folder / "state.json").read_text())
     for change in ({"free_slots": 1 << 39}, {"free_slots": 1 << 39, "bank_slots": 1 << 39}, {"width": 1 << 19}):
         edit_json(folder / "state.json", dictionary=state["dictionary"] | change)
-        assert "too few" in (verify(folder) or "")
+        assert any(word in (verify(folder) or "") for word in ("too few", "use larger banks"))
 
 
 @pytest.mark.parametrize("part", ["dictionary", "optimizer"])

@@ -70,6 +70,7 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     loss, sums = objective(batch, weights, align, step=1)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    objective.take_up()
     dependence = [bank.dependence for bank in objective.dictionary.free_banks()]
     assert all(torch.equal(a, b) for a, b in zip(before, dependence, strict=True)) == (not align or not R or B < 2)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):

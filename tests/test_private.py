@@ -26,7 +26,7 @@ DEEPSPEED = {
 }
 TORCH = {"_is_avx512_bf16_supported", "_is_mkldnn_bf16_supported", "_set_pg_timeout", "_world"}
 # Undocumented by their underscore only; the standard library documents these.
-DOCUMENTED = {"_replace", "_exit"}
+DOCUMENTED = {"_asdict", "_replace", "_exit"}
 
 
 def defined(path: Path) -> set[str]:

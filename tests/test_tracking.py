@@ -149,7 +149,7 @@ def test_training_ends_without_its_store_which_is_named_once(
     close = Tracker.close
     monkeypatch.setattr(Tracker, "close", lambda self, status, patience: close(self, status, 3.0))
     assert train_here(tmp_path, small_data, "tracking.uri=http://user:Pa55word@127.0.0.1:9", "run.log_every=1") == 0
-    assert sum("http://127.0.0.1:9 fails" in message for message in caplog.messages) == 1
+    assert sum("http://***@127.0.0.1:9 fails" in message for message in caplog.messages) == 1
     texts = [path.read_text() for path in (tmp_path / "run").iterdir() if path.is_file()]
     assert len(texts) >= 4 and "Pa55word" not in "".join([*texts, caplog.text])
     assert list(metrics(tmp_path)) == list(range(1, TOTAL + 1))
@@ -311,7 +311,7 @@ def test_a_run_is_described_and_credentials_stay_away(
     assert expected | {"version.accelerate", "version.deepspeed", "version.transformers"} <= run.data.tags.keys()
     (entry,) = run.inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest) == ("corpus", ("ab" * 32)[:36])
-    assert json.loads(entry.dataset.source) == {"uri": "https://host/data"}
+    assert json.loads(entry.dataset.source) == {"uri": "https://***@host/data?signature=***"}
     assert json.loads(entry.dataset.profile) == {"num_rows": 496, "digest": "ab" * 32}
     gate.shut = True
     assert main(["track", str(run_dir), "--uri", uri]) == 2
@@ -330,7 +330,7 @@ def test_credentials_are_used_and_can_come_from_outside(run_dir: Path, monkeypat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:Pa55word@host/db")
     from trainer.tracking.config import shown, store_uri
 
-    assert store_uri("postgresql://host/db", run_dir) == "postgresql://user:Pa55word@host/db"
+    assert store_uri("postgresql://***@host/db", run_dir) == "postgresql://user:Pa55word@host/db"
     assert store_uri("postgresql://host/other", run_dir) == "postgresql://host/other"
     for location in ("/Data/Mine", "sqlite:////tmp/A.db", "sqlite:///a.db", "databricks", "C:\\Data"):
         assert shown(location) == location

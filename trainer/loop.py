@@ -140,14 +140,14 @@ def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -
         norm = strategy.update(settings.lr, run.config.optim.clip)
         problem = "" if math.isfinite(norm) else f"the gradient norm is {norm}"
     if problem:
+        strategy.objective.forget()
         guard.skip(run.state.step, problem, loss, norm)
         return
     guard.accept(loss)
     run.metrics.add(total)
     run.grad_norm = norm
     run.state.updates += 1
-    if settings.l0 is not None and total["rows"]:
-        strategy.objective.follow(total["active"] / total["rows"], settings.l0)
+    strategy.objective.take_up(total["active"] / max(total["rows"], 1.0), settings.l0 if total["rows"] else None)
 
 
 def wake_concepts(run: Run) -> int:

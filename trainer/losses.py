@@ -22,7 +22,7 @@ from trainer.errors import UserError
 # A slot whose variance is below this share of its mean square is constant for fp32: its correlation is 0, not noise.
 CONSTANT_SHARE = 1e-6
 
-MOST_WEIGHT = 1e9  # more would only overflow fp32
+MOST_WEIGHT = 1e38  # more is no fp32
 STAGES = ("pretrain", "align")  # in pretrain the concept slots sleep
 COUNTS = ("rows", "labelled", "answered")  # what a mean may run over, beside the steps of a log interval
 

@@ -95,6 +95,8 @@ class AlignObjective(nn.Module):
         sizes = [bank.slots for bank in dictionary.free_banks()]
         self.choice = KernelChoice(kernel, sizes, topology.device, kernels)
         self.product_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # Of the forward passes since the last update: squares by bank, rows and concepts, see followed_dependence.
+        self._correlations: list[tuple[list[Tensor], Tensor, Tensor]] = []
         many = len(dictionary.concept_names) >= BF16_CONCEPTS
         self.concept_dtype = self.product_dtype if many else torch.float32
 
@@ -194,20 +196,34 @@ class AlignObjective(nn.Module):
         """Which slots fired at this step, and the active entries that the next choice of kernels is made by."""
         for bank, stats in zip(self.dictionary.free_banks(), context.stats, strict=True):
             bank.last_fired.masked_fill_(stats.fired, step)
-            if context.perp is not None and stats.squares is not None:
-                concepts = (context.perp.inv_norm > 0).sum()
-                bank.dependence = followed_dependence(bank.dependence, stats.squares, context.perp.rows, concepts)
+        if context.perp is not None:
+            concepts = (context.perp.inv_norm > 0).sum()
+            squares = [stats.squares for stats in context.stats if stats.squares is not None]
+            self._correlations.append((squares, context.perp.rows, concepts))
         if not self.choice.pinned:
             # Every data rank must choose alike, since kernels reduce over data ranks in backward too.
             active = torch.stack([stats.active for stats in context.stats])
             rows = torch.full_like(active, len(context.x))
             self.choice.note(self.topology.sum_over_data(torch.stack([active, rows])))
 
-    def follow(self, l0: float, target: float) -> None:
-        """Let the gates of the free banks look at the mean number of active free slots of a row of the global batch
-        (Gate.follow)."""
-        for bank in self.dictionary.free_banks():
-            bank.gate.follow(bank, l0, target)
+    @torch.no_grad()
+    def take_up(self, l0: float = 0.0, target: float | None = None) -> None:
+        """After an update that was made: the dependence of slots follows the batch, and so do the gates.
+
+        l0: mean number of active free slots of a row of the global batch; target: how many are wanted, None where no
+        gate aims at a number.
+        """
+        for squares, rows, concepts in self._correlations:
+            for bank, of_bank in zip(self.dictionary.free_banks(), squares, strict=True):
+                bank.dependence.copy_(followed_dependence(bank.dependence, of_bank, rows, concepts))
+        self.forget()
+        if target is not None:
+            for bank in self.dictionary.free_banks():
+                bank.gate.follow(bank, l0, target)
+
+    def forget(self) -> None:
+        """After an update that was not made: nothing follows its batch."""
+        self._correlations.clear()
 
     def bank_kernels(self) -> dict[str, str]:
         """Name of the kernel that each bank held here is computed with next: unit -> kernel."""

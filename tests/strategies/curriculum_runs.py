@@ -18,7 +18,7 @@ CURRICULUM: dict[str, Any] = {
     "run": {"seed": 3},
     "data": {"global_batch": 32, "threads": 0},
     "dictionary": {"free_slots": 96, "bank_slots": 20},
-    "loss": {"sp": 0.05, "bind": 0.5, "perp": 0.05, "val": 0.2},
+    "loss": {"sp": 0.05, "bind": 0.5, "perp": 0.05, "val": 0.2, "perp_on": "all"},
     "stages": [{"name": "pretrain", "steps": SWITCH}, {"name": "align", "steps": STEPS - SWITCH}],
     "optim": {"lr": 2e-3, "warmup": 2, "clip": 0.5},
     "revival": {"method": "none"},

@@ -70,6 +70,12 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([p.flatten() for p in dictionary.parameters()])
 
 
+def dependence(folder: Path) -> torch.Tensor:
+    """Of all free slots on the concepts, at the end of a run."""
+    dictionary, _ = load_dictionary(folder / "run")
+    return torch.cat([bank.dependence for bank in dictionary.free_banks()])
+
+
 def skipped_steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
 
@@ -98,6 +104,9 @@ def test_losses_and_gradients_are_those_of_a_single_process(runs: Runs, layout: 
     assert ours[STEPS]["rows_digest"] == theirs[STEPS]["rows_digest"]
     reference = weights(runs.plain(SINGLE))
     assert (weights(runs.plain(layout)) - reference).norm() <= 1e-4 * reference.norm()
+    ours_depend, theirs_depend = dependence(runs.plain(layout)), dependence(runs.plain(SINGLE))
+    assert theirs_depend.std() > 0.01
+    torch.testing.assert_close(ours_depend, theirs_depend, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", fast_and_slow(FAST_VARIANTS, ALL_VARIANTS), ids=label)

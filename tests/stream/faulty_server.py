@@ -153,7 +153,8 @@ def http_server(
     counters, seen = Faults(share, faults), list[str]()
     handler = type("Handler", (kind,), {"folder": folder, "faults": counters, "ranges": ranges, "seen": seen})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hangs up on a server that hangs is no news
+    # A client that hangs up on a server that hangs is no news.
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

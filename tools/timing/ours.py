@@ -53,6 +53,7 @@ class OurStep:
         loss, sums = self.strategy.forward(self.rows, self.weights, align, 1)
         self.strategy.backward(loss, last=True)
         self.strategy.update(0.0, OptimConfig.clip)
+        self.objective.take_up()
         self.l0 = float(sums[SUMS.index("active")]) / len(self.rows.acts)
 
 

@@ -8,6 +8,7 @@ from trainer.pretrained.formats import FOLDERS, GEMMA, gemma_scope
 from trainer.pretrained.own import CheckpointSource
 from trainer.pretrained.source import Source
 from trainer.redact import redact
+from trainer.run_folder import RunFolder
 from trainer.stream.attempts import Refused
 from trainer.stream.location import check_allowed, is_remote, join, local_path
 from trainer.stream.remote import save
@@ -43,7 +44,7 @@ def _open(path: Path, location: str, scratch: Path) -> Source:
             return read(path, shown)
     if (path / GEMMA).is_file():
         return gemma_scope(path / GEMMA, shown, scratch)
-    if (path / "state.json").is_file() or (path / "checkpoints").is_dir() or any(path.glob("step-*")):
+    if (path / "state.json").is_file() or RunFolder(path).checkpoints.is_dir() or any(path.glob("step-*")):
         return CheckpointSource(path, shown)
     raise UserError(f"{shown}: holds no dictionary of a known format{_hint(path)}")
 
