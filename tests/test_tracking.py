@@ -336,7 +336,7 @@ def test_credentials_are_used_and_can_come_from_outside(run_dir: Path, monkeypat
         assert shown(location) == location
     for location in (
         "HTTP://user:Pa55word@host/A",
-        "mysql+pymysql://user:Pa55word@host/a?x=Pa55word",
+        "mysql+pymysql://user:Pa55word@host/a?password=Pa55word",
         "http://u:Pa55word@[",
     ):
         assert "Pa55word" not in shown(location) and "user" not in shown(location)
