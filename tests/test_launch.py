@@ -29,7 +29,7 @@ AS_WRITTEN = {
     "single": ("single", 1),
 }
 THREE_STEPS = {"stages": [{"name": "pretrain", "steps": 3}]}
-FAST = ("zero3-cpu", "dictionary-cpu")
+FAST = ("dictionary-cpu",)
 # Files for GPUs: what the configuration of 8 processes must resolve to (strategy, dictionary ranks, offload).
 ON_GPUS = {
     "ddp": ("ddp", 1, False),

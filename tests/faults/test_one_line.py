@@ -64,7 +64,7 @@ def test_torchrun_shows_the_line_instead_of_a_traceback(small_data: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", "dictionary", *(pytest.param(z, marks=pytest.mark.slow) for z in ("zero2", "zero3"))]
+    "strategy", ["ddp", *(pytest.param(z, marks=pytest.mark.slow) for z in ("dictionary", "zero2", "zero3"))]
 )
 def test_ranks_that_do_not_come_are_told_with_the_call(strategy: str, small_data: Path, tmp_path: Path) -> None:
     argv = arguments(tmp_path, small_data, "parallel.timeout=5", f"parallel.strategy={strategy}")

@@ -29,12 +29,11 @@ from trainer.checkpoint import load_dictionary
 
 EARLY = [*range(1, 6), *range(SWITCH + 1, SWITCH + 6)]  # the first five steps of each stage
 DDP4, MESH4, ZERO3 = Layout("ddp", 4), Layout("mesh", 4), Layout("zero3", 2)
-FAST_PLAIN = [*ON_TWO, DDP4, Layout("zero3", 4), MESH4]
+FAST_PLAIN = [*ON_TWO, DDP4, MESH4]
 FAST_VARIANTS = [
     (Layout("zero2", 2), "accumulate"),
-    (ZERO3, "spike"),
+    (Layout("zero1", 2), "spike"),
     (Layout("dictionary", 2), "overflow"),
-    (Layout("zero1", 2), "overflow"),
     (ZERO3, "overflow"),
     (ZERO3, "revival"),
     (ZERO3, "bare"),
