@@ -42,9 +42,9 @@ def said(ended: Ended) -> list[str]:
         *(
             pytest.param(setting, marks=pytest.mark.slow)
             for setting in (
-                "run.seed=5", "loss.sp=0.3", "dictionary.bank_slots=8", "kernel=auto", "stages.0.epochs=3",
+                "run.seed=5", "loss.sp=0.3", "dictionary.bank_slots=8", "kernel=auto", "stages.0.epochs=3.0",
                 "checkpoint.every=3", "parallel.strategy=dictionary", "run.dir=elsewhere", "checkpoint.resume=none",
-                "data.window=3", "stages.1.loss.sp=0.2", "parallel.timeout=50", "run.log_every=2", "guard.spike=5",
+                "data.window=3", "stages.1.loss.sp=0.2", "parallel.timeout=50.0", "run.log_every=2", "guard.spike=5.0",
             )
         ),
     ],
