@@ -202,7 +202,10 @@ def attempt(path: Path, text: str, overrides: list[str], data: Path) -> str:
     return answer if seconds < SECONDS else f"{answer} after {seconds:.1f} s"
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+MANY = int(os.environ.get("ALIGNSAE_FUZZ_CONFIGURATIONS", "10000"))
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_configurations_are_taken_or_refused_in_one_line(
     count: int, small_data: Path, tmp_path: Path, monkeypatch
 ) -> None:
