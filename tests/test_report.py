@@ -213,7 +213,13 @@ def test_demo_bars_are_the_table_of_the_demo(finished):
     evaluation, swap = (json.loads((finished / "aligned" / f"{n}.json").read_text()) for n in ("evaluation", "swap"))
     figures = collect(evaluation, swap, {"answer_accuracy": 1.0}, 60.0)
     rows = read_bars(Path(__file__).parents[1] / "configs" / "demo_bars.yaml")
-    good = figures | {"l0_share": 0.01, "fvu": 0.01, "swaps": 600, "swap_success_best": 0.8, "swap_success_mean_difference": 0.8}
+    good = figures | {
+        "l0_share": 0.01,
+        "fvu": 0.01,
+        "swaps": 600,
+        "swap_success_best": 0.8,
+        "swap_success_mean_difference": 0.8,
+    }
     table, passed = compare(good, rows)
     assert passed, table
     for change in (
