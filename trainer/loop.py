@@ -121,8 +121,9 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
         keep = moved.valid
         acts, concept, answer = acts[keep], concept[keep], answer[keep]
     parts = [len(part) for part in torch.tensor_split(concept, run.config.optim.accumulate)]
-    counts = torch.tensor([len(concept), int((concept >= 0).sum()), int((answer >= 0).sum()), *parts])
-    counts = topology.sum_over_data(counts.float().to(topology.device))
+    labels = torch.stack([(concept >= 0).sum(), (answer >= 0).sum()]).float()
+    sizes = labels.new_tensor([len(concept), *parts])
+    counts = topology.sum_over_data(torch.cat([sizes[:1], labels, sizes[1:]]))
     return MicroBatch(acts, concept, answer, counts[:3], part_rows=counts[3:])
 
 

@@ -5,6 +5,7 @@ what the data give. It is what a checkpoint stores, a resume compares, `alignsae
 field added here is known to all of them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -144,7 +145,7 @@ class DictionaryForm(ChosenForm):
 
     def elements(self, unit: str) -> int:
         """Numbers in the tensors of one unit."""
-        return sum(_product(shape) for shape in self.shapes(unit).values())
+        return sum(math.prod(shape) for shape in self.shapes(unit).values())
 
     def to_json(self) -> dict[str, Any]:
         """Content of `dictionary` in state.json."""
@@ -161,10 +162,3 @@ class DictionaryForm(ChosenForm):
     def _bank_shapes(self, slots: int, gate: str) -> Shapes:
         own = {"W_enc": (slots, self.width), "b_enc": (slots,), "W_dec": (slots, self.width)}
         return own | {name: tuple(value.shape) for name, value in GATES[gate].parameters(slots).items()}
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
