@@ -25,6 +25,7 @@ from trainer.analysis.language_model import (
     hook_point,
     last_token,
     load_language_model,
+    module_at,
     read_prompts,
     read_texts,
 )
@@ -294,3 +295,37 @@ def test_texts_from_lines_and_from_a_data_set_folder(tmp_path: Path) -> None:
 
 def test_hook_points_are_named_by_block() -> None:
     assert hook_point(6) == "blocks.6.hook_resid_post"
+
+
+def test_parts_of_a_block_and_modules_by_name_are_hook_points(model: Any, tokenizer: Any) -> None:
+    ids, mask = encode_prompts(tokenizer, PROMPTS)
+    block = find_blocks(model)[1]
+    attention, mlp = (m for name, m in block.named_children() if name in ("attn", "self_attn", "attention", "mlp"))
+    path = next(name for name, module in model.named_modules() if module is mlp)
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        attention.register_forward_hook(lambda module, args, out: seen.__setitem__("attention", out[0])),
+        mlp.register_forward_hook(lambda module, args, out: seen.__setitem__("mlp", out)),
+    ]
+    found = capture(model, ids, mask, ["blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"])
+    torch.testing.assert_close(found["blocks.1.hook_attn_out"], seen["attention"])
+    torch.testing.assert_close(found["blocks.1.hook_mlp_out"], seen["mlp"])
+    torch.testing.assert_close(found["blocks.1.hook_resid_post"], capture(model, ids, mask, [1])[1])
+    torch.testing.assert_close(capture(model, ids, mask, [path])[path], seen["mlp"])
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ("blocks.3.hook_mlp_out", "layer 3 does not exist: the model has layers 0 to 2"),
+        ("layer-06", "no module of that name"),
+        ("", "no module of that name"),
+        ("lm_head.bias", "no module of that name"),
+    ],
+)
+def test_a_hook_point_that_is_not_there_is_named(model: Any, point: str, message: str) -> None:
+    with pytest.raises(UserError, match=r"does not exist|hook point") as caught:
+        module_at(model, point)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,5 +1,12 @@
 """Causal language models: loading, prompts to token batches, residual capture and edits, greedy answers."""
 
+from trainer.analysis.language_model.capture import (
+    capture,
+    check_layers,
+    find_blocks,
+    hook_point,
+    module_at,
+)
 from trainer.analysis.language_model.prompts import (
     Prompt,
     answer_matches,
@@ -10,15 +17,7 @@ from trainer.analysis.language_model.prompts import (
     read_prompts,
     read_texts,
 )
-from trainer.analysis.language_model.residual import (
-    capture,
-    check_layers,
-    edit_residual,
-    find_blocks,
-    hook_point,
-    last_token,
-    load_language_model,
-)
+from trainer.analysis.language_model.residual import edit_residual, last_token, load_language_model
 
 __all__ = [
     "Prompt",
@@ -33,6 +32,7 @@ __all__ = [
     "hook_point",
     "last_token",
     "load_language_model",
+    "module_at",
     "read_json_lines",
     "read_prompts",
     "read_texts",
