@@ -68,6 +68,14 @@ VARIANTS = {
     ],
     "bare": [],
     "offload": ["parallel.offload=true"],
+    # A threshold that follows what all ranks have counted, in every bank.
+    "batch_topk": [
+        "dictionary.gate=batch_topk",
+        "dictionary.k=4",
+        "dictionary.k_fall=12",
+        "checkpoint.every=10",
+        "checkpoint.keep=9",
+    ],
 }
 
 
@@ -91,10 +99,12 @@ class Runs:
         """The curriculum with the overrides of a variant."""
         return self._run(f"{layout}-{variant}", layout, VARIANTS[variant], variant)
 
-    def resumed(self, saved: Layout, layout: Layout) -> Path:
-        """The end of the curriculum from what the plain run of another layout saved before the switch."""
-        checkpoint = self.plain(saved) / "run" / "checkpoints" / f"step-{SAVED:08d}"
-        return self._run(f"{saved}-to-{layout}", layout, [f"checkpoint.resume={checkpoint}"])
+    def resumed(self, saved: Layout, layout: Layout, variant: str = "") -> Path:
+        """The end of the curriculum from what the plain run, or that of a variant, saved under another layout before
+        the switch."""
+        whole = self.variant(saved, variant) if variant else self.plain(saved)
+        overrides = [*VARIANTS.get(variant, []), f"checkpoint.resume={whole / 'run/checkpoints' / f'step-{SAVED:08d}'}"]
+        return self._run(f"{saved}-to-{layout}-{variant}", layout, overrides, variant)
 
     def _run(self, name: str, layout: Layout, overrides: list[str], variant: str = "") -> Path:
         if name not in self._done:

@@ -38,6 +38,7 @@ FAST_VARIANTS = [
     (ZERO3, "revival"),
     (ZERO3, "bare"),
     (ZERO3, "offload"),
+    (ZERO3, "batch_topk"),
 ]
 FAST_RESUMED = [
     (DDP4, DDP4),  # sums over more than two ranks depend on their order
@@ -48,10 +49,16 @@ FAST_RESUMED = [
     (Layout("zero2", 2), Layout("zero3", 1)),
 ]
 ALL_VARIANTS = [
-    (layout, variant)
-    for layout, variant in product(ON_TWO, VARIANTS)
-    if variant != "offload" or layout.strategy in ZERO
+    *(
+        (layout, variant)
+        for layout, variant in product(ON_TWO, VARIANTS)
+        if variant != "offload" or layout.strategy in ZERO
+    ),
+    (MESH4, "batch_topk"),
 ]
+# With gates whose thresholds follow: each strategy as it was saved, and a few under another one.
+FAST_GATED = [(ZERO3, Layout("dictionary", 2))]
+ALL_GATED = [*((layout, layout) for layout in (SINGLE, *ON_TWO, MESH4)), (MESH4, Layout("zero2", 2)), (SINGLE, DDP4)]
 
 
 def fast_and_slow(fast: list[Any], everything: Iterable[Any]) -> list[Any]:
@@ -73,6 +80,12 @@ def dependence(folder: Path) -> torch.Tensor:
     """Of all free slots on the concepts, at the end of a run."""
     dictionary, _ = load_dictionary(folder / "run")
     return torch.cat([bank.dependence for bank in dictionary.free_banks()])
+
+
+def thresholds(folder: Path) -> torch.Tensor:
+    """Of all free slots, at the end of a run."""
+    dictionary, _ = load_dictionary(folder / "run")
+    return torch.cat([bank.weights().threshold for bank in dictionary.free_banks()])
 
 
 def skipped_steps(folder: Path) -> list[int]:
@@ -126,6 +139,10 @@ def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, 
         assert max(dead[step] for step in range(1, 13)) > 0.2 > dead[13] > 0  # what was dead after 12 steps was revived
         # The rate that kills slots in 12 steps amplifies rounding later.
         ours, theirs = ({step: lines[step] for step in range(1, SWITCH + 1)} for lines in (ours, theirs))
+    if variant == "batch_topk":
+        torch.testing.assert_close(thresholds(folder), thresholds(alone), rtol=1e-4, atol=0)
+        assert thresholds(folder).unique().numel() == 1
+        assert ours[1]["l0"] > 8 > ours[SWITCH]["l0"]  # it has followed
     if variant == "bare":
         assert ours[SWITCH]["loss/bind"] == ours[SWITCH]["loss/val"] == 0
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))
@@ -141,6 +158,17 @@ def test_a_checkpoint_resumes_under_any_strategy_and_world(runs: Runs, case: tup
     lines = metrics(runs.resumed(saved, resumed))
     assert next(iter(lines)) == SAVED + 1
     assert lines[STEPS]["rows_digest"] == metrics(runs.plain(saved))[STEPS]["rows_digest"]
+
+
+@pytest.mark.parametrize("case", fast_and_slow(FAST_GATED, ALL_GATED), ids=label)
+def test_thresholds_that_follow_go_on_where_they_were(runs: Runs, case: tuple[Layout, Layout]) -> None:
+    saved, resumed = case
+    ended, undisturbed = runs.resumed(saved, resumed, "batch_topk"), runs.variant(saved, "batch_topk")
+    ours, theirs = (torch.cat([weights(folder), thresholds(folder)]) for folder in (ended, undisturbed))
+    if saved == resumed:
+        assert torch.equal(ours, theirs)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    assert thresholds(ended)[0] == pytest.approx(float(thresholds(undisturbed)[0]), rel=1e-4)
 
 
 def test_resumed_pairs_stand_for_all() -> None:
