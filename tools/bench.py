@@ -5,8 +5,9 @@ fused AdamW, measured in the same process on the same shapes. Timed steps are wh
 AdamW with learning rate 0) through the objective and strategy that training uses. Repetitions are interleaved and
 medians are reported, so that a busy machine disturbs all subjects alike; the floor and our sparse step take turns
 first, then the dense steps, whose gigabytes of temporary memory would slow down what runs between them. The mean L0 is
-set through the encoder bias, one value for all free slots, chosen on the rows; weights and rows are Gaussian, so
-activity is spread evenly over slots. Peak memory is the growth of resident memory in a process of its own.
+set through the encoder bias, or the threshold of --gate batch_topk: one value for all free slots, chosen on the rows.
+Weights and rows are Gaussian, so activity is spread evenly over slots. Peak memory is the growth of resident memory in
+a process of its own.
 """
 
 import argparse
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=d.rows, help="rows B of a step (default %(default)s)")
     parser.add_argument("--l0", type=float, default=d.l0, help="mean active free slots per row (default %(default)s)")
     parser.add_argument(
+        "--gate", choices=("relu", "batch_topk"), default=d.gate, help="gate of the free slots (default %(default)s)"
+    )
+    parser.add_argument(
         "--repeats", type=int, default=7, help="timed repetitions of each subject (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: what torch chooses)")
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()  # as training does
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = Setting(args.rows, args.width, args.slots, args.bank_slots, args.concepts, l0=args.l0, device=args.device)
+    sizes = (args.rows, args.width, args.slots, args.bank_slots, args.concepts)
+    setting = Setting(*sizes, l0=args.l0, device=args.device, gate=args.gate)
     if args.quick:
         setting = replace(setting, rows=64, width=64, slots=2_000, bank_slots=512, l0=16.0)
         args.repeats = min(args.repeats, 2)

@@ -57,11 +57,13 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, capsys):
     assert "no compiler at hand" in capsys.readouterr().out
 
 
-def test_the_bias_sets_the_density():
-    ours = OurStep(Setting(rows=256, width=32, slots=1000, bank_slots=300, l0=20.0))
+@pytest.mark.parametrize("gate", ["relu", "batch_topk"])
+def test_the_bias_or_the_threshold_sets_the_density(gate):
+    ours = OurStep(Setting(rows=256, width=32, slots=1000, bank_slots=300, l0=20.0, gate=gate))
     ours.prepare("dense", sparse=True)
-    ours.step(align=False)
-    assert ours.l0 == pytest.approx(20.0, rel=0.2)
+    for _ in range(3):
+        ours.step(align=False)
+        assert ours.l0 == pytest.approx(20.0, rel=0.2)
     ours.prepare("dense", sparse=False)
     ours.step(align=False)
     assert ours.l0 == pytest.approx(500.0, rel=0.1)

@@ -3,7 +3,7 @@
 import torch
 
 from tools.timing.setting import Setting, bias_for, make_rows
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.dictionary import GATES, ConceptDictionary, DictionaryConfig
 from trainer.kernels import KernelChoice, usable_precision
 from trainer.kernels.gradients import gradient_buffer
 from trainer.losses import LossWeights
@@ -23,20 +23,22 @@ class OurStep:
         self.rows = MicroBatch(x, concept, answer, counts)
         self.topology = Topology(device=torch.device(setting.device))
         names = [f"concept {i}" for i in range(setting.concepts)]
-        form = DictionaryConfig(setting.slots, setting.bank_slots).form(setting.width, names, setting.answers)
+        chosen = DictionaryConfig(setting.slots, setting.bank_slots, gate=setting.gate)
+        form = chosen.form(setting.width, names, setting.answers)
         dictionary = ConceptDictionary(form, seed=setting.seed)
         with torch.no_grad():
             dictionary.concepts.W_enc.normal_().mul_(setting.width**-0.5)
             dictionary.concepts.W_dec.normal_().mul_(setting.width**-0.5)
         dictionary.to(setting.device)
-        self.weights = LossWeights()
+        # The gate keeps the number of active slots, so that no sparsity term has to, as in a run.
+        self.weights = LossWeights(sp=0.0) if GATES[setting.gate].fixes_l0 else LossWeights()
         precision = usable_precision(precision, self.topology.device)
         self.objective = AlignObjective(dictionary, self.topology, kernel=kernel, precision=precision)
         self.strategy = LocalStrategy(self.topology)
         self.strategy.prepare(self.objective, OptimConfig(), 0)
         self.l0 = 0.0
         bank = next(iter(dictionary.free_banks()))
-        self.sparse_bias = bias_for(x, bank.W_enc[:2048], setting.l0, setting.slots)
+        self.sparse_level = -bias_for(x, bank.W_enc[:2048], setting.l0, setting.slots)
 
     @torch.no_grad()
     def prepare(self, kernel: str, sparse: bool) -> None:
@@ -45,16 +47,21 @@ class OurStep:
         At initialisation the bias is 0 and half of the slots are active. Raises UserError where the kernel cannot run.
         """
         self.objective.choice = KernelChoice(kernel, self.objective.dictionary.form.bank_sizes, self.topology.device)
+        level = self.sparse_level if sparse else 0.0  # above which as many pre-activations lie as are to be active
         for bank in self.objective.dictionary.free_banks():
-            bank.b_enc.fill_(self.sparse_bias if sparse else 0.0)
+            held = bank.gate.tensors_at(torch.full((bank.slots,), level))
+            for name, value in held.items():
+                getattr(bank, name).copy_(value)
+            bank.b_enc.fill_(0.0 if held else -level)
 
     def step(self, align: bool) -> None:
         """One optimizer step."""
         loss, sums = self.strategy.forward(self.rows, self.weights, align, 1)
         self.strategy.backward(loss, last=True)
         self.strategy.update(0.0, OptimConfig.clip)
-        self.objective.take_up()
         self.l0 = float(sums[SUMS.index("active")]) / len(self.rows.acts)
+        # Aiming at where it is: the threshold is followed, and stays where it was set.
+        self.objective.take_up(self.l0, max(self.l0, 1.0) if GATES[self.setting.gate].fixes_l0 else None)
 
 
 class FloorAdamW:

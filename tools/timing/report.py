@@ -48,7 +48,7 @@ def print_tables(found: dict[str, Any]) -> None:
     shapes = found["shapes"]
     print(
         f"{found['device']}; B={shapes['rows']} D={shapes['width']} S={shapes['slots'] + shapes['concepts']} "
-        f"R={shapes['concepts']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
+        f"R={shapes['concepts']} gate {shapes['gate']} mean L0 {found['mean_l0']:.1f}; medians of {found['repeats']}"
     )
     rows = [
         (f"encoder product ({found['precision']})", found["encoder_product_s"]),

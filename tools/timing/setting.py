@@ -20,6 +20,7 @@ class Setting:
     l0: float = 64.0
     device: str = "cpu"
     seed: int = 0
+    gate: str = "relu"
 
     @property
     def state_bytes(self) -> int:
