@@ -22,11 +22,14 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/demo.sh
 
+# A file's tests stay together: they share folders of runs. Most are one thread, or processes that wait for each other.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 # Round trips with other trainers, which live in an environment of their own: they pin packages that this one does not.
 PEERS := .venv-peers

@@ -25,6 +25,7 @@ PEERS = {"sae_lens", "sparsify"}
 # Distribution -> why no module imports it.
 NOT_IMPORTED = {
     "ninja": "the compiler driver of torch.utils.cpp_extension, a program",
+    "pytest-xdist": "pytest finds it; an option of the Makefile",
     "ruff": "a command of the Makefile",
     "mypy": "a command of the Makefile",
     "clang-format": "a command of the Makefile",

@@ -71,6 +71,13 @@ def test_run_folder(undisturbed: Path, small_data: Path) -> None:
     assert manifest.digest == Manifest.load(small_data).digest
 
 
+def test_what_does_not_count_in_a_stage_is_absent(undisturbed: Path) -> None:
+    for step, line in metrics(undisturbed).items():
+        found = {name for name in line if name.startswith("loss/")} | ({"binding"} & line.keys())
+        of_align = {"loss/bind", "loss/perp", "loss/val", "binding"}
+        assert found == {"loss/rec", "loss/sp"} | (of_align if step > SWITCH else set()), step
+
+
 def test_digest_is_that_of_the_plan(undisturbed: Path, small_data: Path) -> None:
     plan = Plan(Manifest.load(small_data), 0, BATCH, LANES, 2)
     chain = RowDigest()

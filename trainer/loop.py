@@ -202,7 +202,7 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
         "stage": settings.stage,
         "epoch": run.state.step / run.plan.steps_per_epoch,
         "rows": run.state.step * run.config.data.global_batch,
-        **run.metrics.read(settings.weights),
+        **run.metrics.read(settings.weights, settings.stage),
         "dead": dead / run.config.dictionary.free_slots,
         "grad_norm": run.grad_norm,
         "lr": settings.lr,
@@ -216,7 +216,7 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
     if run.strategy.topology.device.type == "cuda":
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     run.tracker.log(line, run.state.step)
-    shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")}
+    shown = {k: line[k] for k in ("loss", "fvu", "l0", "dead", "binding", "rows_per_s") if k in line}
     bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
     bar.set_description(settings.stage, refresh=False)
 

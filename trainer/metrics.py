@@ -47,20 +47,24 @@ class Metrics:
             self._total[name] += value
         self.steps += 1
 
-    def read(self, weights: LossWeights) -> dict[str, float]:
-        """Figures of the global batches since the last read, and start anew.
+    def read(self, weights: LossWeights, stage: str) -> dict[str, float]:
+        """Figures of the global batches of a stage since the last read, and start anew.
 
         fvu is about the stored mean; l0 counts active slots per row; binding is the share of labelled rows whose
-        largest concept logit is their concept's. For the losses see `batch_means`.
+        largest concept logit is their concept's. For the losses see `batch_means`. What does not count in the stage,
+        or had no row to count, is absent.
         """
         total, means = self._total, batch_means(self._total, self.steps)
+        there = total | {"steps": self.steps}
+        counting = {term.name for term in TERMS if term.counts_in(stage) and there[term.mean_over] > 0}
         figures = {
             "loss": weighted(means, weights),
-            **{f"loss/{name}": value for name, value in means.items()},
+            **{f"loss/{name}": value for name, value in means.items() if name in counting},
             "fvu": total["rec"] / max(total["variance"], 1e-30),
             "l0": (total["active"] + total["concept_active"]) / max(total["rows"], 1.0),
-            "binding": total["bound"] / max(total["labelled"], 1.0),
         }
+        if "bind" in counting:
+            figures["binding"] = total["bound"] / total["labelled"]
         self._start()
         return figures
 

@@ -101,7 +101,7 @@ def assert_close_runs(
     """Relative difference <= 1e-5 at the first five steps of each stage, <= 1e-4 at every step."""
     assert list(ours) == list(theirs)
     for step, name in product(ours, names):
-        if step > after:
+        if step > after and (name in ours[step] or name in theirs[step]):
             tolerance = 1e-5 if step in EARLY else 1e-4
             assert ours[step][name] == pytest.approx(theirs[step][name], rel=tolerance, abs=1e-12), (step, name)
 
@@ -144,7 +144,7 @@ def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, 
         assert thresholds(folder).unique().numel() == 1
         assert ours[1]["l0"] > 8 > ours[SWITCH]["l0"]  # it has followed
     if variant == "bare":
-        assert ours[SWITCH]["loss/bind"] == ours[SWITCH]["loss/val"] == 0
+        assert "loss/rec" in ours[SWITCH] and not {"loss/bind", "loss/val"} & ours[SWITCH].keys()
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))
 
 

@@ -1,4 +1,7 @@
-"""Causal language models: loading, and edits of the residual stream after a block. B prompts, T tokens, D model width."""
+"""Causal language models: loading, and edits of the residual stream after a block.
+
+B prompts, T tokens, D model width.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
