@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A room may import rooms of lower floors, and itself; rooms of one floor do not know each other.
 FLOORS = [
     ["errors"],
-    ["private", "redact", "files", "yaml_reader"],
+    ["private", "redact", "files", "yaml_reader", "labels"],
     ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
     ["losses", "guard", "interrupt", "agreement", "ownership", "failures"],
-    ["kernels"],
+    ["kernels", "binding"],
     ["objective", "optimizer"],
     ["curriculum", "metrics", "waking"],
     ["strategies", "tracking"],

@@ -59,7 +59,8 @@ def test_impossible_stages_are_refused(stages, message):
 
 def test_class_means_ignore_unlabelled_rows():
     x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 4.0], [9.0, 9.0]])
-    classes = class_means([(x[:2], torch.tensor([0, 0])), (x[2:], torch.tensor([1, -1]))], 3, 2, Topology())
+    concept = torch.tensor([[0], [0], [1], [-1]])
+    classes = class_means([(x[:2], concept[:2]), (x[2:], concept[2:])], 3, 2, Topology())
     torch.testing.assert_close(classes.means, torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]]))
     assert classes.counts.tolist() == [2, 1, 0]
 

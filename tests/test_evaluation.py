@@ -27,7 +27,7 @@ from trainer.errors import DataError
 
 def rows_of(acts, concept, batch=7):
     """Row source over tensors in uneven batches."""
-    return lambda: iter([(a, c) for a, c in zip(acts.split(batch), concept.split(batch), strict=True)])
+    return lambda: iter([(a, c[:, None]) for a, c in zip(acts.split(batch), concept.split(batch), strict=True)])
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def sample():
 def test_silent_row_is_no_slot_and_counts_as_wrong():
     code = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0], [0.0, 0.2, 0.9]])
     assert predicted_slots(code).tolist() == [-1, 0, 2]
-    confusion = confusion_matrix(predicted_slots(code), torch.tensor([0, 0, 2]), 3)
+    confusion = confusion_matrix(predicted_slots(code), torch.tensor([[0], [0], [2]]), 3)
     assert confusion.tolist() == [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
     found = binding(confusion)
     assert found.slot_accuracy == pytest.approx(2 / 3)
@@ -50,9 +50,9 @@ def test_silent_row_is_no_slot_and_counts_as_wrong():
 
 
 def test_unlabelled_rows_are_left_out_and_labels_are_checked():
-    assert confusion_matrix(torch.tensor([0, 1]), torch.tensor([-1, 1]), 2).sum() == 1
+    assert confusion_matrix(torch.tensor([0, 1]), torch.tensor([[-1], [1]]), 2).sum() == 1
     with pytest.raises(DataError, match="label 2 is out of range for 2 concept slots"):
-        confusion_matrix(torch.tensor([0]), torch.tensor([2]), 2)
+        confusion_matrix(torch.tensor([0]), torch.tensor([[2]]), 2)
     with pytest.raises(DataError, match="no labelled row"):
         binding(torch.zeros(2, 3, dtype=torch.int64))
 
@@ -120,7 +120,7 @@ def test_reconstruction_matches_the_whole_code(sample, decoder_norm):
     assert found.l0 == pytest.approx((z > 0).float().sum(1).mean().item())
     assert found.dead == pytest.approx(1 - (z > 0).any(0).float().mean().item())
     assert found.alive == (z[:, :3] > 0).any(0).tolist()
-    torch.testing.assert_close(found.confusion, confusion_matrix(predicted_slots(z[:, :3]), concept, 3))
+    torch.testing.assert_close(found.confusion, confusion_matrix(predicted_slots(z[:, :3]), concept[:, None], 3))
 
 
 @pytest.mark.parametrize("sums_bytes", [1, 3 * 8 * 20, 1 << 30])

@@ -33,7 +33,7 @@ def make_batch(B, D, R, answers=5, unlabelled=0.3):
     concept[torch.rand(B) < unlabelled] = -1
     answer = torch.where(concept >= 0, torch.randint(0, answers, (B,)), -1)
     counts = torch.tensor([B, (concept >= 0).sum(), (answer >= 0).sum()], dtype=torch.float32)
-    return MicroBatch(torch.randn(B, D), concept, answer, counts)
+    return MicroBatch(torch.randn(B, D), concept[:, None], answer, counts)
 
 
 def oracle(objective, batch, weights, align):

@@ -38,7 +38,7 @@ def take_step(strategy: LocalStrategy, rows: torch.Tensor, step: int) -> float:
     """One step on all rows; the loss."""
     none = torch.full((len(rows),), -1)
     counts = torch.tensor([float(len(rows)), 0.0, 0.0])
-    loss, _ = strategy.forward(MicroBatch(rows, none, none, counts), LossWeights(sp=0.01), False, step)
+    loss, _ = strategy.forward(MicroBatch(rows, none[:, None], none, counts), LossWeights(sp=0.01), False, step)
     strategy.backward(loss, last=True)
     strategy.update(3e-3, 1.0)
     return float(loss.detach())

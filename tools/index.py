@@ -1,9 +1,9 @@
 """Build manifest.json for block shards that were written elsewhere, without copying them.
 
 FOLDER holds uncompressed USTAR tars whose samples are blocks of rows: KEY.acts.npy [n, D] (float16, float32, or
-bfloat16 bits as uint16) and, where rows have labels, KEY.concept.npy [n] and KEY.answer.npy [n] (integers, -1 for
-none). Every byte is read once: checksums, label ranges and the normalisation come out of the same pass. One-vector
-samples need `alignsae repack`.
+bfloat16 bits as uint16) and, where rows have labels, KEY.concept.npy [n] or [n, M] and KEY.answer.npy [n] (integers,
+see docs/data.md). Every byte is read once: checksums, label ranges and the normalisation come out of the same pass.
+One-vector samples need `alignsae repack`.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     bounds = [len(names) if names is not None else _ANY_LABEL for names in (concepts, answers)]
     shards: list[Shard] = []
     running: RunningNormalisation | None = None
-    dtype, labels = "", [-1, -1]
+    dtype, labels, per_row = "", [-1, -1], 1
     with tqdm(total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, desc="index") as bar:
         for path in paths:
             shard, data = scan_shard(path, suffixes, bar.update)
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
                 if bad is not None:
                     raise DataError(f"{place}: row {bad[0]} holds NaN or infinity; extract it again")
                 running.add(from_stored(rows.acts.copy(), dtype).float().numpy())
+                per_row = max(per_row, rows.concept.shape[1])
                 labels = [max(a, int(b.max())) for a, b in zip(labels, (rows.concept, rows.answer), strict=True)]
     if running is None:
         raise DataError(f"{folder}: the shards hold no rows")
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         answers=answers if answers is not None else [f"answer-{i}" for i in range(labels[1] + 1)],
         rows=running.rows,
         shards=tuple(shards),
+        concepts_per_row=per_row,
     )
     # What is written must be readable: the same checks as for any manifest.
     Manifest.parse(manifest.to_json().encode(), f"{folder}/{FILE_NAME}")

@@ -18,6 +18,7 @@ from trainer.curriculum import Curriculum, StepSettings
 from trainer.dictionary.units import CONCEPTS
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
+from trainer.labels import listing
 from trainer.losses import weighted
 from trainer.metrics import Metrics, StepSums, batch_means
 from trainer.objective import MicroBatch
@@ -121,7 +122,7 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
         keep = moved.valid
         acts, concept, answer = acts[keep], concept[keep], answer[keep]
     parts = [len(part) for part in torch.tensor_split(concept, run.config.optim.accumulate)]
-    labels = torch.stack([(concept >= 0).sum(), (answer >= 0).sum()]).float()
+    labels = torch.stack([listing(concept).sum(), (answer >= 0).sum()]).float()
     sizes = labels.new_tensor([len(concept), *parts])
     counts = topology.sum_over_data(torch.cat([sizes[:1], labels, sizes[1:]]))
     return MicroBatch(acts, concept, answer, counts[:3], part_rows=counts[3:])

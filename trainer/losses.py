@@ -4,8 +4,8 @@ What is plain here is short, obvious, and the oracle that the fused objective is
 TERMS, a field of LossWeights and of StageWeights, a function and its line in `plain_objective`; and its fused form in
 objective.py.
 
-Shapes: B rows, D width, R concepts, K free slots, A answers. Means run over the rows given; a row with label -1 counts
-for no label term.
+Shapes: B rows, D width, R concepts, K free slots, M labels of a row at most, A answers. Means run over the rows given;
+labels are those of trainer.labels.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trainer.dictionary import BankWeights
 from trainer.errors import UserError
+from trainer.labels import listing, membership
 
 # A slot whose variance is below this share of its mean square is constant for fp32: its correlation is 0, not noise.
 CONSTANT_SHARE = 1e-6
@@ -152,8 +153,8 @@ class PlainDictionary:
 def plain_objective(
     dictionary: PlainDictionary, x: Tensor, concept: Tensor, answer: Tensor, align: bool, bind_on: str = "pre"
 ) -> dict[str, Tensor]:
-    """The mean of every term on normalised activations x [B, D], concept [B], answer [B]; `weighted` makes the loss of
-    them.
+    """The mean of every term on normalised activations x [B, D], concept [B, M], answer [B]; `weighted` makes the loss
+    of them.
 
     Without `align` the concept slots sleep, and the terms of stage align are 0.
     """
@@ -185,19 +186,18 @@ def sparsity(z_rest: Tensor, decoder: Tensor) -> Tensor:
 
 
 def binding(logits: Tensor, concept: Tensor) -> Tensor:
-    """L_bind (AlignSAE): cross-entropy of logits [B, R] with concept [B], over rows with a label; 0 without any."""
-    return _labelled_cross_entropy(logits, concept)
+    """L_bind (AlignSAE): cross-entropy of logits [B, R] with the concepts [B, M] that a row lists, each as likely as
+    the others, over rows that list one; 0 without any."""
+    member = membership(concept, logits.shape[1]).to(logits.dtype)
+    target = member / member.sum(dim=1, keepdim=True).clamp_min(1)
+    return -(target * logits.log_softmax(dim=1)).sum() / listing(concept).sum().clamp_min(1)
 
 
 def value(answer_logits: Tensor, answer: Tensor) -> Tensor:
     """L_val (AlignSAE): cross-entropy of V(z_concept) [B, A] with answer [B], over rows that have one; 0 without
     any."""
-    return _labelled_cross_entropy(answer_logits, answer)
-
-
-def _labelled_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    labelled = (target >= 0).sum().clamp_min(1)
-    return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum") / labelled
+    answered = (answer >= 0).sum().clamp_min(1)
+    return F.cross_entropy(answer_logits, answer, ignore_index=-1, reduction="sum") / answered
 
 
 def standardise(z: Tensor) -> Tensor:

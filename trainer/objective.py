@@ -2,7 +2,8 @@
 
 Its forward takes rows and returns the loss, bank by bank, never holding a whole code.
 
-Shapes: B rows of this rank, G of the global batch, D width, R concepts, n slots of a bank, A answers. Formulas:
+Shapes: B rows of this rank, G of the global batch, D width, R concepts, M labels of a row at most, n slots of a bank, A
+answers. Formulas:
 docs/design.md, "The numbers".
 """
 
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.binding import softmax_binding
 from trainer.dictionary import BankWeights, ConceptDictionary, SlotBank, apply_gate, bank_unit
 from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
+from trainer.labels import listing
 from trainer.losses import (
     COUNTS,
     TERMS,
@@ -36,7 +39,7 @@ BF16_CONCEPTS = 64
 class MicroBatch:
     """The rows that one forward sees, and how many the global batch has.
 
-    acts [B, D] raw activations; concept [B] and answer [B] int64, -1 = none;
+    acts [B, D] raw activations; concept [B, M] int64, see trainer.labels; answer [B] int64, -1 = none;
     counts [3] fp32: losses.COUNTS of the global batch (all ranks, all micro-batches);
     rows: rows of this micro-batch on all data ranks, a scalar fp32, None where it is the whole batch;
     part_rows [parts] fp32: the same of each of the slices that `split` makes, None where there is one.
@@ -61,7 +64,7 @@ class MicroBatch:
 
 # Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the
 # terms of the loss, x^2, active entries of free and of concept slots, and labelled rows whose largest concept logit is
-# their concept's.
+# one of their concepts'.
 SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "concept_active", "bound")
 
 
@@ -138,18 +141,18 @@ class AlignObjective(nn.Module):
         sums = {
             "rec": (x - x_hat).square().sum(),
             "sp": sp,
-            "bind": _summed_cross_entropy(logits, concept),
+            "bind": softmax_binding(logits, concept),
             "perp": perp,
             "val": self._value(z_concept, answer),
         }
         figures = {
             "rows": len(x),
-            "labelled": (batch.concept >= 0).sum(),
+            "labelled": listing(batch.concept).sum(),
             "answered": (batch.answer >= 0).sum(),
             "variance": x.square().sum(),
             "active": sum(stats.active for stats in context.stats),
             "concept_active": (z_concept > 0).sum(),
-            "bound": (logits.argmax(dim=1) == concept).sum() if logits.shape[1] else 0,
+            "bound": (logits.argmax(dim=1, keepdim=True) == concept).sum() if logits.shape[1] else 0,
         }
         share = self._share({**sums, **figures})
 

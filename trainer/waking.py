@@ -1,6 +1,6 @@
 """How concept slots wake up at the switch to stage align: from the class means of the rows that come next.
 
-Shapes: B rows, D width, R concepts.
+Shapes: B rows, D width, R concepts, M labels of a row at most.
 """
 
 from collections.abc import Iterable
@@ -14,19 +14,20 @@ from trainer.topology import Topology
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """Mean normalised activation of each concept, means [R, D], over counts [R] rows of all data ranks."""
+    """Mean normalised activation of each concept, means [R, D], over the counts [R] rows of all data
+    ranks that list it."""
 
     means: Tensor
     counts: Tensor
 
 
 def class_means(batches: Iterable[tuple[Tensor, Tensor]], concepts: int, width: int, topology: Topology) -> ClassMeans:
-    """From (x [B, D], concept [B]) of this data rank's rows, summed in double over all data ranks."""
+    """From (x [B, D], concept [B, M]) of this data rank's rows, summed in double over all data ranks."""
     sums = torch.zeros(concepts, width + 1, dtype=torch.float64, device=topology.device)
     for x, concept in batches:
-        labelled = concept >= 0
-        rows = torch.cat([x[labelled].double(), torch.ones_like(x[labelled][:, :1], dtype=torch.float64)], dim=1)
-        sums.index_add_(0, concept[labelled], rows)
+        row, column = (concept >= 0).nonzero(as_tuple=True)
+        listed = x[row].double()
+        sums.index_add_(0, concept[row, column], torch.cat([listed, torch.ones_like(listed[:, :1])], dim=1))
     topology.sum_over_data(sums)
     counts = sums[:, -1]
     return ClassMeans((sums[:, :-1] / counts.clamp_min(1)[:, None]).float(), counts)

@@ -110,11 +110,11 @@ def exercise(args: argparse.Namespace, layout: Layout, topology: Topology) -> Se
     moved = (0, 0)
     for step in range(args.steps):
         acts = torch.randn(rows, args.width, generator=generator) / args.width**0.5
-        concept = torch.randint(0, args.concepts, (rows,), generator=generator)
+        concept = torch.randint(0, args.concepts, (rows, 1), generator=generator)
         topology.barrier()
         start = tcp_bytes()
         loss, _ = strategy.forward(
-            MicroBatch(acts, concept, torch.full_like(concept, -1), counts), LossWeights(), True, step
+            MicroBatch(acts, concept, torch.full((rows,), -1), counts), LossWeights(), True, step
         )
         strategy.backward(loss, last=True)
         strategy.update(1e-3, 1.0)

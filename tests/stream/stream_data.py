@@ -35,13 +35,14 @@ def write(
 
 
 def read(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(acts, concept, answer) of a data set in row order, as the stream delivers them."""
+    """(acts, concept, answer) of a data set in row order, as the stream delivers them; concept [n] where M is 1."""
     manifest = Manifest.load(folder)
     plan = Plan(manifest, 0, manifest.rows, 1, 4)
     with Stream(DataConfig(shards=str(folder), threads=0), manifest, plan, range(1)) as stream:
         batch = next(stream)
     order = batch.row_ids.argsort()
-    return batch.acts[order], batch.concept[order], batch.answer[order]
+    concept = batch.concept[order]
+    return batch.acts[order], concept[:, 0] if manifest.concepts_per_row == 1 else concept, batch.answer[order]
 
 
 def poison(folder: Path, manifest: Manifest, values: dict[int, float], dtype: str) -> None:

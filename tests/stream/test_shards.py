@@ -85,7 +85,7 @@ def test_given_normalisation_and_extra_are_kept(dataset):
         ({"acts": np.full((5, 4), np.nan, np.float32)}, "row 0 .* NaN or infinite"),
         ({"acts": np.full((5, 4), 1e6, np.float32), "dtype": "float16"}, "65504"),
         ({"acts": np.ones((5, 3), np.float32)}, r"acts \[n, 4\]"),
-        ({"concept": np.full(5, 3)}, "concept 3 is outside -1..2"),
+        ({"concept": np.full(5, 3)}, "concept label 3 is outside -2..2"),
         ({"answer": np.array([0, 0, -2, 0, 0])}, "row 2 .* answer -2 is outside -1..4"),
         ({"acts": np.ones((5, 4), np.float32)}, "all 5 activation rows are equal"),
     ],

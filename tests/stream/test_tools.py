@@ -62,7 +62,7 @@ def test_index_without_labels_and_with_other_suffixes(tmp_path):
         ({"acts.npy": np.ones(4, np.float32)}, "use `alignsae repack`"),
         ({"h.npy": np.ones((3, 4), np.float32)}, "has no .acts.npy"),
         ({"acts.npy": np.full((3, 4), np.inf, np.float32)}, "row 0 holds NaN or infinity"),
-        ({"acts.npy": np.ones((3, 4), np.float32), "concept.npy": np.array([0, 1, -2])}, "concept label -2 is outside"),
+        ({"acts.npy": np.ones((3, 4), np.float32), "concept.npy": np.array([0, 1, -3])}, "concept label -3 is outside"),
         ({"acts.npy": np.ones((3, 4), np.float32), "answer.npy": np.array([0, 1])}, "not one integer per row"),
     ],
 )

@@ -53,7 +53,7 @@ def free_memory(device: str) -> int | None:
 
 
 def make_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, D] of mean squared norm 1, concept [B] and answer [B] int64; one row in ten has no label."""
+    """x [B, D] of mean squared norm 1, concept [B, 1] and answer [B] int64; one row in ten has no label."""
     generator = torch.Generator().manual_seed(setting.seed)
     x = torch.randn(setting.rows, setting.width, generator=generator) / setting.width**0.5
     concept = torch.randint(0, max(setting.concepts, 1), (setting.rows,), generator=generator)
@@ -61,7 +61,7 @@ def make_rows(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     if setting.concepts == 0:
         concept.fill_(-1)
     answer = torch.where(concept >= 0, torch.randint(0, setting.answers, (setting.rows,), generator=generator), -1)
-    return tuple(t.to(setting.device) for t in (x, concept, answer))  # type: ignore[return-value]
+    return tuple(t.to(setting.device) for t in (x, concept[:, None], answer))  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Binding, fragmentation and reconstruction of a dictionary: functions of codes and labels.
 
-Shapes: B rows of a batch, D model width, R concepts, S slots, n slots of one bank. Rows come from a function that can
-be called again, because large dictionaries need several passes; no pass holds a code of all slots or of all rows.
+Shapes: B rows of a batch, D model width, R concepts, M labels of a row at most, S slots, n slots of one bank. Rows come
+from a function that can be called again, because large dictionaries need several passes; no pass holds a code of all
+slots or of all rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from trainer.dictionary import ConceptDictionary, SlotBank
 from trainer.errors import DataError
+from trainer.labels import listing, membership
 
-# Yields (raw activations [B, D], concept [B] with -1 = unlabelled), the same rows in every call.
+# Yields (raw activations [B, D], concept [B, M], see trainer.labels), the same rows in every call.
 RowSource = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 # Per-concept sums [R, n] are held for as many slots as fit here; more slots mean more passes over the rows.
@@ -36,32 +38,37 @@ def predicted_slots(concept_code: Tensor) -> Tensor:
 
 
 def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tensor:
-    """Counts [R, R + 1] int64: row = true concept, column = chosen slot, last column = no slot; labelled rows only.
+    """Counts [R, R + 1] fp64: row = true concept, column = chosen slot, last column = no slot; over rows that list a
+    concept.
 
-    predicted, concept [B] int64, -1 = no slot, no label. Raises DataError on a label beyond R - 1.
+    A row that lists m concepts counts 1/m at each of them, and at its place on the diagonal where the chosen slot is
+    any of them: rows, not labels, add up to shares. predicted [B] int64, -1 = no slot; concept [B, M]. Raises DataError
+    on a label beyond R - 1.
     """
     if concept.numel() and int(concept.max()) >= concepts:
         raise DataError(
             f"label {int(concept.max())} is out of range for {concepts} concept slots; "
             "evaluate on shards of the same concepts"
         )
-    labelled = concept >= 0
-    truth = concept[labelled].long()
-    chosen = predicted[labelled].long()
+    row, column = (concept >= 0).nonzero(as_tuple=True)
+    truth, chosen = concept[row, column].long(), predicted[row].long()
     chosen = torch.where(chosen < 0, concepts, chosen)
-    cells = torch.bincount(truth * (concepts + 1) + chosen, minlength=concepts * (concepts + 1))
-    return cells.reshape(concepts, concepts + 1)
+    right = (concept[row] == chosen[:, None]).any(dim=1)
+    chosen = torch.where(right, truth, chosen)
+    share = 1.0 / (concept >= 0).sum(dim=1)[row].double()
+    cells = torch.bincount(truth * (concepts + 1) + chosen, share, minlength=concepts * (concepts + 1))
+    return cells.double().reshape(concepts, concepts + 1)
 
 
 @dataclass
 class Binding:
     """How well concept slots and concepts agree.
 
-    diagonal_accuracy: mean over concepts of the share of a concept's rows that choose slot r = concept r.
+    diagonal_accuracy: mean over concepts of the share of a concept's rows that choose a slot of their concepts.
     diagonal_accuracy_assigned: the same under the one-to-one assignment of slots to concepts that maximises it.
     assignment: slot of each concept under that assignment.
-    slot_accuracy: share of all labelled rows that choose their own slot (weights concepts by their rows).
-    silent: share of labelled rows in which no concept slot is active.
+    slot_accuracy: share of all rows with concepts that choose a slot of theirs (weights concepts by their rows).
+    silent: share of those rows in which no concept slot is active.
     """
 
     diagonal_accuracy: float
@@ -78,7 +85,7 @@ def binding(confusion: Tensor) -> Binding:
     present = per_concept > 0
     if not bool(present.any()):
         raise DataError("no labelled row to evaluate binding on; extract prompts that name a concept")
-    share = counts[:, :-1] / per_concept.clamp_min(1).unsqueeze(1)
+    share = counts[:, :-1] / torch.where(present, per_concept, 1.0).unsqueeze(1)
     rows, slots = linear_sum_assignment(share.numpy(), maximize=True)
     assigned = share[torch.from_numpy(rows), torch.from_numpy(slots)]
     return Binding(
@@ -142,8 +149,8 @@ def activation_blocks(
         sums = [exact.new_zeros(concepts, bank.slots) for bank in group]
         count = exact.new_zeros(concepts)
         for acts, concept in rows():
-            labelled = concept >= 0
-            member = torch.nn.functional.one_hot(concept[labelled].long(), concepts).T.float()
+            labelled = listing(concept)
+            member = membership(concept[labelled], concepts).T.float()
             x = dictionary.normalise(acts[labelled])
             count += member.sum(dim=1)
             for bank, into in zip(group, sums, strict=True):
@@ -165,9 +172,9 @@ def concept_means(rows: RowSource, concepts: int) -> Tensor:
     for acts, concept in rows():
         if total is None:
             total = acts.new_zeros(concepts, acts.shape[1], dtype=torch.float64)
-        labelled = concept >= 0
-        index = concept[labelled].long()
-        total.index_add_(0, index, acts[labelled].double())
+        row, column = (concept >= 0).nonzero(as_tuple=True)
+        index = concept[row, column].long()
+        total.index_add_(0, index, acts[row].double())
         count += torch.bincount(index, minlength=concepts).cpu()
     if total is None or bool((count == 0).any()):
         missing = torch.nonzero(count == 0).flatten().tolist()
@@ -201,7 +208,7 @@ def reconstruct(
     count, active, residual, square = 0, 0.0, 0.0, 0.0
     total = torch.zeros_like(dictionary.mean, dtype=torch.float64)
     fired = [torch.zeros_like(bank.b_enc, dtype=torch.bool) for bank in dictionary.all_banks()]
-    confusion = torch.zeros(concepts, concepts + 1, dtype=torch.int64, device=total.device)
+    confusion = torch.zeros(concepts, concepts + 1, dtype=torch.float64, device=total.device)
     for acts, concept in rows():
         # FVU is the same in normalised units, where sums of squares do not cancel.
         x = dictionary.normalise(acts)

@@ -54,9 +54,11 @@ class LocalStrategy(Strategy):
         undisturbed one ends.
         """
         device = self.topology.device
-        none = torch.zeros(0, dtype=torch.int64, device=device)
+        concept, answer = (torch.zeros(*shape, dtype=torch.int64, device=device) for shape in ((0, 1), (0,)))
         acts = torch.zeros(0, self.objective.dictionary.width, device=device)
-        loss, _ = self.forward(MicroBatch(acts, none, none, torch.zeros(3, device=device)), LossWeights(), False, 0)
+        loss, _ = self.forward(
+            MicroBatch(acts, concept, answer, torch.zeros(3, device=device)), LossWeights(), False, 0
+        )
         self.backward(loss, last=True)
         self.discard()
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.errors import DataError
+from trainer.labels import MOST_PER_ROW, UNKNOWN, BadLabel, canonical
 from trainer.stream import npy
 from trainer.stream.manifest import STORED_DTYPES, Block
 
@@ -25,7 +26,10 @@ FileIdentity = tuple[int, int, int, int]
 
 
 class BlockRows(NamedTuple):
-    """One block: acts [n, D] as stored, concept and answer int32 [n], valid bool [n]."""
+    """One block: acts [n, D] as stored, concept int32 [n, M] (trainer.labels), answer int32 [n], valid bool [n].
+
+    M is what the block needs; other blocks of the data set may be wider.
+    """
 
     acts: np.ndarray
     concept: np.ndarray
@@ -51,9 +55,11 @@ def map_identified(path: Path) -> tuple[np.ndarray, FileIdentity]:
         raise DataError(f"{path}: is empty") from None
 
 
-def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int) -> BlockRows:
+def open_block(
+    data: np.ndarray, block: Block, width: int, dtype: str, concepts: int, answers: int, per_row: int = MOST_PER_ROW
+) -> BlockRows:
     """Views of a block. data: uint8 [block.bytes], the block's extent; width D; concepts R and answers A bound the
-    labels.
+    labels, per_row how many concepts a row lists.
 
     Raises DataError (without a location) when a payload is not what the manifest says.
     """
@@ -63,8 +69,8 @@ def open_block(data: np.ndarray, block: Block, width: int, dtype: str, concepts:
             f"activations are {acts.dtype} {acts.shape}, the manifest says {STORED_DTYPES[dtype]} "
             f"({block.rows}, {width})"
         )
-    concept = _labels(data, block, block.concept, "concept", concepts)
-    answer = _labels(data, block, block.answer, "answer", answers)
+    concept = _concepts(data, block, concepts, per_row)
+    answer = _answers(data, block, answers)
     return BlockRows(acts, concept, answer, np.ones(block.rows, dtype=bool))
 
 
@@ -81,15 +87,30 @@ def _payload(data: np.ndarray, block: Block, span: tuple[int, int], name: str) -
     return npy.view(data[start : start + span[1]], name)
 
 
-def _labels(data: np.ndarray, block: Block, span: tuple[int, int] | None, name: str, size: int) -> np.ndarray:
-    if span is None:
+def _concepts(data: np.ndarray, block: Block, concepts: int, per_row: int) -> np.ndarray:
+    if block.concept is None:
+        return np.full((block.rows, 1), UNKNOWN, dtype=np.int32)
+    labels = _payload(data, block, block.concept, "concept")
+    wide = labels.shape[1] if labels.ndim == 2 else 1
+    if labels.dtype.kind != "i" or labels.shape not in ((block.rows,), (block.rows, wide)) or not 1 <= wide <= per_row:
+        raise DataError(
+            f"concept is {labels.dtype} {labels.shape}, not integers [{block.rows}] or [{block.rows}, 1 to {per_row}]"
+        )
+    try:
+        return canonical(labels, concepts)
+    except BadLabel as error:
+        raise DataError(f"row {error.row}: {error}") from None
+
+
+def _answers(data: np.ndarray, block: Block, answers: int) -> np.ndarray:
+    if block.answer is None:
         return np.full(block.rows, -1, dtype=np.int32)
-    labels = _payload(data, block, span, name)
+    labels = _payload(data, block, block.answer, "answer")
     if labels.shape != (block.rows,) or labels.dtype.kind != "i":
-        raise DataError(f"{name} is {labels.dtype} {labels.shape}, not one integer per row")
+        raise DataError(f"answer is {labels.dtype} {labels.shape}, not one integer per row")
     low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= size:
-        raise DataError(f"{name} label {low if low < -1 else high} is outside -1..{size - 1}")
+    if low < -1 or high >= answers:
+        raise DataError(f"answer label {low if low < -1 else high} is outside -1..{answers - 1}")
     return labels.astype(np.int32, copy=False)
 
 

@@ -28,6 +28,7 @@ class DataConfig:
     global_batch: int = 1024  # G, rows per step over all data ranks
     lanes: int = 8  # L; the number of data ranks divides it, it divides global_batch
     window: int = 8  # blocks that a lane shuffles together
+    unlabelled: str = "unknown"  # what a row without a label is: unknown, or none (it has none of the concepts)
     threads: int = 2  # prefetching threads; 0 = read in the training thread
     check: bool = True  # crc32 and finiteness of every block at its first use in a process
     quarantine_budget: int = 0  # damaged blocks that a rank may mask before it stops
@@ -43,6 +44,8 @@ class DataConfig:
         """Raise UserError for a value that cannot be."""
         if not self.shards:
             raise UserError("data.shards is empty; set it to a folder or URL that holds manifest.json")
+        if self.unlabelled not in ("unknown", "none"):
+            raise UserError(f"data.unlabelled={self.unlabelled!r} is unknown; use unknown or none")
         for name in ("global_batch", "lanes", "window", "cache_bytes", "download_threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from trainer.errors import DataError, UserError
 from trainer.files import checked, parse_json, read_regular, whole, write_atomically, wrong
+from trainer.labels import MOST_PER_ROW
 from trainer.redact import redact
 from trainer.stream.location import is_remote, local_path
 from trainer.stream.remote import read_file
@@ -163,12 +164,14 @@ class Manifest(ShardSpec):
     """Everything about one split that a reader must know.
 
     mean [D] and scale: x = (h - mean) / scale has mean squared norm 1. rows: of all blocks of all shards.
+    concepts_per_row: M, the most concepts that a row can list; blocks are as wide or narrower.
     """
 
     mean: list[Mean]
     scale: Scale
     rows: Rows
     shards: tuple[Shard, ...]
+    concepts_per_row: Annotated[int, whole(1, MOST_PER_ROW)] = 1
     schema: int = SCHEMA
 
     def check(self) -> None:
@@ -189,6 +192,8 @@ class Manifest(ShardSpec):
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.concepts_per_row == 1:  # the digest of a data set must not depend on who knows this field
+            del own["concepts_per_row"]
         return json.dumps(own, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.labels import unknown_as_none, widened
+from trainer.stream.blocks import BlockRows
 from trainer.stream.config import DataConfig
 from trainer.stream.manifest import STORED_DTYPES, Manifest
 from trainer.stream.plan import Plan, Window
@@ -24,9 +26,10 @@ from trainer.stream.source import BlockSource
 class Batch:
     """B rows of one rank and one global step.
 
-    acts [B, D] in the dtype of the shards; concept and answer int64 [B], -1 for none; row_ids int64 [B], unique in the
-    data set; positions int64 [B], place in the global batch (lane * G/L + i); valid bool [B], False for masked rows
-    (damaged or not finite), which must weigh nothing; step, the global step.
+    acts [B, D] in the dtype of the shards; concept int64 [B, M], see trainer.labels, with one M for the data set;
+    answer int64 [B], -1 for none; row_ids int64 [B], unique in the data set; positions int64 [B], place in the global
+    batch (lane * G/L + i); valid bool [B], False for masked rows (damaged or not finite), which must weigh nothing;
+    step, the global step.
     """
 
     acts: Tensor
@@ -71,7 +74,7 @@ class _Buffers:
 class _Window(NamedTuple):
     """A lane's window, opened: everything to copy its rows into batches."""
 
-    columns: np.ndarray  # int64 [4, n]: row id, concept, answer, valid, in reading order
+    columns: np.ndarray  # int64 [3 + M, n]: row id, answer, valid, then concepts, in reading order
     within: np.ndarray  # int64 [n] row within its block
     edges: list[int]  # run r is rows [edges[r], edges[r + 1]): one step, one block
     takes: list[Callable]  # per run, `take` of the block's activations
@@ -168,7 +171,7 @@ class Stream:
         else:
             acts = self._buffers.take()
             tensor = from_stored(acts, self.manifest.dtype)
-        columns = np.empty((4, count), dtype=np.int64)
+        columns = np.empty((3 + self.manifest.concepts_per_row, count), dtype=np.int64)
         first = epoch_step * share
         for place, lane in enumerate(self.lanes):
             for window in self.plan.windows_of(epoch, lane, first, first + share):
@@ -182,7 +185,8 @@ class Stream:
                 for low, high, take in zip(edges, edges[1:], opened.takes[r:end], strict=False):
                     # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
                     take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
-        row_ids, concept, answer, valid = torch.from_numpy(columns)
+        row_ids, answer, valid = torch.from_numpy(columns[:3])
+        concept = torch.from_numpy(np.ascontiguousarray(columns[3:].T))
         batch = Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
         return batch.pin() if self.pin else batch
 
@@ -241,10 +245,12 @@ class Stream:
         ordered = [blocks[number] for number in sorted(blocks)]
         first_rows = np.cumsum([0, *(len(block.valid) for block in ordered)])
         place = first_rows[np.searchsorted(sorted(blocks), numbers)] + within
-        columns = np.empty((4, len(rows)), dtype=np.int64)
+        concepts = self._concepts(ordered)
+        columns = np.empty((3 + concepts.shape[1], len(rows)), dtype=np.int64)
         columns[0] = rows
-        for column, name in zip(columns[1:], ("concept", "answer", "valid"), strict=True):
-            column[:] = np.concatenate([getattr(block, name) for block in ordered])[place]
+        columns[1] = np.concatenate([block.answer for block in ordered])[place]
+        columns[2] = np.concatenate([block.valid for block in ordered])[place]
+        columns[3:] = concepts[place].T
         share = self.plan.rows_per_lane_step
         step = np.arange(window.start, window.stop) // share - window.start // share
         new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))
@@ -256,3 +262,8 @@ class Stream:
             takes=[takes[number] for number in numbers[new_run].tolist()],
             first_run=np.searchsorted(step[new_run], np.arange(step[-1] + 2)).tolist(),
         )
+
+    def _concepts(self, blocks: list[BlockRows]) -> np.ndarray:
+        """Labels int32 [n, M] of the rows of these blocks, as training is to take them."""
+        labels = np.concatenate([widened(block.concept, self.manifest.concepts_per_row) for block in blocks])
+        return labels if self.config.unlabelled == "unknown" else unknown_as_none(labels)

@@ -92,9 +92,8 @@ def verify_shard(folder: Path, manifest: Manifest, shard: Shard, progress: Calla
         if zlib.crc32(extent.data) != block.crc32:
             yield f"{place}: bytes do not match crc32"
         try:
-            rows = open_block(
-                extent, block, manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers)
-            )
+            sizes = (manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
+            rows = open_block(extent, block, *sizes, manifest.concepts_per_row)
             bad = nonfinite_rows(rows.acts, manifest.dtype)
         except DataError as error:
             yield f"{place}: {error}"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trainer.errors import UserError
+from trainer.labels import MOST_PER_ROW, BadLabel, canonical, narrowed, widened
 from trainer.stream import npy
 from trainer.stream.manifest import FILE_NAME, MAX_PAYLOAD, Block, Manifest, Shard, ShardSpec
 from trainer.stream.normalisation import RunningNormalisation
@@ -97,6 +98,7 @@ class ShardWriter:
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._pending_rows = 0
         self._rows = 0
+        self._per_row = 1  # the most concepts that a row lists
         self._shards: list[Shard] = []
         self._blocks: list[Block] = []
         self._file: BinaryIO | None = None
@@ -118,30 +120,38 @@ class ShardWriter:
             self.close()
 
     def write(self, acts: torch.Tensor | np.ndarray, concept, answer) -> None:
-        """Append rows. acts [n, D] float, concept [n] and answer [n] integers, -1 for none."""
+        """Append rows. acts [n, D] float; concept [n] or [n, M] integers, see trainer.labels; answer [n] integers, -1
+        for none."""
         self._check_alive()
         width, dtype = self.spec.width, self.spec.dtype
         stored = to_stored(acts, dtype)
-        labels = [np.asarray(torch.as_tensor(v).cpu(), dtype=np.int64) for v in (concept, answer)]
-        if stored.ndim != 2 or stored.shape[1] != width or any(v.shape != (len(stored),) for v in labels):
-            shapes = [tuple(stored.shape), *(v.shape for v in labels)]
-            raise UserError(f"rows must be acts [n, {width}], concept [n] and answer [n]; got {shapes}")
+        concepts, answers = (np.asarray(torch.as_tensor(v).cpu(), dtype=np.int64) for v in (concept, answer))
+        n, wide = len(stored), concepts.shape[1] if concepts.ndim == 2 else 1
+        shaped = stored.shape == (n, width) and concepts.shape in ((n,), (n, wide)) and answers.shape == (n,)
+        if not shaped or not 1 <= wide <= MOST_PER_ROW:
+            raise UserError(
+                f"rows must be acts [n, {width}], concept [n] or [n, 1 to {MOST_PER_ROW}] and answer [n]; "
+                f"got {[tuple(stored.shape), concepts.shape, answers.shape]}"
+            )
         finite = torch.isfinite(from_stored(stored, dtype)).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0, 0])
             hint = "; float16 ends at 65504, try bfloat16 or float32" if dtype == "float16" else ""
             raise UserError(f"row {self._rows + bad} of {self.folder} is NaN or infinite as {dtype}{hint}")
-        for values, names, kind in zip(
-            labels, (self.spec.concepts, self.spec.answers), ("concept", "answer"), strict=True
-        ):
-            outside = (values < -1) | (values >= len(names))
-            if outside.any():
-                bad = int(outside.argmax())
-                raise UserError(
-                    f"row {self._rows + bad} of {self.folder}: {kind} {values[bad]} is outside -1..{len(names) - 1}"
-                )
+        try:
+            labels = canonical(concepts, len(self.spec.concepts))
+        except BadLabel as error:
+            raise UserError(f"row {self._rows + error.row} of {self.folder}: {error}") from None
+        outside = (answers < -1) | (answers >= len(self.spec.answers))
+        if outside.any():
+            bad = int(outside.argmax())
+            raise UserError(
+                f"row {self._rows + bad} of {self.folder}: answer {answers[bad]} is outside "
+                f"-1..{len(self.spec.answers) - 1}"
+            )
         self._rows += len(stored)
-        self._pending.append((stored.copy(), labels[0].astype(np.int32), labels[1].astype(np.int32)))
+        self._per_row = max(self._per_row, narrowed(labels).shape[1])
+        self._pending.append((stored.copy(), labels, answers.astype(np.int32)))
         self._pending_rows += len(stored)
         if self._pending_rows >= self.rows_per_block:
             self._flush(final=False)
@@ -165,6 +175,7 @@ class ShardWriter:
                 mean=[float(value) for value in mean],
                 scale=float(scale),
                 rows=self._rows,
+                concepts_per_row=self._per_row,
                 shards=tuple(self._shards),
             )
             # What is written must be readable; names that were appended meanwhile are checked here.
@@ -207,7 +218,8 @@ class ShardWriter:
         """Cut the pending rows into blocks; the rest stays pending unless this is the end."""
         if not self._pending:
             return
-        acts, concept, answer = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        pending = [(acts, widened(narrowed(concept), self._per_row), answer) for acts, concept, answer in self._pending]
+        acts, concept, answer = (np.concatenate(parts) for parts in zip(*pending, strict=True))
         cut = len(acts) if final else len(acts) - len(acts) % self.rows_per_block
         try:
             for low in range(0, cut, self.rows_per_block):
@@ -229,7 +241,10 @@ class ShardWriter:
         start, self._sink.crc = self._sink.position, 0
         key = f"{self.split}-{len(self._shards):06d}-{len(self._blocks):06d}"
         spans: dict[str, tuple[int, int]] = {}
-        for name, array in (("acts", acts), ("concept", concept), ("answer", answer)):
+        labels = narrowed(concept)
+        if labels.shape[1] == 1:
+            labels = labels[:, 0]
+        for name, array in (("acts", acts), ("concept", labels), ("answer", answer)):
             payload = npy.encode(array)
             info = tarfile.TarInfo(f"{key}.{name}.npy")
             info.size, info.mode = len(payload), 0o644

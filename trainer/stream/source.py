@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from trainer.errors import DataError
+from trainer.labels import UNKNOWN
 from trainer.redact import redact
 from trainer.stream.attempts import Deadline, Final, Unreachable, retried
 from trainer.stream.blocks import BlockRows, FileIdentity, check_extent, map_identified, nonfinite_rows, open_block
@@ -179,14 +180,15 @@ class BlockSource:
         if unchecked and zlib.crc32(data.data) != block.crc32:
             raise DataError("bytes do not match crc32")
         manifest = self.manifest
-        rows = open_block(data, block, manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
+        sizes = (manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
+        rows = open_block(data, block, *sizes, manifest.concepts_per_row)
         if unchecked:
             self._note(index, identity, nonfinite_rows(rows.acts, manifest.dtype))
         known = self._checked.get(index)
         if known is not None and known.bad is not None:
             bad = known.bad
             rows = BlockRows(*(array.copy() for array in rows))
-            rows.acts[bad], rows.concept[bad], rows.answer[bad], rows.valid[bad] = self.mean, -1, -1, False
+            rows.acts[bad], rows.concept[bad], rows.answer[bad], rows.valid[bad] = self.mean, UNKNOWN, -1, False
         return rows
 
     def _note(self, index: int, identity: FileIdentity, bad: np.ndarray | None) -> None:
@@ -236,8 +238,9 @@ class BlockSource:
 
     def _masked(self, block: Block) -> BlockRows:
         none = np.full(block.rows, -1, dtype=np.int32)
+        unknown = np.full((block.rows, 1), UNKNOWN, dtype=np.int32)
         acts = np.broadcast_to(self.mean, (block.rows, self.manifest.width))
-        return BlockRows(np.ascontiguousarray(acts), none, none, np.zeros(block.rows, dtype=bool))
+        return BlockRows(np.ascontiguousarray(acts), unknown, none, np.zeros(block.rows, dtype=bool))
 
     def close(self) -> None:
         """Stop downloading and unmap the shards."""
