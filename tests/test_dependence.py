@@ -18,7 +18,7 @@ FREQUENCIES = torch.logspace(-1, -3, INDEPENDENT)  # of independent slots: 1 row
 
 
 def planted(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows [B, D] whose entry j is how active slot j is, concepts first, and their concept [B].
+    """Rows [B, D] whose entry j is how active slot j is, concepts first, and their concept [B, 1].
 
     A concept has one row in four, each copy fires with its concept in nine rows of ten, other slots fire at random.
     """
@@ -30,7 +30,7 @@ def planted(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     own = torch.nn.functional.one_hot(concept, CONCEPTS)
     copies = own * (torch.rand(rows, COPIES, generator=generator) < 0.9)
     others = torch.rand(rows, INDEPENDENT, generator=generator) < FREQUENCIES
-    return torch.cat([own, copies, others], dim=1) * strength(rows, WIDTH), concept
+    return torch.cat([own, copies, others], dim=1) * strength(rows, WIDTH), concept[:, None]
 
 
 def dictionary() -> ConceptDictionary:
@@ -64,7 +64,7 @@ def test_slots_that_are_independent_are_left_alone_and_copies_lose_their_correla
     for step in range(STEPS):
         rows, concept = planted(ROWS, generator)
         counts = torch.tensor([ROWS, ROWS, 0.0])
-        loss, _ = strategy.forward(MicroBatch(rows, concept, torch.full_like(concept, -1), counts), alone, True, step)
+        loss, _ = strategy.forward(MicroBatch(rows, concept, torch.full((ROWS,), -1), counts), alone, True, step)
         strategy.backward(loss, last=True)
         strategy.update(config.lr, config.clip)
         objective.take_up()
