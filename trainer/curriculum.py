@@ -23,7 +23,8 @@ class StageConfig:
     epochs: float | None = None
     steps: int | None = None
     loss: StageWeights = field(default_factory=StageWeights)
-    k: int | None = None  # with the gate batch_topk: active slots to aim at; None: dictionary.k; 0: the threshold stays
+    # Active free slots to aim at; None: dictionary.k or target_l0; 0: threshold and weight of sparsity stay.
+    k: int | None = None
 
     def validate(self, where: str) -> None:
         """Raise UserError for what cannot be; `where` names the stage."""
@@ -62,11 +63,12 @@ def check_stages(stages: Sequence[StageConfig]) -> None:
 @dataclass(frozen=True)
 class L0Target:
     """Where the number of active free slots of a row is to be: it falls from `start` to `k` over `fall` steps, then
-    stays."""
+    stays. by_gate: whether the gate sees to it, so that no weight of sparsity has to."""
 
     k: float
     start: float
     fall: int
+    by_gate: bool = True
 
     def at(self, since: int) -> float:
         """The number that is aimed at `since` steps after the fall began."""
@@ -82,7 +84,11 @@ class StepSettings:
     align: bool  # concept slots take part; they wake up before the first such step
     weights: LossWeights
     lr: float
-    l0: float | None = None  # active free slots of a row that the gate aims at; None: it does not
+    l0: float | None = None  # active free slots of a row that are aimed at; None: none are
+
+    def with_sparsity(self, factor: float) -> "StepSettings":
+        """The same with another weight of sparsity."""
+        return replace(self, weights=replace(self.weights, sp=self.weights.sp * factor))
 
 
 @dataclass
@@ -107,8 +113,7 @@ class Curriculum:
         loss: weights, before the overrides of a stage.
         optim: learning rate, warm-up steps of each stage, share of the run that decays.
         steps_per_epoch: of the stream.
-        target: of a gate that keeps the number of active slots; sparsity then has no weight where it does, unless a
-            stage gives one.
+        target: number of active slots; where a gate keeps it, sparsity has no weight, unless a stage gives one.
     """
 
     def __init__(
@@ -124,7 +129,7 @@ class Curriculum:
         self.targets = [_target(stage, target) for stage in stages]
         self.sp_warmup = loss.sp_warmup
         self.weights = [
-            (loss.weights() if aim is None else replace(loss.weights(), sp=0.0)).override(stage.loss)
+            (replace(loss.weights(), sp=0.0) if aim and aim.by_gate else loss.weights()).override(stage.loss)
             for stage, aim in zip(stages, self.targets, strict=True)
         ]
         self.names = [stage.name for stage in stages]

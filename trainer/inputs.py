@@ -66,6 +66,10 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             "dictionary.gate=jumprelu: thresholds of single slots are not trained; hold the slots with "
             "dictionary.freeze=free"
         )
+    if config.dictionary.target_l0 and not any(weights.sp for weights in curriculum.weights):
+        raise UserError(
+            f"dictionary.target_l0={config.dictionary.target_l0} needs a weight of sparsity to begin with; set loss.sp"
+        )
     if "pretrain" in curriculum.names and config.dictionary.freeze == "free":
         raise UserError(
             "stage pretrain trains the free slots, which dictionary.freeze=free holds; drop the stage or set "
@@ -81,13 +85,15 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
 
 
 def l0_target(chosen: DictionaryConfig, width: int) -> L0Target | None:
-    """Where the gate is to keep the number of active free slots; None for a gate that keeps none, or for slots held."""
-    if not GATES[chosen.gate].fixes_l0 or chosen.freeze == "free":
+    """Where the gate, or the weight of sparsity, is to keep the number of active free slots; None where nothing keeps
+    one, or slots are held."""
+    by_gate = GATES[chosen.gate].fixes_l0
+    wanted = chosen.k if by_gate else chosen.target_l0
+    if not wanted or chosen.freeze == "free":
         return None
     # A dictionary that others trained has its threshold already.
-    usual = chosen.k if chosen.start_from else max(1, min(width, chosen.free_slots // 2))
-    start = chosen.initial_l0 or usual
-    return L0Target(chosen.k, start, chosen.k_fall)
+    usual = wanted if chosen.start_from else max(1, min(width, chosen.free_slots // 2))
+    return L0Target(wanted, chosen.initial_l0 or usual, chosen.k_fall, by_gate)
 
 
 def begun(config: Config, manifest: Manifest) -> Config:
@@ -101,7 +107,9 @@ def begun(config: Config, manifest: Manifest) -> Config:
         return config
     kept = checkpoint.kept_form(config.checkpoint.resume, RunFolder(Path(config.run.dir)).checkpoints)
     theirs = pretrained.Start(chosen, manifest).form if kept is None else kept
-    return replace(config, dictionary=pretrained.take_over(chosen, theirs))
+    chosen = pretrained.take_over(chosen, theirs)
+    chosen.validate()  # what goes with one gate does not with another
+    return replace(config, dictionary=chosen)
 
 
 def taken_over(config: Config, launch: LaunchFile) -> Config:

@@ -19,7 +19,7 @@ from trainer.dictionary.units import CONCEPTS
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.labels import listing
-from trainer.losses import weighted
+from trainer.losses import followed_sparsity, weighted
 from trainer.metrics import Metrics, StepSums, batch_means
 from trainer.objective import MicroBatch
 from trainer.run_folder import RunFolder
@@ -78,7 +78,7 @@ def train(run: Run) -> int:
         ) as bar,
     ):
         while state.step < curriculum.total and not code:
-            settings = curriculum.at(state.step)
+            settings = curriculum.at(state.step).with_sparsity(state.sparsity)
             if settings.align and not state.awake and (code := wake_concepts(run)):
                 break
             rows = next(stream)
@@ -149,7 +149,10 @@ def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -
     run.metrics.add(total)
     run.grad_norm = norm
     run.state.updates += 1
-    strategy.objective.take_up(total["active"] / max(total["rows"], 1.0), settings.l0 if total["rows"] else None)
+    target, l0 = settings.l0 if total["rows"] else None, total["active"] / max(total["rows"], 1.0)
+    strategy.objective.take_up(l0, target)
+    if run.config.dictionary.target_l0 and target is not None and settings.weights.sp > 0:
+        run.state.sparsity = followed_sparsity(run.state.sparsity, l0, target)
 
 
 def wake_concepts(run: Run) -> int:
@@ -207,6 +210,7 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
         "dead": dead / run.config.dictionary.free_slots,
         "grad_norm": run.grad_norm,
         "lr": settings.lr,
+        "sp_weight": settings.weights.sp,
         "rows_per_s": steps * run.config.data.global_batch / seconds,
         "stall": stream.stall_seconds / seconds,
         "save_stall": run.saver.take_seconds() / seconds,

@@ -8,6 +8,7 @@ Shapes: B rows, D width, R concepts, K free slots, M labels of a row at most, A 
 labels are those of trainer.labels.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -219,6 +220,20 @@ def orthogonality(z_concept: Tensor, z_rest: Tensor, weight: Tensor | None = Non
     """
     squares = (standardise(z_concept).T @ standardise(z_rest)).square().sum(dim=0)
     return squares.sum() if weight is None else (squares * weight).sum()
+
+
+LEAST_SPARSITY, MOST_SPARSITY = 1e-4, 1e4
+SPARSITY_RATE = 0.03
+
+
+def followed_sparsity(factor: float, l0: float, target: float) -> float:
+    """What the weight of sparsity is multiplied with after one more step, at which a row of the global batch had `l0`
+    active free slots on average, where `target` are wanted.
+
+    As a threshold is (gate.BatchTopK), but by less a step: weights answer to it over tens of steps.
+    """
+    change = min(max(l0 / target - 1.0, -1.0), 1.0)
+    return min(max(factor * math.exp(SPARSITY_RATE * change), LEAST_SPARSITY), MOST_SPARSITY)
 
 
 # A slot that is independent of the concepts has a dependence of 1, whatever its frequency; it wanders by some

@@ -76,7 +76,10 @@ VARIANTS = {
         "checkpoint.every=10",
         "checkpoint.keep=9",
     ],
+    "target_l0": ["dictionary.target_l0=4", "dictionary.k_fall=8"],
 }
+# Counted once over all ranks: three layouts stand for all.
+FEW = {"target_l0": [Layout("ddp", 2), Layout("zero3", 2), Layout("mesh", 4)]}
 
 
 class Runs:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.strategies.curriculum_runs import (
+    FEW,
     LAYOUTS,
     ON_TWO,
     SAVED,
@@ -52,8 +53,9 @@ ALL_VARIANTS = [
     *(
         (layout, variant)
         for layout, variant in product(ON_TWO, VARIANTS)
-        if variant != "offload" or layout.strategy in ZERO
+        if variant not in FEW and (variant != "offload" or layout.strategy in ZERO)
     ),
+    *((layout, variant) for variant, layouts in FEW.items() for layout in layouts),
     (MESH4, "batch_topk"),
 ]
 # With gates whose thresholds follow: each strategy as it was saved, and a few under another one.
@@ -139,13 +141,15 @@ def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, 
         assert max(dead[step] for step in range(1, 13)) > 0.2 > dead[13] > 0  # what was dead after 12 steps was revived
         # The rate that kills slots in 12 steps amplifies rounding later.
         ours, theirs = ({step: lines[step] for step in range(1, SWITCH + 1)} for lines in (ours, theirs))
+    if variant == "target_l0":
+        assert theirs[STEPS]["sp_weight"] > 1.2 * theirs[1]["sp_weight"]
     if variant == "batch_topk":
         torch.testing.assert_close(thresholds(folder), thresholds(alone), rtol=1e-4, atol=0)
         assert thresholds(folder).unique().numel() == 1
         assert ours[1]["l0"] > 8 > ours[SWITCH]["l0"]  # it has followed
     if variant == "bare":
         assert "loss/rec" in ours[SWITCH] and not {"loss/bind", "loss/val"} & ours[SWITCH].keys()
-    assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead"))
+    assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead", "sp_weight"))
 
 
 @pytest.mark.parametrize("case", fast_and_slow(FAST_RESUMED, covering(LAYOUTS)), ids=label)

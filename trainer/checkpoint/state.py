@@ -3,13 +3,16 @@
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from trainer.curriculum import CurriculumRecord
 from trainer.dictionary import DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
 from trainer.guard import GuardState
+from trainer.losses import LEAST_SPARSITY, MOST_SPARSITY
 
 SCHEMA = 1
 
@@ -21,7 +24,8 @@ class RunState:
     step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
     see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
-    freeze: see DictionaryConfig; with `free` the free banks have no moments.
+    freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
+    multiplied with (losses.followed_sparsity).
     """
 
     step: Count
@@ -36,6 +40,7 @@ class RunState:
     curriculum: CurriculumRecord | None = None
     woken: bool | None = None
     freeze: str = "none"
+    sparsity: Annotated[float, Meta(ge=LEAST_SPARSITY, le=MOST_SPARSITY)] = 1.0
 
     @property
     def awake(self) -> bool:

@@ -66,7 +66,9 @@ class DictionaryConfig(ChosenForm):
     """The section `dictionary` of a configuration: the form, and how its weights begin."""
 
     initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
-    k_fall: int = 100  # steps over which the number that batch_topk aims at falls from initial_l0 to k
+    k_fall: int = 100  # steps over which the number that is aimed at falls from initial_l0 to k or target_l0
+    # Active free slots of a row that the weight of sparsity is followed to with the gate relu; 0: loss.sp stays.
+    target_l0: float = 0.0
     start_from: str = ""  # folder that `alignsae import` wrote: the free slots, their number and gate begin there
     freeze: str = "none"  # free: the free slots stay as they began, the rest learns | none
 
@@ -81,8 +83,22 @@ class DictionaryConfig(ChosenForm):
             raise UserError(f"dictionary.k_fall={self.k_fall} must be between 0 and {MOST_SLOTS}")
         if self.gate == "batch_topk" and self.k > self.free_slots:
             raise UserError(f"dictionary.k={self.k} is more than the {self.free_slots} free slots")
+        if self.target_l0 and not 1e-3 <= self.target_l0 <= self.free_slots:
+            raise UserError(
+                f"dictionary.target_l0={self.target_l0} must be between 0.001 and {self.free_slots} free slots, or 0 "
+                f"for off"
+            )
+        if self.target_l0 and GATES[self.gate].fixes_l0:
+            raise UserError(
+                f"dictionary.target_l0={self.target_l0} does not go with dictionary.gate={self.gate}, which keeps the "
+                f"number of active slots itself; set dictionary.k"
+            )
         if self.freeze not in ("none", "free"):
             raise UserError(f"dictionary.freeze={self.freeze!r} is unknown; use none or free")
+        if self.freeze == "free" and self.target_l0:
+            raise UserError(
+                f"dictionary.target_l0={self.target_l0} thins out slots that dictionary.freeze=free holds; leave it out"
+            )
         if self.freeze == "free" and not self.start_from:
             raise UserError("dictionary.freeze=free holds slots that know nothing; set dictionary.start_from as well")
         if self.start_from and self.decoder_norm != "free":
