@@ -202,8 +202,10 @@ def test_bad_arguments_are_one_line(
     [
         ({"answer": " "}, "answer is empty"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"concept": None}, "concept is empty"),
-        ({"split": "heldout"}, "no prompt of split 'train'"),
+        ({"concept": " "}, "concept is empty"),
+        ({"prompt": None}, "no field 'prompt', 'text' or 'messages'; found answer, concept, prompt"),
+        ({"concepts": ["c"]}, "exclude each other"),
+        ({"split": "heldout"}, "no row of split 'train'"),
         ({"prompt": "ab " * 90}, "the model takes 64"),
     ],
 )

@@ -216,6 +216,9 @@ def test_prompts_keep_order_and_ignore_other_fields(tmp_path: Path) -> None:
     first, second = read_prompts(path)
     assert (first.answer, first.split, first.template) == ("b", "train", "")
     assert (second.answer, second.split, second.template) == ("d", "heldout", "3")
+    path.write_text(GOOD.replace('"c"', "null") + '{"prompt": "Q: b"}')
+    first, second = read_prompts(path)
+    assert (first.answer, first.concept, second.answer, second.concept) == ("b", "", "", "")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +226,7 @@ def test_prompts_keep_order_and_ignore_other_fields(tmp_path: Path) -> None:
     [
         (GOOD + GOOD.replace('"b"', '"  "'), ":2: answer is empty"),
         (GOOD.replace('"Q: a\\nA:"', '""'), ":1: prompt is empty"),
-        (GOOD.replace('"concept": "c", ', ""), "no field 'concept'; found answer, note, prompt"),
+        (GOOD.replace('"prompt"', '"text"'), "no field 'prompt'; found answer, concept, note, text"),
         (GOOD.replace('"note": 1', '"split": "test"'), "split 'test' is neither"),
         (GOOD.replace('"b"', "7"), ":1: answer is empty or no text"),
         ("[1]\n", "expected a JSON object"),
@@ -258,7 +261,8 @@ def test_any_line_is_a_prompt_of_texts_or_refused_in_one_line(row: dict[str, Any
             assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
         else:
             assert all(isinstance(value, str) for value in asdict(prompt).values())
-            assert prompt.prompt.strip() and prompt.answer.strip() and prompt.concept.strip()
+            assert prompt.prompt.strip()
+            assert all(value == "" or value.strip() for value in (prompt.answer, prompt.concept))
             assert prompt.split in ("train", "heldout")
 
 

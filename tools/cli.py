@@ -86,6 +86,15 @@ def check_run(folder: Path | None) -> None:
         raise UserError(f"--run {folder!s:.200}: there is no such folder; give the run.dir of a run that has trained")
 
 
+def said_by_main(error: UserError) -> bool:
+    """Whether another process of the same launch says it: one that all of them were told of together."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    from trainer.agreement import AgreedError
+
+    return isinstance(error, AgreedError)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; bad input prints one line and returns 2."""
     argv = sys.argv[1:] if argv is None else argv
@@ -99,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         check_run(getattr(args, "run_dir", None))
         return int(args.run(args) or 0)
     except UserError as error:
-        print(f"alignsae: error: {error}", file=sys.stderr)
+        if not said_by_main(error):
+            print(f"alignsae: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `alignsae ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,4 +120,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(main())
+    from trainer.failures import exit_with
+
+    exit_with(main())

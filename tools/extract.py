@@ -1,110 +1,155 @@
-"""Write residual activations of a causal language model as tar shards, several layers in one pass.
+"""Write activations of a causal language model as tar shards, several hook points in one pass.
 
   alignsae extract --model M --prompts questions.jsonl --layers 1,2 --out data/demo
   alignsae extract --model M --texts corpus.jsonl --field text --layers 12 --out data/corpus
+  accelerate launch --multi_gpu --num_processes 8 -m tools.cli extract --model M --texts corpus --layers 12 --out data/c
 
-Layer L is the residual stream after the block with 0-based index L; it is written to OUT/layer-L/{train,heldout}, ready
-for training and for stock webdataset.
+Layer L is the residual stream after the block with 0-based index L, `blocks.L.hook_resid_post`; it is written to
+OUT/layer-L/{train,heldout}. --hooks names other places: blocks.L.hook_attn_out, blocks.L.hook_mlp_out or the path of
+any module; each is written to OUT/NAME.
 
-Prompts: one row per prompt, the activation at its last token; row i of a split is prompt i of that split. Concepts are
-the names in order of first appearance (or --concepts; prompts of other concepts become unlabelled rows). Texts: one
-unlabelled row per token that is no padding. The held-out split carries the normalisation of the training split. Nothing
-appears under its final name before it is complete; after an interruption the same command keeps the finished splits.
+--prompts reads JSONL rows of three kinds. `prompt` (text) or `messages` (a chat, for the tokenizer's template) give one
+row each, the activation at the last token. `text` gives a row per token: with `spans: [{start, end, concept}]` the
+tokens that overlap these characters carry the concept, and --outside says what the others are; else all tokens carry
+the label of the row. `concept` or `concepts` label a row; without them it is unlabelled, with an empty list it has
+explicitly none. `answer` and `split` (train or heldout) may be absent. --texts reads unlabelled text, a row per token.
+
+Concepts are the names in order of first appearance (or --concepts; rows of other concepts become unlabelled). Rows keep
+the order of the input. The held-out split carries the normalisation of the training split.
+
+Work is divided into units of --unit-kb of text, which any number of processes deal among themselves: the shards are
+the same, byte for byte, on the same kind of device (on CPUs with the same OMP_NUM_THREADS). All processes must see OUT.
+Nothing appears under its final name before it is complete; after an interruption the same command goes on with the
+units and splits that are not finished. A unit is held in memory at all its hook points: lower --unit-kb where that is
+too much.
 """
 
 import argparse
-from contextlib import ExitStack
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tools.extraction.identity import identity
-from tools.extraction.sources import SPLITS, Source, prompt_source, text_source
-from trainer.analysis.language_model import check_layers, hook_point, load_language_model
+from tools.extraction.documents import SPLITS, Documents, open_documents
+from tools.extraction.identity import identity, units_name
+from tools.extraction.places import chosen_points, folder_name
+from tools.extraction.units import Clock, Extractor, is_finished, joined_statistics
+from tools.extraction.windows import OUTSIDE, Windows
+from trainer.agreement import decide, require_agreement
+from trainer.analysis.language_model import load_language_model
 from trainer.errors import UserError
-from trainer.stream import Manifest, ShardSpec, ShardWriter
+from trainer.stream import Manifest, ShardSpec
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
+from trainer.stream.parts import join_parts
+from trainer.topology import Topology, launched_world
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for the others, which may have a unit more to do
+OWNED = 0.1  # share of the variance from which rows of giant norm are warned of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae extract`."""
     parser.add_argument("--model", required=True, help="save_pretrained folder or hub name")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, help="JSONL with prompt, answer, concept and optionally split")
+    source.add_argument("--prompts", type=Path, help="JSONL of labelled rows: prompts, chats, texts")
     source.add_argument("--texts", type=Path, help="JSONL file or datasets folder of unlabelled text")
-    parser.add_argument("--layers", required=True, help="comma-separated block indices, 0-based, or `all`")
+    parser.add_argument("--layers", help="comma-separated block indices, 0-based, or `all`")
+    parser.add_argument("--hooks", help="comma-separated hook points, blocks.3.hook_mlp_out or a module's path")
     parser.add_argument("--out", required=True, type=Path, help="folder that receives layer-LL/{train,heldout}")
     parser.add_argument("--concepts", help="comma-separated concept names in slot order (default: as they appear)")
+    parser.add_argument(
+        "--outside",
+        choices=OUTSIDE,
+        default="none",
+        help="tokens outside of all spans are (default: %(default)s)",
+    )
     parser.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, default=512, help="longest window of a text, tokens (default: %(default)s)"
     )
     parser.add_argument("--skip-first", type=int, default=0, help="drop the first N tokens of each window of a text")
     parser.add_argument("--drop-special", action="store_true", help="drop special tokens of a text")
-    parser.add_argument("--heldout", type=int, default=0, metavar="N", help="every N-th text is held out (0 = none)")
+    parser.add_argument(
+        "--heldout", type=int, default=0, metavar="N", help="every N-th row without a split is held out (0 = none)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="sequences per forward pass (default: %(default)s)")
+    parser.add_argument("--unit-kb", type=int, default=256, help="KiB of text per unit of work (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=COMPUTE, default="fp32", help="of the forward pass (default: %(default)s)"
     )
     parser.add_argument("--dtype", choices=["float16", "float32", "bfloat16"], default="float16", help="as stored")
     parser.add_argument("--rows-per-block", type=int, default=4096, help="rows per tar sample (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=int, default=512, help="MiB per tar file (default: %(default)s)")
+    parser.add_argument("--shard-mb", type=int, default=512, help="most MiB per tar file (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--device-map", choices=["auto"], help="spread a model that is larger than a device over all of them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace finished splits in OUT")
 
 
-def parse_layers(text: str, model: Any) -> list[int]:
-    """Sorted layer indices of `--layers`. UserError when one is no number or out of range."""
-    if text == "all":
-        return list(range(model.config.get_text_config(decoder=True).num_hidden_layers))
-    try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"--layers {text!r}: give comma-separated block indices such as 0,5 or `all`") from error
-    check_layers(model, layers)
-    return layers
+@dataclass
+class Job:
+    """What one command extracts. missing: by split the hook points that are not finished."""
+
+    args: argparse.Namespace
+    documents: Documents
+    extractor: Extractor
+    points: list[str]
+    made_from: dict[str, Any]
+    missing: dict[str, list[str]]
+
+    def folder(self, point: str, split: str) -> Path:
+        """Where the shards of a split go."""
+        return self.args.out / folder_name(point) / split
+
+    def unit(self, point: str, split: str, number: int) -> Path:
+        """Where a unit waits for the others."""
+        return self.folder(point, split) / units_name(self.args, self.made_from) / f"{number:06d}"
 
 
-def write_split(
-    args: argparse.Namespace, split: str, layers: list[int], source: Source, width: int, made_from: dict[str, Any]
-) -> None:
-    """Extract one split of every layer in one pass."""
-    with ExitStack() as stack:
-        writers = {}
-        for layer in layers:
-            train = Manifest.load(split_folder(args, layer, "train")) if split == "heldout" else None
-            spec = ShardSpec(
-                width=width,
-                dtype=args.dtype,
-                concepts=source.concepts,
-                answers=source.answers,
-                model=args.model,
-                hook_point=hook_point(layer),
-                extra=made_from,
-            )
-            writers[layer] = stack.enter_context(
-                ShardWriter(
-                    split_folder(args, layer, split),
-                    split,
-                    spec,
-                    rows_per_block=args.rows_per_block,
-                    shard_bytes=args.shard_mb << 20,
-                    normalisation=(train.mean, train.scale) if train else None,
-                    overwrite=args.overwrite,
-                )
-            )
-        with tqdm(total=source.sizes[split], desc=split, unit=source.item) as bar:
-            for done, rows in source.rows(split, layers):
-                for layer, writer in writers.items():
-                    writer.write(rows.acts[layer], rows.concept, rows.answer)
-                bar.update(done)
+def prepare(args: argparse.Namespace, topology: Topology) -> Job:
+    """Read input and model. UserError for all that can be known to be wrong before the model runs."""
+    for name in ("batch_size", "context", "rows_per_block", "shard_mb", "unit_kb"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for name in ("skip_first", "heldout"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
+    if args.device_map and topology.world > 1:
+        raise UserError("--device-map auto takes all devices: start one process")
+    documents = open_documents(args)
+    own_device = args.device == "cuda" and topology.world > 1
+    model, tokenizer = load_language_model(
+        args.model, topology.device if own_device else args.device, COMPUTE[args.precision], args.device_map
+    )
+    points = chosen_points(args, model)
+    made_from = identity(args, model)
 
+    def spec(point: str, width: int) -> ShardSpec:
+        return ShardSpec(
+            width=width,
+            dtype=args.dtype,
+            concepts=documents.concepts,
+            answers=documents.answers,
+            model=args.model,
+            hook_point=point,
+            extra=made_from,
+        )
 
-def split_folder(args: argparse.Namespace, layer: int, split: str) -> Path:
-    return args.out / f"layer-{layer:02d}" / split
+    extractor = Extractor(args, model, Windows(args, documents, tokenizer), tokenizer.pad_token_id, spec)
+    job = Job(args, documents, extractor, points, made_from, {})
+    job.missing = {
+        split: [p for p in points if args.overwrite or not finished(job.folder(p, split), made_from)]
+        for split in SPLITS
+        if documents.units[split]
+    }
+    return job
 
 
 def finished(folder: Path, made_from: dict[str, Any]) -> bool:
@@ -112,38 +157,119 @@ def finished(folder: Path, made_from: dict[str, Any]) -> bool:
     if not (folder / MANIFEST_NAME).exists():
         return False
     found = Manifest.load(folder).extra
-    different = [name for name, value in made_from.items() if found.get(name) != value]
-    if different:
+    different = [name for name, value in made_from.items() if found.get(name, value) != value]
+    if different or not found:
         raise UserError(
-            f"{folder} holds an extraction with another {', '.join(different)}: "
+            f"{folder} holds an extraction with another {', '.join(different) or 'source'}: "
             "choose another --out or pass --overwrite"
         )
     return True
 
 
+def extract_units(job: Job, split: str, topology: Topology) -> None:
+    """Do this process's share of the units that are not finished."""
+    units = job.documents.units[split]
+    mine = range(topology.rank, len(units), topology.world)
+    title = split if topology.world == 1 else f"{split}, process 1 of {topology.world}"
+    clock = job.extractor.clock
+    with tqdm(
+        total=sum(len(units[u]) for u in mine), desc=title, unit=job.documents.item, disable=not topology.is_main
+    ) as bar:
+        for number in mine:
+            folders = {point: job.unit(point, split, number) for point in job.missing[split]}
+            todo = {point: folder for point, folder in folders.items() if not is_finished(folder)}
+            if todo:
+                job.extractor.write(units[number], todo, f"{split}-{number:06d}")
+                bar.set_postfix_str(f"{clock.tokens / clock.total:.0f} tokens/s")
+            bar.update(len(units[number]))
+
+
+def finish(job: Job, point: str, split: str) -> None:
+    """Make one data set of all units of a hook point and split, and remove what is left of them."""
+    folder = job.folder(point, split)
+    units = [job.unit(point, split, number) for number in range(len(job.documents.units[split]))]
+    for unit in units:
+        if not is_finished(unit):
+            raise UserError(f"{unit} is not there: all processes must write to the same --out, on a shared file system")
+    kept = [unit for unit in units if (unit / MANIFEST_NAME).exists()]
+    if not kept:
+        raise UserError(f"{folder}: none of the tokens is a row; check --skip-first and --drop-special")
+    train = Manifest.load(job.folder(point, "train")) if split == "heldout" else None
+    normalisation, norms = joined_statistics(kept)
+    result = (train.mean, train.scale) if train else normalisation.result(str(folder))
+    spec = replace(job.extractor.spec(point, normalisation.width), extra={**job.made_from, "norms": norms.report()})
+    join_parts(folder, split, spec, kept, result)
+    for left in folder.glob(".units-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def report(job: Job, point: str, split: str) -> None:
+    """Print what a finished split holds, and warn where a few rows own its variance."""
+    folder = job.folder(point, split)
+    manifest = Manifest.load(folder)
+    kept = "" if point in job.missing[split] else " (finished before, kept)"
+    print(f"{folder}: {manifest.rows} rows of width {manifest.width}{kept}")
+    norms = manifest.extra.get("norms")
+    if not norms:
+        return
+    print(
+        f"  norms: median {norms['median']:.4g}, 99% below {norms['percentile_99']:.4g}, largest {norms['largest']:.4g}"
+    )
+    if norms["giant_variance"] >= OWNED:
+        print(
+            f"alignsae: warning: {folder}: {norms['giant_rows']} of {manifest.rows} rows have norms above 10 x the "
+            f"median and hold {norms['giant_variance']:.0%} of the variance; they own normalisation and FVU",
+            file=sys.stderr,
+        )
+
+
+def report_speed(clock: Clock, topology: Topology) -> None:
+    """Print tokens per second of all processes, and the share of their time that the model took. Called by all."""
+    clocks = [json.loads(text) for text in topology.share(json.dumps(vars(clock)).encode())]
+    tokens, longest = sum(c["tokens"] for c in clocks), max(c["total"] for c in clocks)
+    if not tokens or not topology.is_main:
+        return
+    share = sum(c["model"] for c in clocks) / sum(c["total"] for c in clocks)
+    processes = f", {topology.world} processes" if topology.world > 1 else ""
+    print(
+        f"{tokens} tokens in {longest:.1f} s: {tokens / longest:.0f} tokens/s{processes}, "
+        f"{share:.1%} of the time in the model"
+    )
+
+
+def meet() -> Topology:
+    """The processes that a launcher started."""
+    if launched_world()[2] == 1:
+        return Topology()
+    from trainer.strategies import Layout, join  # imports engines, which take seconds
+
+    return join(Layout("ddp", timeout=PATIENCE))
+
+
 def run(args: argparse.Namespace) -> int:
-    for name in ("batch_size", "context", "rows_per_block", "shard_mb"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    for name in ("skip_first", "heldout"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
-    model, tokenizer = load_language_model(args.model, args.device, COMPUTE[args.precision])
-    layers = parse_layers(args.layers, model)
-    source = (prompt_source if args.prompts else text_source)(args, model, tokenizer)
-    width = model.config.get_text_config(decoder=True).hidden_size
-    made_from = identity(args, model)
-    splits = [split for split in SPLITS if source.sizes[split] != 0]
-    missing = {
-        split: [n for n in layers if args.overwrite or not finished(split_folder(args, n, split), made_from)]
-        for split in splits
-    }
-    for split in splits:
-        if missing[split]:
-            write_split(args, split, missing[split], source, width, made_from)
-        for layer in layers:
-            folder = split_folder(args, layer, split)
-            rows = Manifest.load(folder).rows
-            kept = "" if layer in missing[split] else " (finished before, kept)"
-            print(f"{folder}: {rows} rows of width {width}{kept}")
+    """Extract what is not finished."""
+    topology = meet()
+    job, problem = None, ""
+    try:
+        job = prepare(args, topology)
+    except UserError as error:
+        problem = str(error)
+    decide(problem if topology.is_main else "", topology)
+    if job is None:
+        raise UserError(problem)
+    require_agreement({name: str(value) for name, value in job.made_from.items()}, topology)
+    for split in job.missing:
+        if job.missing[split]:
+            extract_units(job, split, topology)
+    report_speed(job.extractor.clock, topology)
+    if topology.is_main:
+        try:
+            for split, points in job.missing.items():
+                for point in job.points:
+                    if point in points:
+                        finish(job, point, split)
+                    report(job, point, split)
+        except UserError as error:
+            problem = str(error)
+    decide(problem, topology)
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 import traceback
 from contextlib import suppress
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
+from trainer.topology import launched_world
 
 # Set by `alignsae train`, which prints the line itself, once for all ranks.
 QUIET = "ALIGNSAE_LAUNCHED"
@@ -55,6 +57,15 @@ def tell_launcher(error: BaseException, line: str | None) -> None:
     message = {"message": line or repr(error), "extraInfo": {"py_callstack": trace, "timestamp": str(int(time.time()))}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": message}))
+
+
+def exit_with(code: int) -> None:
+    """Leave at once when ranks are waiting for each other: a rank that refuses must not hang the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and launched_world()[2] > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:

@@ -15,7 +15,7 @@ from trainer.agreement import AgreedError
 from trainer.allocator import keep_freed_memory
 from trainer.assembly import build_run
 from trainer.config import Config, load_config
-from trainer.failures import QUIET, in_one_line, tell_launcher
+from trainer.failures import QUIET, exit_with, in_one_line, tell_launcher
 from trainer.files import write_json
 from trainer.inputs import read_inputs
 from trainer.interrupt import Interrupt
@@ -99,15 +99,6 @@ def write_outcome(built: loop.Run, tracker: Tracker, outcome: dict[str, object])
     ended = str(outcome["status"])
     # A run that was asked to leave, or whose other ranks are gone, has seconds.
     tracker.close(STATUS[ended], patience=60.0 if ended == "finished" else 10.0)
-
-
-def exit_with(code: int) -> None:
-    """Leave at once when ranks are waiting for each other: a rank that refuses must not hang the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code and launched_world()[2] > 1:
-        os._exit(code)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,26 @@
 
 import argparse
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Arguments that change rows, labels or files. Batch size and device do not.
+# Arguments that change rows, labels or files. Batch size, device and processes do not.
 ARGUMENTS = (
-    *("concepts", "field", "context", "skip_first", "drop_special", "heldout"),
-    *("precision", "dtype", "rows_per_block", "shard_mb"),
+    *("concepts", "outside", "field", "context", "skip_first", "drop_special", "heldout"),
+    *("precision", "dtype", "rows_per_block", "shard_mb", "unit_kb"),
 )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 (hex) over a 64-bit hash of every parameter."""
+    """sha256 (hex) over a 64-bit hash of every parameter; of a parameter that --device-map left on disk, its shape."""
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        sha.update(f"{name} {torch.hash_tensor(parameter.detach()).item()};".encode())
+        left_out = parameter.is_meta
+        value = tuple(parameter.shape) if left_out else torch.hash_tensor(parameter.detach()).item()
+        sha.update(f"{name} {value};".encode())
     return sha.hexdigest()
 
 
@@ -30,6 +33,13 @@ def input_digest(path: Path) -> str:
         return hashlib.sha256(repr(listing).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def units_name(args: argparse.Namespace, made_from: dict[str, Any]) -> str:
+    """Name of the folder of unfinished work, which only the same command may go on with: how sequences are batched
+    changes the last bits of rows."""
+    text = json.dumps([made_from, args.batch_size], sort_keys=True)
+    return f".units-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def identity(args: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:

@@ -20,10 +20,14 @@ class RunningNormalisation:
         block = rows.astype(np.float64)
         mean = block.mean(axis=0)
         block -= mean
+        self.merge(len(block), mean, float(np.vdot(block, block)))
+
+    def merge(self, rows: int, mean: np.ndarray, squares: float) -> None:
+        """More rows, by their number, their mean [D] and their sum of ||h - mean||^2."""
         delta = mean - self.mean
-        total = self.rows + len(block)
-        self.squares += float(np.vdot(block, block)) + float(delta @ delta) * self.rows * len(block) / total
-        self.mean += delta * (len(block) / total)
+        total = self.rows + rows
+        self.squares += squares + float(delta @ delta) * self.rows * rows / total
+        self.mean += delta * (rows / total)
         self.rows = total
 
     def result(self, where: str) -> tuple[list[float], float]:

@@ -12,9 +12,10 @@ from trainer.errors import DataError
 from trainer.stream import npy
 from trainer.stream.blocks import map_file, nonfinite_rows, open_block
 from trainer.stream.manifest import FILE_NAME, STORED_DTYPES, Block, Manifest, Shard, valid_key
-from trainer.stream.tar import Sample, members, samples
+from trainer.stream.tar import Sample, samples
 
 SUFFIXES = {"acts": "acts.npy", "concept": "concept.npy", "answer": "answer.npy"}
+TOKEN = "token.npy"  # where rows come from: token id, document, position
 _CHUNK = 8 << 20
 
 
@@ -104,10 +105,20 @@ def verify_shard(folder: Path, manifest: Manifest, shard: Shard, progress: Calla
 
 
 def _structure(path: Path, data: np.ndarray, shard: Shard) -> Iterator[str]:
-    """Damage of the tar itself, and payloads that the manifest and the tar place differently."""
+    """Damage of the tar itself, payloads that the manifest and the tar place differently, and origins of rows that are
+    no integers [rows, 3]."""
     spans = {s for b in shard.blocks for s in (b.acts, b.concept, b.answer) if s is not None}
+    rows = {block.offset: block.rows for block in shard.blocks}
     try:
-        spans -= {(m.offset, m.size) for m in members(data, str(path))}
+        for sample in samples(data, str(path)):
+            spans -= {(m.offset, m.size) for m in sample.members.values()}
+            member = sample.members.get(TOKEN)
+            if member is None or sample.start not in rows:
+                continue
+            place = f"{path}: block {sample.key} at byte {sample.start}: {TOKEN}"
+            token = npy.view(data[member.offset : member.offset + member.size], place)
+            if token.shape != (rows[sample.start], 3) or token.dtype.kind != "i":
+                yield f"{place} is {token.dtype} {token.shape}, not integers ({rows[sample.start]}, 3)"
     except DataError as error:
         yield str(error)
         return

@@ -95,10 +95,11 @@ class ShardWriter:
         self.rows_per_block, self.shard_bytes = rows_per_block, shard_bytes
         self.given, self.normalisation = normalisation, RunningNormalisation(spec.width)
         self.manifest: Manifest | None = None  # set by a successful close
-        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._pending_rows = 0
         self._rows = 0
         self._per_row = 1  # the most concepts that a row lists
+        self._origin = 0  # columns of `token`
         self._shards: list[Shard] = []
         self._blocks: list[Block] = []
         self._file: BinaryIO | None = None
@@ -119,9 +120,12 @@ class ShardWriter:
         else:
             self.close()
 
-    def write(self, acts: torch.Tensor | np.ndarray, concept, answer) -> None:
+    def write(self, acts: torch.Tensor | np.ndarray, concept, answer, token: np.ndarray | None = None) -> None:
         """Append rows. acts [n, D] float; concept [n] or [n, M] integers, see trainer.labels; answer [n] integers, -1
-        for none."""
+        for none.
+
+        token: integers [n, 3], where the rows come from (token id, document, position); all rows have it or none.
+        """
         self._check_alive()
         width, dtype = self.spec.width, self.spec.dtype
         stored = to_stored(acts, dtype)
@@ -149,9 +153,13 @@ class ShardWriter:
                 f"row {self._rows + bad} of {self.folder}: answer {answers[bad]} is outside "
                 f"-1..{len(self.spec.answers) - 1}"
             )
+        origin = np.zeros((n, 0), np.int32) if token is None else np.asarray(token, dtype=np.int32)
+        if origin.shape not in ((n, 0), (n, 3)) or (self._rows and origin.shape[1] != self._origin):
+            raise UserError(f"token of {self.folder} is {origin.shape}: give [n, 3] with all rows, or with none")
+        self._origin = origin.shape[1]
         self._rows += len(stored)
         self._per_row = max(self._per_row, narrowed(labels).shape[1])
-        self._pending.append((stored.copy(), labels, answers.astype(np.int32)))
+        self._pending.append((stored.copy(), labels, answers.astype(np.int32), origin))
         self._pending_rows += len(stored)
         if self._pending_rows >= self.rows_per_block:
             self._flush(final=False)
@@ -218,20 +226,22 @@ class ShardWriter:
         """Cut the pending rows into blocks; the rest stays pending unless this is the end."""
         if not self._pending:
             return
-        pending = [(acts, widened(narrowed(concept), self._per_row), answer) for acts, concept, answer in self._pending]
-        acts, concept, answer = (np.concatenate(parts) for parts in zip(*pending, strict=True))
+        pending = [
+            (acts, widened(narrowed(c), self._per_row), answer, token) for acts, c, answer, token in self._pending
+        ]
+        acts, concept, answer, token = (np.concatenate(parts) for parts in zip(*pending, strict=True))
         cut = len(acts) if final else len(acts) - len(acts) % self.rows_per_block
         try:
             for low in range(0, cut, self.rows_per_block):
                 high = min(low + self.rows_per_block, cut)
-                self._write_block(acts[low:high], concept[low:high], answer[low:high])
+                self._write_block(acts[low:high], concept[low:high], answer[low:high], token[low:high])
         except OSError as error:
             self.abort()
             raise self._disk_error(error) from error
-        self._pending = [(acts[cut:], concept[cut:], answer[cut:])] if cut < len(acts) else []
+        self._pending = [(acts[cut:], concept[cut:], answer[cut:], token[cut:])] if cut < len(acts) else []
         self._pending_rows = len(acts) - cut
 
-    def _write_block(self, acts: np.ndarray, concept: np.ndarray, answer: np.ndarray) -> None:
+    def _write_block(self, acts: np.ndarray, concept: np.ndarray, answer: np.ndarray, token: np.ndarray) -> None:
         if self.given is None:
             self.normalisation.add(from_stored(acts, self.spec.dtype).float().numpy())
         if self._file is None:
@@ -244,12 +254,14 @@ class ShardWriter:
         labels = narrowed(concept)
         if labels.shape[1] == 1:
             labels = labels[:, 0]
-        for name, array in (("acts", acts), ("concept", labels), ("answer", answer)):
+        arrays = {"acts": acts, "concept": labels, "answer": answer, **({"token": token} if token.shape[1] else {})}
+        for name, array in arrays.items():
             payload = npy.encode(array)
             info = tarfile.TarInfo(f"{key}.{name}.npy")
             info.size, info.mode = len(payload), 0o644
             spans[name] = (self._sink.position + tarfile.BLOCKSIZE, len(payload))
             self._tar.addfile(info, io.BytesIO(payload))
+        spans.pop("token", None)  # no reader needs to find it; `alignsae verify` does
         block = Block(key, len(acts), start, self._sink.position - start, crc32=self._sink.crc, **spans)
         self._blocks.append(block)
         if self._sink.position >= self.shard_bytes:

@@ -7,12 +7,15 @@ from trainer.analysis.language_model.capture import (
     hook_point,
     module_at,
 )
+from trainer.analysis.language_model.examples import Example, Message, Span, read_example
 from trainer.analysis.language_model.prompts import (
     Prompt,
     answer_matches,
     encode_answer,
     encode_prompts,
     generate_answers,
+    json_object,
+    open_data_set,
     read_json_lines,
     read_prompts,
     read_texts,
@@ -20,7 +23,10 @@ from trainer.analysis.language_model.prompts import (
 from trainer.analysis.language_model.residual import edit_residual, last_token, load_language_model
 
 __all__ = [
+    "Example",
+    "Message",
     "Prompt",
+    "Span",
     "answer_matches",
     "capture",
     "check_layers",
@@ -30,9 +36,12 @@ __all__ = [
     "find_blocks",
     "generate_answers",
     "hook_point",
+    "json_object",
     "last_token",
     "load_language_model",
     "module_at",
+    "open_data_set",
+    "read_example",
     "read_json_lines",
     "read_prompts",
     "read_texts",

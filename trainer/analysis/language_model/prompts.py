@@ -19,15 +19,17 @@ from trainer.files import checked, parse_json, wrong
 Text = Annotated[str, Meta(pattern=r"\S", extra=wrong("{field} is empty or no text: every prompt needs one"))]
 Split = Annotated[Literal["train", "heldout"], Meta(extra=wrong("split {value} is neither 'train' nor 'heldout'"))]
 FREE = ("template", "subject")  # fields that may be numbers, or null
+MAY_BE_NULL = (*FREE, "answer", "concept")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompts file. `template` and `subject` are free text; `split` is train or heldout."""
+    """One line of a prompts file. `answer` and `concept` are "" where the line has none; `template` and `subject` are
+    free text; `split` is train or heldout."""
 
     prompt: Text
-    answer: Text
-    concept: Text
+    answer: Text = ""
+    concept: Text = ""
     template: str = ""
     split: Split = "train"
     subject: str = ""
@@ -41,22 +43,30 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                row = parse_json(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                yield number, row
+                yield number, json_object(line, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # of parse_json, and UnicodeDecodeError
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number} is not UTF-8 JSON lines: {error}") from error
 
 
+def json_object(line: str | bytes, where: str) -> dict[str, Any]:
+    """The object of one line. UserError naming `where` when it is none."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not UTF-8 JSON lines: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a JSONL file. UserError naming file and line when a field is missing, empty or impossible."""
+    """All prompts of a JSONL file. UserError naming file and line when a prompt is missing, or a field impossible."""
     prompts = []
     for number, row in read_json_lines(path):
-        known = {name: value for name, value in row.items() if name not in FREE}
-        known |= {name: str(row[name]) for name in FREE if row.get(name) is not None}
+        known = {name: value for name, value in row.items() if name not in MAY_BE_NULL or value is not None}
+        known |= {name: str(known[name]) for name in FREE if name in known}
         try:
             prompts.append(checked(known, Prompt))
         except ValueError as error:
@@ -71,7 +81,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
 
     UserError when the source cannot be read or a row has no text under `field`.
     """
-    rows = enumerate(_data_set(path)) if path.is_dir() else read_json_lines(path)
+    rows = enumerate(open_data_set(path)) if path.is_dir() else read_json_lines(path)
     empty = True
     for number, row in rows:
         if not isinstance(row.get(field), str):
@@ -82,7 +92,8 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path} holds no texts")
 
 
-def _data_set(folder: Path) -> Any:
+def open_data_set(folder: Path) -> Any:
+    """The data set (its split "train") that `datasets` saved in a folder or can load from it. UserError for neither."""
     import datasets
 
     try:

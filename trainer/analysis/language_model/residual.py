@@ -16,11 +16,15 @@ from trainer.errors import UserError
 
 
 def load_language_model(
-    path_or_id: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path_or_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """Frozen causal language model in evaluation mode and its tokenizer, which is sure to have a padding token.
 
     `path_or_id` is a `save_pretrained` folder or the name of a model on the hub; only safetensors weights are read.
+    `device_map="auto"` spreads the model over all devices of this process, in place of `device`.
     UserError when it cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,7 +32,9 @@ def load_language_model(
     source = str(path_or_id)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, device_map=device_map
+        )
     except Exception as error:  # transformers, tokenizers and safetensors raise a dozen unrelated types here
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"cannot load a language model from {source!r}: {reason}") from error
@@ -38,7 +44,8 @@ def load_language_model(
                 f"the tokenizer of {source!r} has neither a padding nor an end token: add one and save it again"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    placed = model if device_map else model.to(device)
+    return placed.eval().requires_grad_(False), tokenizer
 
 
 def last_token(mask: Tensor) -> Tensor:
