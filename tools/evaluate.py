@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
         }
     if args.model:
         model, tokenizer = load_language_model(args.model, args.device)
-        records = read_prompts(args.prompts)
+        records = [r for r in read_prompts(args.prompts) if r.answer]
+        if not records:
+            raise UserError(f"{args.prompts}: no prompt has an answer, so there is no loss to recover")
         chosen = [r for r in records if r.split == "heldout"] or records
         with tqdm(total=4 * len(chosen), desc="loss recovered", unit="prompt") as bar:
             result["loss_recovered"] = loss_recovered(

@@ -165,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     started = time.monotonic()
     prompts = read_prompts(args.questions)
+    if unanswered := next((p.prompt for p in prompts if not p.answer), None):
+        raise UserError(f"{args.questions}: {unanswered!r:.80} has no answer to learn")
     texts = list(read_texts(args.texts, args.field)) if args.texts else []
     learned = [p for p in prompts if args.templates == "all" or p.split == "train"]
     torch.manual_seed(args.seed)

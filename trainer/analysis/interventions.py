@@ -42,7 +42,7 @@ def swap_pairs(
     """Up to `pairs` swaps, spread evenly over the ordered relation pairs and drawn without repetition.
 
     Args:
-        records: prompts that name a concept and a subject; others are passed over.
+        records: prompts that name a concept, a subject and an answer; others are passed over.
         concepts: names in slot order.
         split: prompts of this split only (None = all); answers are looked up over all records.
 
@@ -50,7 +50,7 @@ def swap_pairs(
     Raises UserError when nothing is left to swap.
     """
     slot = {name: index for index, name in enumerate(concepts)}
-    known = [r for r in records if r.concept in slot and r.subject]
+    known = [r for r in records if r.concept in slot and r.subject and r.answer]
     answers = {(r.subject, slot[r.concept]): r.answer for r in known}
     chosen = [r for r in known if split is None or r.split == split]
     if not chosen:
@@ -205,7 +205,7 @@ def score_swaps(swaps: Sequence[Swap], texts: Sequence[str], answer_sets: Sequen
 
 def answer_sets(records: Sequence[Prompt], concepts: Sequence[str]) -> list[frozenset[str]]:
     """All answers of each concept, in slot order."""
-    return [frozenset(r.answer for r in records if r.concept == name) for name in concepts]
+    return [frozenset(r.answer for r in records if r.concept == name and r.answer) for name in concepts]
 
 
 @torch.no_grad()
