@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.errors import UserError
+from trainer.redact import redact
 
 # Subcommand -> module; modules are imported only when called, so that --help stays fast.
 TOOLS = {
@@ -109,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except UserError as error:
         if not said_by_main(error):
-            print(f"alignsae: error: {error}", file=sys.stderr)
+            print(f"alignsae: error: {redact(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `alignsae ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from trainer.errors import UserError
+from trainer.files import Count
 from trainer.losses import STAGES, LossConfig, LossWeights, StageWeights
 from trainer.optimizer import OptimConfig
 
@@ -96,8 +97,8 @@ class CurriculumRecord:
     """What a checkpoint says about the curriculum that it was made under."""
 
     names: list[str]
-    starts: list[int]  # first step of each stage
-    total: int  # steps
+    starts: list[Count]  # first step of each stage
+    total: Count  # steps
 
     def describe(self) -> str:
         """In words."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import UserError
+from trainer.redact import redact
 from trainer.topology import launched_world
 
 # Set by `alignsae train`, which prints the line itself, once for all ranks.
@@ -31,7 +32,7 @@ def in_one_line(error: BaseException, timeout: float | None = None) -> str | Non
     text = " ".join(str(error).split())
     lower = text.lower()
     if isinstance(error, UserError):
-        return str(error)
+        return redact(str(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in lower for word in _FULL):
         return f"there is not enough memory ({text:.150}); see `alignsae plan` for what a strategy needs per rank"
     if isinstance(error, RuntimeError) and _is_of_a_collective(error):

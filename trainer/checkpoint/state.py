@@ -12,7 +12,7 @@ from trainer.dictionary import DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
 from trainer.guard import GuardState
-from trainer.losses import LEAST_SPARSITY, MOST_SPARSITY
+from trainer.losses import LEAST_SPARSITY, MOST_SPARSITY, STAGES
 
 SCHEMA = 1
 
@@ -80,6 +80,8 @@ def read_state(folder: Path) -> RunState:
         raise DataError(f"{path}: {error}; {remedy}") from error
     if not (-(1 << 63) <= state.seed < 1 << 64 and 0 <= state.rows_digest < 1 << 64):
         raise DataError(f"{path}: seed or rows_digest is no number of 64 bits; {remedy}")
+    if state.stage not in ("", *STAGES) or state.stream.get("step", state.step) != state.step:
+        raise DataError(f"{path}: stage {state.stage!r:.40} or the position of the stream cannot be; {remedy}")
     return state
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -10,6 +11,8 @@ from trainer.errors import UserError
 from trainer.redact import redact
 
 OFF = "off"
+# Stores that MLflow has; packages may bring others.
+SCHEMES = ("file", "sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks", "databricks-uc", "uc")
 
 
 @dataclass
@@ -26,6 +29,14 @@ class TrackingConfig:
         for name in ("experiment", "run_name", "parent"):
             if getattr(self, name) == "":
                 raise UserError(f"tracking.{name} is empty; give it a name or leave it out")
+        scheme, separator, _ = (self.uri or "").partition("://")
+        if separator and scheme.lower().partition("+")[0] not in SCHEMES:
+            brought = [entry.name for entry in entry_points(group="mlflow.tracking_store")]
+            if scheme not in brought:
+                raise UserError(
+                    f"tracking.uri begins with {scheme!r:.40}, which MLflow has no store for; "
+                    f"use one of {', '.join((*SCHEMES, *brought))}, or off"
+                )
 
     def redacted(self) -> "TrackingConfig":
         """As it may be stored and shown."""
