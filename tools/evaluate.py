@@ -17,7 +17,7 @@ from tqdm import tqdm
 from trainer.analysis.evaluation import evaluate_split
 from trainer.analysis.interventions import hook_layer, loss_recovered
 from trainer.analysis.language_model import load_language_model, read_prompts
-from trainer.analysis.results import rows_of, run_shards
+from trainer.analysis.results import most_norm, rows_of, run_shards
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         "concepts": dictionary.concept_names,
         "width": dictionary.width,
         "trained_on": trained_on.digest,
-        **_measure(dictionary, splits),
+        **_measure(dictionary, splits, most_norm=most_norm(args.run_dir, trained_on)),
     }
     if args.unsupervised:
         plain, _ = load_dictionary(args.unsupervised)
@@ -90,12 +90,14 @@ def _splits(args: argparse.Namespace) -> dict[str, str]:
     return {"train": train, **({"heldout": heldout} if heldout else {})}
 
 
-def _measure(dictionary: Any, splits: dict[str, str], *, aligned: bool = True) -> dict[str, Any]:
+def _measure(
+    dictionary: Any, splits: dict[str, str], *, aligned: bool = True, most_norm: float | None = None
+) -> dict[str, Any]:
     measured = {}
     for split, folder in splits.items():
         rows, manifest = rows_of(folder, dictionary, match_concepts=aligned)
         with tqdm(total=manifest.rows, desc=split, unit="row") as bar:
-            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update)
+            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update, most_norm)
     return measured
 
 
@@ -109,6 +111,12 @@ def _show(result: dict[str, Any]) -> None:
             f"{split}: FVU {_text(fit['fvu'])}, L0 {fit['l0']:.1f} ({fit['l0_share']:.2%} of {result['slots']} slots), "
             f"dead {fit['dead']:.2%}"
         )
+        if part.get("outliers", {}).get("reconstruction_without"):
+            rest = part["outliers"]["reconstruction_without"]
+            print(
+                f"{split}: without {part['outliers']['rows']} rows of giant norm (data.max_norm): "
+                f"FVU {_text(rest['fvu'])}, L0 {rest['l0']:.1f}"
+            )
         if "binding" in part:
             bound, spread = part["binding"], part["fragmentation"]
             print(

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         rows=running.rows,
         shards=tuple(shards),
         concepts_per_row=per_row,
+        median_norm=None if given else running.median_norm,
     )
     # What is written must be readable: the same checks as for any manifest.
     Manifest.parse(manifest.to_json().encode(), f"{folder}/{FILE_NAME}")

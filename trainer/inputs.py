@@ -37,6 +37,7 @@ class Inputs:
         settings = {key: value for key, value in flatten(self.config).items() if key not in OWN_TO_A_RANK}
         layout = {f"launch.{key}": value for key, value in asdict(self.layout).items()}
         data = {"digest of the manifest at data.shards": self.manifest.digest}
+        data["median_norm of the manifest at data.shards"] = str(self.manifest.median_norm)
         return {key: repr(value) for key, value in {**settings, **layout, **versions(), **data}.items()}
 
 

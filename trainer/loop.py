@@ -54,6 +54,7 @@ class Run:
     interrupt: Interrupt
     metrics: Metrics = field(default_factory=Metrics)
     grad_norm: float = 0.0  # before clipping, of the last update
+    outliers: int = 0  # rows of this rank that were left out for their norms and are not in the state's number yet
 
     def stream(self, step: int) -> Stream:
         """Batches of this rank from global step `step` on."""
@@ -95,6 +96,7 @@ def train(run: Run) -> int:
             clip_and_update(run, total, settings)
 
             run.digest.update(rows.row_ids, rows.positions)
+            run.outliers += int(rows.outlier.sum())
             state.step += 1
             state.stage = settings.stage
             state.stream = stream.state()
@@ -215,6 +217,7 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
         "stall": stream.stall_seconds / seconds,
         "save_stall": run.saver.take_seconds() / seconds,
         "skipped_updates": run.guard.skipped,
+        "outliers": run.state.outliers,
         **run.state.damage,
         "rows_digest": f"{run.state.rows_digest:016x}",
     }
@@ -227,11 +230,12 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
 
 
 def tally(run: Run, stream: Stream) -> None:
-    """Bring the row digest and the counts of masked and reread data up to date, over all data ranks."""
+    """Bring the row digest and the counts of outliers, of masked and of reread data up to date, over all data ranks."""
     topology, state = run.strategy.topology, run.state
     counters = stream.counters()
-    mine = torch.tensor([run.digest.signed, *counters.values()], device=topology.device)
-    digest, *counts = topology.sum_over_data(mine).tolist()
+    mine = torch.tensor([run.digest.signed, run.outliers, *counters.values()], device=topology.device)
+    digest, outliers, *counts = topology.sum_over_data(mine).tolist()
+    state.outliers, run.outliers = state.outliers + outliers, 0
     state.rows_digest = RowDigest.combine([digest]).value
     # A process counts what it met itself; an earlier one may have met more.
     state.damage = {k: max(n, state.damage.get(k, 0)) for k, n in zip(counters, counts, strict=True)}

@@ -241,27 +241,38 @@ def reconstruct(
     )
 
 
+def at_most(rows: RowSource, norm: float) -> RowSource:
+    """The rows whose norm is not above this."""
+
+    def kept() -> Iterator[tuple[Tensor, Tensor]]:
+        for acts, concept in rows():
+            small = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32) <= norm
+            yield acts[small], concept[small]
+
+    return kept
+
+
 def evaluate_split(
     dictionary: ConceptDictionary,
     rows: RowSource,
     concepts: Sequence[str],
     progress: Callable[[int], Any] = lambda n: None,
+    most_norm: float | None = None,
 ) -> dict[str, Any]:
     """Everything about one split as JSON values (NaN becomes None).
 
+    most_norm: where rows are above it, their number and the reconstruction without them are given beside that of all.
     `concepts` names the labels of the rows; without labels there is only the reconstruction. An unsupervised dictionary
     has concept slots that sleep: it binds nothing.
     """
     measured = reconstruct(dictionary, rows, progress)
     result: dict[str, Any] = {
         "rows": measured.rows,
-        "reconstruction": {
-            "fvu": _number(measured.fvu),
-            "l0": measured.l0,
-            "l0_share": measured.l0 / dictionary.slots,
-            "dead": measured.dead,
-        },
+        "reconstruction": _fit(measured, dictionary),
     }
+    if most_norm is not None and (kept := sum(len(acts) for acts, _ in at_most(rows, most_norm)())) < measured.rows:
+        without = _fit(reconstruct(dictionary, at_most(rows, most_norm)), dictionary) if kept else None
+        result["outliers"] = {"rows": measured.rows - kept, "reconstruction_without": without}
     if concepts:
         spread = fragmentation(activation_blocks(dictionary, rows, len(concepts)))
         result["fragmentation"] = {"all": _named(spread, concepts)}
@@ -276,6 +287,15 @@ def evaluate_split(
             "confusion": measured.confusion.tolist(),
         }
     return result
+
+
+def _fit(measured: Reconstruction, dictionary: ConceptDictionary) -> dict[str, Any]:
+    return {
+        "fvu": _number(measured.fvu),
+        "l0": measured.l0,
+        "l0_share": measured.l0 / dictionary.slots,
+        "dead": measured.dead,
+    }
 
 
 def _named(found: Fragmentation, concepts: Sequence[str]) -> dict[str, Any]:

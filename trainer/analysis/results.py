@@ -60,6 +60,12 @@ def run_shards(run: Path) -> str:
     return str(run_config(run).data.shards)
 
 
+def most_norm(run: Path, trained_on: Manifest) -> float | None:
+    """The norm above which rows had no weight in the training of the run, None where all had."""
+    multiple = run_config(run).data.get("max_norm", 0.0) if RunFolder(run).config.exists() else DataConfig.max_norm
+    return multiple * trained_on.median_norm if multiple and trained_on.median_norm is not None else None
+
+
 def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool = True) -> tuple[RowSource, Manifest]:
     """All rows of a shard folder in order, as (activations, concept) batches, and its manifest.
 
@@ -76,7 +82,7 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
     device = dictionary.mean.device
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        with closing(BlockSource(DataConfig(shards=folder), manifest)) as source:
+        with closing(BlockSource(DataConfig(shards=folder, max_norm=0.0), manifest)) as source:
             for index in range(len(manifest.blocks)):
                 block = source.rows(index)
                 acts = from_stored(block.acts[block.valid], manifest.dtype)

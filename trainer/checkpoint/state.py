@@ -22,7 +22,8 @@ class RunState:
     """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
 
     step: batches seen. updates: optimizer steps taken (a skipped update is none). stream: see Plan.state. rows_digest:
-    see RowDigest. dictionary: its form. damage: masked blocks and rows over all ranks. curriculum: under which the
+    see RowDigest. dictionary: its form. outliers: rows that the steps so far left out for their norms (data.max_norm).
+    damage: masked blocks and rows over all ranks. curriculum: under which the
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
     multiplied with (losses.followed_sparsity).
@@ -36,6 +37,7 @@ class RunState:
     rows_digest: int
     dictionary: DictionaryForm
     guard: GuardState = field(default_factory=GuardState)
+    outliers: Count = 0
     damage: dict[str, Count] = field(default_factory=dict)
     curriculum: CurriculumRecord | None = None
     woken: bool | None = None

@@ -26,7 +26,8 @@ FileIdentity = tuple[int, int, int, int]
 
 
 class BlockRows(NamedTuple):
-    """One block: acts [n, D] as stored, concept int32 [n, M] (trainer.labels), answer int32 [n], valid bool [n].
+    """One block: acts [n, D] as stored, concept int32 [n, M] (trainer.labels), answer int32 [n], valid bool [n], and
+    outlier bool [n], rows that are not valid for their norm alone.
 
     M is what the block needs; other blocks of the data set may be wider.
     """
@@ -35,6 +36,7 @@ class BlockRows(NamedTuple):
     concept: np.ndarray
     answer: np.ndarray
     valid: np.ndarray
+    outlier: np.ndarray
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -71,7 +73,7 @@ def open_block(
         )
     concept = _concepts(data, block, concepts, per_row)
     answer = _answers(data, block, answers)
-    return BlockRows(acts, concept, answer, np.ones(block.rows, dtype=bool))
+    return BlockRows(acts, concept, answer, np.ones(block.rows, dtype=bool), np.zeros(block.rows, dtype=bool))
 
 
 def check_extent(block: Block, width: int, dtype: str) -> None:

@@ -1,9 +1,11 @@
 """Configuration of the activation stream."""
 
+import math
 from dataclasses import dataclass
 
 from trainer.errors import UserError
 from trainer.stream.location import check_allowed
+from trainer.stream.normalisation import MAX_NORM
 
 LONGEST_TIMEOUT = 24 * 3600
 
@@ -30,6 +32,8 @@ class DataConfig:
     window: int = 8  # blocks that a lane shuffles together
     unlabelled: str = "unknown"  # what a row without a label is: unknown, or none (it has none of the concepts)
     threads: int = 2  # prefetching threads; 0 = read in the training thread
+    # Rows with a norm above this many times the median norm of the data weigh nothing; 0 = off.
+    max_norm: float = MAX_NORM
     check: bool = True  # crc32 and finiteness of every block at its first use in a process
     quarantine_budget: int = 0  # damaged blocks that a rank may mask before it stops
     nonfinite_budget: int = 0  # rows with NaN or infinity that a rank may mask before it stops
@@ -55,6 +59,8 @@ class DataConfig:
         for name in ("threads", "quarantine_budget", "nonfinite_budget", "retries"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
+        if self.max_norm and not 1 < self.max_norm < math.inf:
+            raise UserError(f"data.max_norm={self.max_norm} must be above 1, or 0 for off")
         if not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise UserError(
                 f"data.timeout={self.timeout} must be a number of seconds above 0, at most {LONGEST_TIMEOUT}"

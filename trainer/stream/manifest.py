@@ -60,6 +60,14 @@ Scale = Annotated[
         extra=wrong("scale must be positive and of the finite numbers of fp32, not {value}"),
     ),
 ]
+MedianNorm = Annotated[
+    float,
+    Meta(
+        ge=float(_FP32.tiny),
+        le=float(_FP32.max),
+        extra=wrong("median_norm must be positive and of the finite numbers of fp32, not {value}"),
+    ),
+]
 Rows = Annotated[int, whole(1, MAX_BYTES)]
 # (offset in the shard, bytes) of an npy payload.
 Span = tuple[Annotated[int, whole(0, MAX_BYTES)], Annotated[int, whole(_LEAST_HEADER, MAX_PAYLOAD)]]
@@ -164,7 +172,8 @@ class Manifest(ShardSpec):
     """Everything about one split that a reader must know.
 
     mean [D] and scale: x = (h - mean) / scale has mean squared norm 1. rows: of all blocks of all shards.
-    concepts_per_row: M, the most concepts that a row can list; blocks are as wide or narrower.
+    concepts_per_row: M, the most concepts that a row can list; blocks are as wide or narrower. median_norm: of the raw
+    rows, to some percent; None where nobody measured it.
     """
 
     mean: list[Mean]
@@ -172,6 +181,7 @@ class Manifest(ShardSpec):
     rows: Rows
     shards: tuple[Shard, ...]
     concepts_per_row: Annotated[int, whole(1, MOST_PER_ROW)] = 1
+    median_norm: MedianNorm | None = None
     schema: int = SCHEMA
 
     def check(self) -> None:
@@ -191,15 +201,18 @@ class Manifest(ShardSpec):
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return self._canonical(set() if self.median_norm is not None else {"median_norm"})
+
+    def _canonical(self, left_out: set[str]) -> str:
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if self.concepts_per_row == 1:  # the digest of a data set must not depend on who knows this field
             del own["concepts_per_row"]
         return json.dumps(own, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of the canonical JSON."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """sha256 (hex) of the canonical JSON without median_norm: the rows fix that, and older manifests lack it."""
+        return hashlib.sha256(self._canonical({"median_norm"}).encode()).hexdigest()
 
     @cached_property
     def blocks(self) -> list[tuple[int, Block]]:

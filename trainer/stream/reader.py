@@ -28,8 +28,8 @@ class Batch:
 
     acts [B, D] in the dtype of the shards; concept int64 [B, M], see trainer.labels, with one M for the data set;
     answer int64 [B], -1 for none; row_ids int64 [B], unique in the data set; positions int64 [B], place in the global
-    batch (lane * G/L + i); valid bool [B], False for masked rows (damaged or not finite), which must weigh nothing;
-    step, the global step.
+    batch (lane * G/L + i); valid bool [B], False for masked rows (damaged, not finite or outlier), which must weigh
+    nothing; outlier bool [B], masked for its norm (data.max_norm); step, the global step.
     """
 
     acts: Tensor
@@ -38,6 +38,7 @@ class Batch:
     row_ids: Tensor
     positions: Tensor
     valid: Tensor
+    outlier: Tensor
     step: int
 
     def _each(self, change) -> "Batch":
@@ -74,7 +75,7 @@ class _Buffers:
 class _Window(NamedTuple):
     """A lane's window, opened: everything to copy its rows into batches."""
 
-    columns: np.ndarray  # int64 [3 + M, n]: row id, answer, valid, then concepts, in reading order
+    columns: np.ndarray  # int64 [4 + M, n]: row id, answer, valid, outlier, then concepts, in reading order
     within: np.ndarray  # int64 [n] row within its block
     edges: list[int]  # run r is rows [edges[r], edges[r + 1]): one step, one block
     takes: list[Callable]  # per run, `take` of the block's activations
@@ -171,7 +172,7 @@ class Stream:
         else:
             acts = self._buffers.take()
             tensor = from_stored(acts, self.manifest.dtype)
-        columns = np.empty((3 + self.manifest.concepts_per_row, count), dtype=np.int64)
+        columns = np.empty((4 + self.manifest.concepts_per_row, count), dtype=np.int64)
         first = epoch_step * share
         for place, lane in enumerate(self.lanes):
             for window in self.plan.windows_of(epoch, lane, first, first + share):
@@ -185,9 +186,9 @@ class Stream:
                 for low, high, take in zip(edges, edges[1:], opened.takes[r:end], strict=False):
                     # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
                     take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
-        row_ids, answer, valid = torch.from_numpy(columns[:3])
-        concept = torch.from_numpy(np.ascontiguousarray(columns[3:].T))
-        batch = Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), step)
+        row_ids, answer, valid, outlier = torch.from_numpy(columns[:4])
+        concept = torch.from_numpy(np.ascontiguousarray(columns[4:].T))
+        batch = Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), outlier.bool(), step)
         return batch.pin() if self.pin else batch
 
     def _open(self, epoch: int, lane: int, window: Window, first: int) -> _Window:
@@ -246,11 +247,11 @@ class Stream:
         first_rows = np.cumsum([0, *(len(block.valid) for block in ordered)])
         place = first_rows[np.searchsorted(sorted(blocks), numbers)] + within
         concepts = self._concepts(ordered)
-        columns = np.empty((3 + concepts.shape[1], len(rows)), dtype=np.int64)
+        columns = np.empty((4 + concepts.shape[1], len(rows)), dtype=np.int64)
         columns[0] = rows
-        columns[1] = np.concatenate([block.answer for block in ordered])[place]
-        columns[2] = np.concatenate([block.valid for block in ordered])[place]
-        columns[3:] = concepts[place].T
+        for column, name in zip(columns[1:4], ("answer", "valid", "outlier"), strict=True):
+            column[:] = np.concatenate([getattr(block, name) for block in ordered])[place]
+        columns[4:] = concepts[place].T
         share = self.plan.rows_per_lane_step
         step = np.arange(window.start, window.stop) // share - window.start // share
         new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))

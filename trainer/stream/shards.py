@@ -17,7 +17,7 @@ from trainer.errors import UserError
 from trainer.labels import MOST_PER_ROW, BadLabel, canonical, narrowed, widened
 from trainer.stream import npy
 from trainer.stream.manifest import FILE_NAME, MAX_PAYLOAD, Block, Manifest, Shard, ShardSpec
-from trainer.stream.normalisation import RunningNormalisation
+from trainer.stream.normalisation import MAX_NORM, RunningNormalisation
 
 TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,6 +51,12 @@ def from_stored(stored: np.ndarray, dtype: str) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
+def row_norms(stored: np.ndarray, dtype: str) -> np.ndarray:
+    """Norms [n] fp32 of stored activations [n, D], a few rows at a time."""
+    parts = (from_stored(stored[low : low + 1024].copy(), dtype) for low in range(0, len(stored), 1024))
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]).numpy()
+
+
 class ShardWriter:
     """Writes one split into `folder`: SPLIT-000000.tar, SPLIT-000001.tar, ... and manifest.json.
 
@@ -59,7 +65,8 @@ class ShardWriter:
     the end, so a caller that discovers names on the way may append to the lists that it passed.
 
     folder: the folder of this split, e.g. data/demo/layer-06/train. spec: what the manifest says beside what is
-    computed. normalisation: (mean [D], scale) of another split, for a held-out split; computed from the rows when None.
+    computed. normalisation: (mean [D], scale) of another split, for a held-out split; computed from the rows when None,
+    without those whose norm is above max_norm times the median norm (0: from all).
     Raises UserError for impossible settings, labels out of range, NaN or infinite rows, a finished folder.
     """
 
@@ -72,6 +79,7 @@ class ShardWriter:
         rows_per_block: int = 4096,
         shard_bytes: int = 512 << 20,
         normalisation: tuple[list[float], float] | None = None,
+        max_norm: float = MAX_NORM,
         overwrite: bool = False,
     ):
         self.folder = Path(folder)
@@ -93,7 +101,7 @@ class ShardWriter:
             )
         self.split, self.spec = split, spec
         self.rows_per_block, self.shard_bytes = rows_per_block, shard_bytes
-        self.given, self.normalisation = normalisation, RunningNormalisation(spec.width)
+        self.given, self.normalisation = normalisation, RunningNormalisation(spec.width, max_norm)
         self.manifest: Manifest | None = None  # set by a successful close
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._pending_rows = 0
@@ -184,6 +192,7 @@ class ShardWriter:
                 scale=float(scale),
                 rows=self._rows,
                 concepts_per_row=self._per_row,
+                median_norm=None if self.given else self.normalisation.median_norm,
                 shards=tuple(self._shards),
             )
             # What is written must be readable; names that were appended meanwhile are checked here.

@@ -18,7 +18,7 @@ from trainer.stream.cache import RemoteExtents
 from trainer.stream.config import DataConfig
 from trainer.stream.location import check_allowed, is_remote, join, local_path
 from trainer.stream.manifest import Block, Manifest
-from trainer.stream.shards import to_stored
+from trainer.stream.shards import row_norms, to_stored
 
 log = logging.getLogger(__name__)
 _MAPS = 128  # shards mapped at a time; a map holds a file descriptor
@@ -116,6 +116,9 @@ class BlockSource:
         self.nonfinite_rows = 0
         self.reread = 0
         self._checked: dict[int, _Checked] = {}
+        median = manifest.median_norm
+        self._most_norm = config.max_norm * median if median is not None and config.max_norm else None
+        self._outliers: dict[int, tuple[FileIdentity, np.ndarray]] = {}
         self._stop = threading.Event()
         self._lost = ""  # why the server was given up
         self._lock = threading.Lock()
@@ -189,7 +192,21 @@ class BlockSource:
             bad = known.bad
             rows = BlockRows(*(array.copy() for array in rows))
             rows.acts[bad], rows.concept[bad], rows.answer[bad], rows.valid[bad] = self.mean, UNKNOWN, -1, False
-        return rows
+        return self._without_outliers(index, identity, rows)
+
+    def _without_outliers(self, index: int, identity: FileIdentity, rows: BlockRows) -> BlockRows:
+        """The rows, those with giant norms marked as not valid. Which they are is found once per file."""
+        if self._most_norm is None:
+            return rows
+        seen = self._outliers.get(index)
+        if seen is None or seen[0] != identity:
+            norms = row_norms(rows.acts, self.manifest.dtype)
+            seen = self._outliers[index] = (identity, np.flatnonzero(norms > self._most_norm))
+        if not len(seen[1]):
+            return rows
+        outlier = rows.outlier.copy()
+        outlier[seen[1]] = rows.valid[seen[1]]
+        return rows._replace(valid=rows.valid & ~outlier, outlier=outlier)
 
     def _note(self, index: int, identity: FileIdentity, bad: np.ndarray | None) -> None:
         """Remember that a block was checked, and count its rows that are not finite against the budget, once.
@@ -240,7 +257,8 @@ class BlockSource:
         none = np.full(block.rows, -1, dtype=np.int32)
         unknown = np.full((block.rows, 1), UNKNOWN, dtype=np.int32)
         acts = np.broadcast_to(self.mean, (block.rows, self.manifest.width))
-        return BlockRows(np.ascontiguousarray(acts), unknown, none, np.zeros(block.rows, dtype=bool))
+        no = np.zeros(block.rows, dtype=bool)
+        return BlockRows(np.ascontiguousarray(acts), unknown, none, no, no)
 
     def close(self) -> None:
         """Stop downloading and unmap the shards."""
