@@ -12,9 +12,7 @@ def test_the_table_is_large_enough_and_names_no_fault_twice() -> None:
     assert len(listed) >= 250 and len(set(listed)) == len(listed)
 
 
-@pytest.mark.parametrize(
-    "kinds", [["secrets"], pytest.param([], marks=pytest.mark.slow)], ids=["sample", "all"]
-)
+@pytest.mark.parametrize("kinds", [["secrets"], pytest.param([], marks=pytest.mark.slow)], ids=["sample", "all"])
 def test_every_fault_is_survived(kinds: list[str], tmp_path: Path) -> None:
     tried, failed = attempt_all(tmp_path, kinds)
     assert tried and not failed, "\n".join(failed)
