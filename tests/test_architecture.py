@@ -17,7 +17,7 @@ FLOORS = [
     ["losses", "guard", "interrupt", "agreement", "ownership", "failures"],
     ["kernels", "binding"],
     ["objective", "optimizer"],
-    ["curriculum", "metrics", "waking"],
+    ["curriculum", "gains", "metrics", "waking"],
     ["strategies", "tracking"],
     ["checkpoint", "revival"],
     ["pretrained"],

@@ -15,8 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.analysis.evaluation import evaluate_split
-from trainer.analysis.interventions import hook_layer, loss_recovered
-from trainer.analysis.language_model import load_language_model, read_prompts
+from trainer.analysis.interventions import loss_recovered
+from trainer.analysis.language_model import hook_layer, load_language_model, read_prompts
 from trainer.analysis.results import most_norm, rows_of, run_shards
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError

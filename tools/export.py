@@ -9,7 +9,8 @@ saelens      cfg.json and sae_weights.safetensors for SAELens 6 and later (SAE.l
 safetensors  dictionary.safetensors: W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D], threshold [S] (0 where there is
              none); pre = h W_enc^T + b_enc, z = pre where pre > threshold and 0 elsewhere, h_hat = z W_dec + b_dec
 
-Both come with concepts.json, which names the first R slots and says where the activations were taken. What was written
+Both come with concepts.json, which names the first R slots, with the mean activation of each on its own concept (the
+unit of `alignsae steer`), and says where the activations were taken. What was written
 is read again and compared with the dictionary before OUT gets its name.
 """
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from trainer.dictionary import BankWeights, ConceptDictionary
 from trainer.errors import UserError
 from trainer.files import allow_as_umask, write_result
-from trainer.pretrained import Facts, fold, named, read_trained, saelens_config, trainer_name
+from trainer.pretrained import Trained, fold, gains, named, read_trained, saelens_config, trainer_name
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
 TOLERANCE = 1e-4  # of pre-activations and reconstructions, relative to their norm: fp32 in another order of operations
@@ -34,7 +35,9 @@ TOLERANCE = 1e-4  # of pre-activations and reconstructions, relative to their no
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae export`."""
-    parser.add_argument("--run", dest="run_dir", type=Path, required=True, help="run, checkpoint or import folder")
+    parser.add_argument(
+        "--run", dest="run_dir", type=Path, required=True, help="folder of a run, a checkpoint, an import or an export"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--format", choices=tuple(WEIGHTS), default="saelens", help="layout (default: saelens)")
     parser.add_argument(
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """Fold, write, read back, compare, rename."""
     if args.out.exists():
         raise UserError(f"{args.out} already exists; name a folder that does not")
-    dictionary, facts = read_trained(args.run_dir)
+    trained = read_trained(args.run_dir)
+    dictionary = trained.dictionary
     partial = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -54,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
         tensors = fold(dictionary, args.unit_norm)
         if args.format == "saelens":
             tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-            write_result(partial / "cfg.json", saelens_config(dictionary, facts, "threshold" in tensors))
-        write_result(partial / "concepts.json", concepts(dictionary, facts))
+            write_result(partial / "cfg.json", saelens_config(dictionary, trained.facts, "threshold" in tensors))
+        write_result(partial / "concepts.json", concepts(trained, args.unit_norm))
         save_file(tensors, partial / WEIGHTS[args.format])
         difference = compare(dictionary, partial)
         allow_as_umask(partial)
@@ -69,11 +73,13 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def concepts(dictionary: ConceptDictionary, facts: Facts) -> dict[str, Any]:
+def concepts(trained: Trained, unit_norm: bool) -> dict[str, Any]:
     """Content of concepts.json; slot r is concepts[r]."""
+    facts = trained.facts
     return {
-        **named(dictionary, facts),
-        "slots": dictionary.slots,
+        **named(trained.dictionary, facts),
+        "gains": gains(trained.dictionary, facts, unit_norm),
+        "slots": trained.slots,
         "model": facts.model,
         "hook_point": facts.hook_point,
         "trained_on": facts.training.get("data"),

@@ -211,3 +211,25 @@ def _stages(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def steering_plot(tokens: Sequence[str], slots: Mapping[str, tuple[Any, Any]], prompt: int, first: int = 0) -> Figure:
+    """Activations of slots on the tokens of one text, and what they were changed to.
+
+    slots: name -> (read, changed to), each as long as the tokens that were read. prompt: tokens of the prompt. first:
+    tokens of padding in front, which are left out.
+    """
+    count = max(len(read) for read, _ in slots.values())
+    places = np.arange(first, count)
+    figure, axes = _figure(max(4.0, 1.5 + 0.32 * len(places)), 1.2 + 1.5 * len(slots), rows=len(slots), sharex=True)
+    for ax, (name, (read, changed)) in zip(axes, slots.items(), strict=True):
+        ax.bar(places, read[first:], color=BLUE, label="read")
+        steered = np.where(np.asarray(changed) != np.asarray(read), changed, np.nan)[first:]
+        ax.plot(places, steered, "D", color=ORANGE, label="set to")
+        ax.axvline(prompt - 0.5, color=GREY, linewidth=0.8, linestyle=":")
+        ax.set_ylabel(name)
+    axes[0].legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    # A dollar sign would begin mathematics.
+    labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens[first:count]]
+    axes[-1].set_xticks(places, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    return figure

@@ -25,7 +25,6 @@ from trainer.analysis.interventions import (
     SwapScore,
     answer_sets,
     generate_edited,
-    hook_layer,
     mean_difference_swap,
     score_swaps,
     slot_swap,
@@ -35,6 +34,7 @@ from trainer.analysis.language_model import (
     answer_matches,
     encode_answer,
     generate_answers,
+    hook_layer,
     load_language_model,
     read_prompts,
 )

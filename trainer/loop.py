@@ -15,7 +15,9 @@ from trainer import revival
 from trainer.checkpoint import RunState, Saver
 from trainer.config import Config
 from trainer.curriculum import Curriculum, StepSettings
+from trainer.dictionary import BankWeights
 from trainer.dictionary.units import CONCEPTS
+from trainer.gains import concept_gains
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.labels import listing
@@ -241,8 +243,32 @@ def tally(run: Run, stream: Stream) -> None:
     state.damage = {k: max(n, state.damage.get(k, 0)) for k, n in zip(counters, counts, strict=True)}
 
 
+def measure_gains(run: Run) -> list[float] | None:
+    """The gains of the concept slots, over as many rows as they were woken from; None where they sleep."""
+    strategy, topology = run.strategy, run.strategy.topology
+    state = strategy.read(CONCEPTS, everywhere=True) if run.state.awake and run.manifest.concepts else None
+    if state is None:
+        return None
+    names = ("W_enc", "b_enc", "W_dec")
+    weights = BankWeights(*(state.weights[name].to(topology.device) for name in names))
+
+    def labelled() -> Iterator[tuple[Tensor, Tensor]]:
+        with run.stream(run.state.step) as stream:
+            for _ in range(min(run.plan.steps_per_epoch, WAKE_BATCHES)):
+                batch = next(stream).to(topology.device)
+                keep = batch.valid & (batch.concept >= 0)
+                yield strategy.objective.dictionary.normalise(batch.acts[keep]), batch.concept[keep]
+
+    gains = concept_gains(weights, labelled(), topology)
+    if gains is None and topology.is_main:
+        log.warning("the rows could not be read once more: the checkpoint holds no gains of the concept slots")
+    return gains
+
+
 def save(run: Run, stream: Stream) -> None:
     """Begin to write a checkpoint, or write it."""
     tally(run, stream)
+    last = run.state.step == run.curriculum.total
     run.state.guard = run.guard.state()
-    run.saver.save(run.state, last=run.state.step == run.curriculum.total)
+    run.state.gains = measure_gains(run) if last else None
+    run.saver.save(run.state, last=last)

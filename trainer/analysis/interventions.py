@@ -1,11 +1,10 @@
-"""Concept swap and steering on a running language model, and what the reconstruction costs it.
+"""Concept swap on a running language model, and what the reconstruction costs it.
 
 Shapes: B prompts of a batch, D model width, R concepts. An edit maps the residual h [B, D] at the last prompt token
 of the B prompts to the residual that the remaining blocks read; row i belongs to prompt i.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from trainer.analysis.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
+from trainer.analysis.steering import SlotEdit
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
 
@@ -84,57 +84,31 @@ def swap_pairs(
     return picked[:pairs]
 
 
-def set_slots(dictionary: ConceptDictionary, change: Callable[[Tensor], Tensor], write_back: WriteBack = "add") -> Edit:
-    """Edit that changes the concept code z [B, R] by `change` (which returns a new tensor).
-
-    add: h + decode(z') - decode(z), which keeps what the dictionary does not reconstruct. replace: decode(z').
-    The free slots are the same in z and z', so that their share cancels and only the concept rows of W_dec are needed.
-    """
-
-    @torch.no_grad()
-    def edit(h: Tensor) -> Tensor:
-        z = dictionary.concepts.encode(dictionary.normalise(h))
-        delta = dictionary.concepts.decode(change(z) - z) * dictionary.scale
-        base = h.float() if write_back == "add" else dictionary.decode(dictionary.encode(h))
-        return (base + delta).to(h.dtype)
-
-    return edit
-
-
 def slot_swap(
     dictionary: ConceptDictionary, source: Tensor, target: Tensor, strength: Tensor, write_back: WriteBack = "add"
 ) -> Edit:
     """Edit that sets slot source[i] to 0 and slot target[i] to strength[target[i]].
 
     source, target [B] int64; strength [R] in units of the code, normally alpha times `evaluation.concept_slot_means`.
+    add: h + decode(z') - decode(z), which keeps what the dictionary does not reconstruct. replace: decode(z').
     """
+    slots = torch.cat([source, target]).unique()
+    row, value = torch.arange(len(source)), torch.full((len(source), len(slots)), torch.nan)
+    value[row, torch.searchsorted(slots, source)] = 0.0
+    value[row, torch.searchsorted(slots, target)] = strength.cpu()[target]
+    change = SlotEdit(dictionary, slots.tolist(), "set", value, dictionary.mean.device)
 
-    def change(z: Tensor) -> Tensor:
-        row = torch.arange(z.shape[0])
-        swapped = z.clone()
-        swapped[row, source] = 0
-        swapped[row, target] = strength[target]
-        return swapped
+    def edit(h: Tensor) -> Tensor:
+        lost = 0.0 if write_back == "add" else h.float() - dictionary.decode(dictionary.encode(h))
+        return (change(h) - lost).to(h.dtype)
 
-    return set_slots(dictionary, change, write_back)
+    return edit
 
 
 def mean_difference_swap(means: Tensor, source: Tensor, target: Tensor, alpha: float) -> Edit:
     """Edit h + alpha (mean of target - mean of source), class means [R, D]: the yardstick that needs no dictionary."""
     difference = alpha * (means[target] - means[source])
     return lambda h: (h.float() + difference).to(h.dtype)
-
-
-def steering(dictionary: ConceptDictionary, strength: Mapping[int, float], write_back: WriteBack = "add") -> Edit:
-    """Edit that sets each slot of `strength` to the given value in every row."""
-
-    def change(z: Tensor) -> Tensor:
-        steered = z.clone()
-        for slot, value in strength.items():
-            steered[:, slot] = value
-        return steered
-
-    return set_slots(dictionary, change, write_back)
 
 
 def generate_edited(
@@ -277,14 +251,3 @@ def loss_recovered(
         "recovered_over_mean": recovered("mean"),
         "recovered_over_zero": recovered("zero"),
     }
-
-
-def hook_layer(hook_point: str) -> int:
-    """Layer L of a hook point `blocks.L.hook_resid_post`. Raises UserError for any other place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_point)
-    if not found:
-        raise UserError(
-            f"the activations were taken at {hook_point!r}; only the residual stream after a block "
-            "(blocks.L.hook_resid_post) can be edited"
-        )
-    return int(found[1])

@@ -26,7 +26,8 @@ class RunState:
     damage: masked blocks and rows over all ranks. curriculum: under which the
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
-    multiplied with (losses.followed_sparsity).
+    multiplied with (losses.followed_sparsity). gains: mean activation of each concept slot on the rows of its own
+    concept, 0 for one without rows; None before the end of a run.
     """
 
     step: Count
@@ -43,6 +44,7 @@ class RunState:
     woken: bool | None = None
     freeze: str = "none"
     sparsity: Annotated[float, Meta(ge=LEAST_SPARSITY, le=MOST_SPARSITY)] = 1.0
+    gains: list[float] | None = None
 
     @property
     def awake(self) -> bool:

@@ -1,6 +1,6 @@
 """The dictionary: form, banks with their gate, normalisation, and the names of its units. Knows no parallelism."""
 
-from trainer.dictionary.bank import BankWeights, OutputBias, SlotBank
+from trainer.dictionary.bank import BankWeights, OutputBias, SlotBank, joined
 from trainer.dictionary.concept_dictionary import ConceptDictionary
 from trainer.dictionary.form import ChosenForm, DictionaryConfig, DictionaryForm
 from trainer.dictionary.gate import GATES, apply_gate
@@ -18,4 +18,5 @@ __all__ = [
     "apply_gate",
     "bank_number",
     "bank_unit",
+    "joined",
 ]

@@ -3,7 +3,7 @@
 Shapes: B rows, D model width, n slots of a bank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -48,6 +48,25 @@ class BankWeights(NamedTuple):
     def decode(self, z: Tensor) -> Tensor:
         """This bank's share of the reconstruction [B, D] fp32; the product is in the dtype of z [B, n]."""
         return (z @ self.decoder().to(z.dtype)).float()
+
+    def rows(self, index: Tensor) -> "BankWeights":
+        """The slots index [m] as a bank of their own, decoder rows as they are used."""
+        threshold = None if self.threshold is None else self.threshold[index]
+        return BankWeights(self.W_enc[index], self.b_enc[index], self.decoder()[index], threshold)
+
+    def encode_one(self, x: Tensor, slot: Tensor) -> Tensor:
+        """Activation [B] fp32 of slot[i] on row x[i] alone; x [B, D] normalised, slot [B] int64."""
+        pre = (x * self.W_enc[slot]).sum(dim=1) + self.b_enc[slot]
+        return apply_gate(pre, None if self.threshold is None else self.threshold[slot])
+
+
+def joined(parts: Sequence[BankWeights]) -> BankWeights:
+    """Slots of several banks as one; decoder rows as they are used, thresholds where any slot has one."""
+    thresholds = None
+    if any(part.threshold is not None for part in parts):
+        thresholds = torch.cat([torch.zeros_like(p.b_enc) if p.threshold is None else p.threshold for p in parts])
+    W_enc, b_enc, W_dec = (torch.cat(t) for t in zip(*((p.W_enc, p.b_enc, p.decoder()) for p in parts), strict=True))
+    return BankWeights(W_enc, b_enc, W_dec, thresholds)
 
 
 class SlotBank(nn.Module):

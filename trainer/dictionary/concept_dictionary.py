@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.dictionary import normalisation
-from trainer.dictionary.bank import OutputBias, SlotBank
+from trainer.dictionary.bank import BankWeights, OutputBias, SlotBank, joined
 from trainer.dictionary.form import DictionaryForm
 from trainer.dictionary.units import CONCEPTS, OUTPUT, VALUE, bank_unit
 
@@ -111,6 +111,20 @@ class ConceptDictionary(nn.Module):
         """What a checkpoint and an engine handle one by one, as far as it is held here: name (units.py) -> module."""
         banks = {bank_unit(i): bank for i, bank in zip(self.owned, self.banks.values(), strict=True)}
         return self.shared_units() | banks
+
+    @torch.no_grad()
+    def rows(self, slots: Sequence[int]) -> BankWeights:
+        """The weights of some slots, in this order; slot numbers count over all banks, concept slots first."""
+        wanted = torch.tensor(slots, dtype=torch.int64)
+        ascending = wanted.sort()
+        parts, first = [], 0
+        for bank in self.all_banks():
+            inside = ascending.values[(ascending.values >= first) & (ascending.values < first + bank.slots)]
+            if len(inside):
+                parts.append(bank(BankWeights.rows, (inside - first).to(bank.b_enc.device)))
+            first += bank.slots
+        found = joined(parts)
+        return found.rows(ascending.indices.argsort().to(found.b_enc.device))
 
     @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ SOURCE --open_source--> Source (raw weights, a few slots at a time) --write--> f
 """
 
 from trainer.pretrained.calibration import Measured, calibrate, measure
-from trainer.pretrained.exporting import fold, named, read_trained, saelens_config, trainer_name
+from trainer.pretrained.exporting import fold, gains, named, saelens_config, trainer_name
 from trainer.pretrained.folder import Description, Imported, load, write
 from trainer.pretrained.locate import open_source
 from trainer.pretrained.source import Facts, Source, rescale
 from trainer.pretrained.start import Start, take_over
+from trainer.pretrained.trained import Trained, read_trained
 
 __all__ = [
     "Description",
@@ -17,8 +18,10 @@ __all__ = [
     "Measured",
     "Source",
     "Start",
+    "Trained",
     "calibrate",
     "fold",
+    "gains",
     "load",
     "measure",
     "named",

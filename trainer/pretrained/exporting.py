@@ -4,47 +4,16 @@ Shapes: D model width, R concept slots, S slots, concept slots first.
 """
 
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer import checkpoint
-from trainer.dictionary import BankWeights, ConceptDictionary, normalisation
-from trainer.pretrained.folder import FILE_NAME, Imported, load
-from trainer.pretrained.own import facts_of
-from trainer.pretrained.source import Facts, joined, rescale
-from trainer.stream import Manifest
+from trainer.dictionary import BankWeights, ConceptDictionary, joined, normalisation
+from trainer.pretrained.source import Facts, rescale
 
 # What SAELens decides the layout of the file by: without it, it reads a layout of before 6.0. Not who trained it.
 SAELENS_LAYOUT = "6.0.0"
-
-
-def read_trained(path: Path) -> tuple[ConceptDictionary, Facts]:
-    """The dictionary of a run, a checkpoint or an import, and where it comes from.
-
-    Raises UserError when there is none, DataError when it is damaged.
-    """
-    if (path / FILE_NAME).is_file():
-        return load(path), Imported(path).description.facts
-    folder, _ = checkpoint.find(str(path), path)
-    assert folder is not None  # a named path that has none raises
-    dictionary, manifest = checkpoint.load_dictionary(folder)
-    facts = facts_of(checkpoint.read_state(folder), manifest, str(path))
-    facts.concepts = dictionary.concept_names
-    facts.training["token_position"] = token_position(manifest)
-    return dictionary, facts
-
-
-def token_position(manifest: Manifest) -> str:
-    """At which token of a text the rows were taken: what the manifest says, or what `alignsae extract` does; "" for
-    unknown."""
-    stated = manifest.extra.get("token_position")
-    if isinstance(stated, str):
-        return stated
-    # Of prompts alone come labels, and the model's weights are in the manifest of every extraction of ours.
-    return "last prompt token" if "weights" in manifest.extra and manifest.concepts else ""
 
 
 @torch.no_grad()
@@ -62,6 +31,18 @@ def fold(dictionary: ConceptDictionary, unit_norm: bool = False) -> dict[str, Te
     tensors = {"W_enc": whole.W_enc, "b_enc": whole.b_enc, "W_dec": whole.W_dec}
     tensors["b_dec"] = normalisation.fold_output(dictionary.output(torch.zeros_like(mean)), mean, scale)
     return tensors if whole.threshold is None else tensors | {"threshold": whole.threshold}
+
+
+@torch.no_grad()
+def gains(dictionary: ConceptDictionary, facts: Facts, unit_norm: bool = False) -> dict[str, float]:
+    """Concept -> gain, in the units of the codes that `fold` leaves."""
+    names = dictionary.concept_names or facts.concepts
+    if not unit_norm or not facts.gains:
+        return facts.gains
+    # fold multiplies codes by the norms of raw decoder rows.
+    rows = dictionary.rows(range(len(names)))
+    norms = dict(zip(names, _norms(normalisation.fold(rows, dictionary.mean, dictionary.scale)).tolist(), strict=True))
+    return {name: gain * norms[name] for name, gain in facts.gains.items()}
 
 
 def _norms(bank: BankWeights) -> Tensor:

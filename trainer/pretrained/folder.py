@@ -26,12 +26,13 @@ from trainer.dictionary import (
     SlotBank,
     bank_number,
     bank_unit,
+    joined,
     normalisation,
 )
 from trainer.dictionary.units import OUTPUT
 from trainer.errors import DataError, UserError
 from trainer.files import checked, read_json, write_json
-from trainer.pretrained.source import Facts, Source, joined, rescale
+from trainer.pretrained.source import Facts, Source, rescale
 
 SCHEMA = 1
 FILE_NAME = "dictionary.json"

@@ -58,7 +58,7 @@ def saelens(folder: Path, location: str) -> Source:
         log_threshold=threshold == "log_threshold",
     )
     facts = Facts("saelens", architecture, location, *_hook(metadata), files=sha256_of(folder, SAELENS, "cfg.json"))
-    facts.concepts = _concepts(folder)
+    facts.concepts, facts.gains = _concepts(folder), _gains(folder)
     facts.training = {k: v for k, v in metadata.items() if k not in ("model_name", "hook_name") and v is not None}
     found = StoredSource(facts, store, layout)
     if (config.get("d_in"), config.get("d_sae")) != (found.width, found.slots):
@@ -118,7 +118,7 @@ def own_export(folder: Path, location: str) -> Source:
     architecture = "jumprelu" if layout.threshold else "standard"
     facts = Facts("alignsae", architecture, location, str(named.get("model", "")), str(named.get("hook_point", "")))
     facts.files, facts.concepts = sha256_of(folder, OWN, "concepts.json"), _concepts(folder)
-    facts.training = _dict(named.get("training"))
+    facts.training, facts.gains = _dict(named.get("training")), _gains(folder)
     return StoredSource(facts, store, layout)
 
 
@@ -171,6 +171,12 @@ def _concepts(folder: Path) -> list[str]:
     path = folder / "concepts.json"
     names = _json(path).get("concepts") if path.is_file() else []
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _gains(folder: Path) -> dict[str, float]:
+    path = folder / "concepts.json"
+    found = _dict(_json(path).get("gains")) if path.is_file() else {}
+    return {str(name): gain for name, value in found.items() if (gain := _positive(value)) is not None}
 
 
 def _json(path: Path) -> dict[str, Any]:

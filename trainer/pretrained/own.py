@@ -11,10 +11,10 @@ from torch import Tensor
 
 from trainer import checkpoint
 from trainer.checkpoint.state import RunState
-from trainer.dictionary import BankWeights, OutputBias, SlotBank, bank_unit, normalisation
+from trainer.dictionary import BankWeights, OutputBias, SlotBank, bank_unit, joined, normalisation
 from trainer.dictionary.units import CONCEPTS, OUTPUT
 from trainer.errors import DataError
-from trainer.pretrained.source import Facts, Source, joined, sha256_of
+from trainer.pretrained.source import Facts, Source, sha256_of
 from trainer.stream import Manifest
 
 _KEPT = 2  # units in memory
@@ -86,7 +86,11 @@ def facts_of(state: RunState, manifest: Manifest, location: str) -> Facts:
         "rows_digest": f"{state.rows_digest:016x}",
         "damage": state.damage,
     }
-    return Facts("alignsae", state.dictionary.gate, location, manifest.model, manifest.hook_point, training=training)
+    facts = Facts("alignsae", state.dictionary.gate, location, manifest.model, manifest.hook_point, training=training)
+    # A slot that was active on no row of its concept has no unit to be steered in.
+    known = zip(state.dictionary.concepts, state.gains or [], strict=False)
+    facts.gains = {name: gain for name, gain in known if gain > 0}
+    return facts
 
 
 def _slice(weights: BankWeights, begin: int, end: int) -> BankWeights:

@@ -5,7 +5,6 @@ Shapes: D model width, n slots asked for, S slots in all.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ class Facts:
 
     format: saelens, sparsify, gemma-scope or alignsae. architecture: as the source names it. location: without
     credentials. model, hook_point: "" where the source does not say. concepts: names of its first slots. files: name
-    -> sha256. training: what the source says about how it was trained.
+    -> sha256. training: what the source says about how it was trained. gains: concept -> mean activation of its slot on
+    the concept's rows, as far as they are known.
     """
 
     format: str
@@ -35,6 +35,7 @@ class Facts:
     concepts: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -152,15 +153,6 @@ def rescale(weights: BankWeights, gain: float | Tensor) -> BankWeights:
     rows = gain[:, None] if isinstance(gain, Tensor) else gain
     threshold = None if weights.threshold is None else weights.threshold * gain
     return BankWeights(weights.W_enc * rows, weights.b_enc * gain, weights.W_dec / rows, threshold)
-
-
-def joined(parts: Sequence[BankWeights]) -> BankWeights:
-    """Slots of several banks as one; decoder rows as they are used, thresholds where any slot has one."""
-    thresholds = None
-    if any(part.threshold is not None for part in parts):
-        thresholds = torch.cat([torch.zeros_like(p.b_enc) if p.threshold is None else p.threshold for p in parts])
-    W_enc, b_enc, W_dec = (torch.cat(t) for t in zip(*((p.W_enc, p.b_enc, p.decoder()) for p in parts), strict=True))
-    return BankWeights(W_enc, b_enc, W_dec, thresholds)
 
 
 def sha256_of(folder: Path, *names: str) -> dict[str, str]:

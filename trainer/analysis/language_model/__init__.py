@@ -7,7 +7,9 @@ from trainer.analysis.language_model.capture import (
     hook_point,
     module_at,
 )
+from trainer.analysis.language_model.editing import Tokens, edit_residual, edit_tokens, hook_layer
 from trainer.analysis.language_model.examples import Example, Message, Span, read_example
+from trainer.analysis.language_model.loading import last_token, load_language_model
 from trainer.analysis.language_model.prompts import (
     Prompt,
     answer_matches,
@@ -20,21 +22,23 @@ from trainer.analysis.language_model.prompts import (
     read_prompts,
     read_texts,
 )
-from trainer.analysis.language_model.residual import edit_residual, last_token, load_language_model
 
 __all__ = [
     "Example",
     "Message",
     "Prompt",
     "Span",
+    "Tokens",
     "answer_matches",
     "capture",
     "check_layers",
     "edit_residual",
+    "edit_tokens",
     "encode_answer",
     "encode_prompts",
     "find_blocks",
     "generate_answers",
+    "hook_layer",
     "hook_point",
     "json_object",
     "last_token",

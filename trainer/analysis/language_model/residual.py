@@ -1,17 +1,11 @@
-"""Causal language models: loading, and edits of the residual stream after a block.
+"""Loading a causal language model, and where the prompts of a batch end. B prompts, T tokens."""
 
-B prompts, T tokens, D model width.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.analysis.language_model.capture import check_layers, find_blocks, output_of
 from trainer.errors import UserError
 
 
@@ -52,36 +46,3 @@ def last_token(mask: Tensor) -> Tensor:
     """Column [B] of the last real token of each row of an attention mask [B, T], whichever side is padded."""
     columns = torch.arange(mask.shape[1], device=mask.device)
     return (mask.long() * columns).argmax(dim=1)
-
-
-@contextmanager
-def edit_residual(model: Any, layer: int, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While active, the residual [B, D] after block `layer` at the last prompt token is replaced by `edit(residual)`.
-
-    Only the pass over the prompt is edited, not the later decoding steps, and always the last column, so prompts must
-    be padded on the left (as `generate_answers` does). UserError on a layer out of range.
-    """
-    check_layers(model, [layer])
-    prompt_pass = True
-
-    def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal prompt_pass
-        cache = kwargs.get("past_key_values")
-        prompt_pass = cache is None or cache.get_seq_length() == 0
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if not prompt_pass:
-            return None
-        residual = output_of(output).clone()
-        residual[:, -1] = edit(residual[:, -1]).to(residual.dtype)
-        return (residual, *output[1:]) if isinstance(output, tuple) else residual
-
-    handles = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        find_blocks(model)[layer].register_forward_hook(after),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
