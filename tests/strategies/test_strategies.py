@@ -26,6 +26,7 @@ from tests.strategies.curriculum_runs import (
     meetings,
 )
 from tests.support.runs import metrics
+from trainer import load
 from trainer.checkpoint import load_dictionary
 
 EARLY = [*range(1, 6), *range(SWITCH + 1, SWITCH + 6)]  # the first five steps of each stage
@@ -90,6 +91,11 @@ def thresholds(folder: Path) -> torch.Tensor:
     return torch.cat([bank.weights().threshold for bank in dictionary.free_banks()])
 
 
+def gains(folder: Path) -> dict[str, float]:
+    """Of the concept slots, at the end of a run."""
+    return load(folder / "run").gains
+
+
 def skipped_steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "run" / "skipped.jsonl").read_text().splitlines()]
 
@@ -112,6 +118,7 @@ def assert_close_runs(
 def test_losses_and_gradients_are_those_of_a_single_process(runs: Runs, layout: Layout) -> None:
     ours, theirs = metrics(runs.plain(layout)), metrics(runs.plain(SINGLE))
     assert len(ours) == STEPS
+    assert gains(runs.plain(SINGLE)) and gains(runs.plain(layout)) == pytest.approx(gains(runs.plain(SINGLE)), rel=1e-3)
     aligned = [theirs[step] for step in range(SWITCH + 1, STEPS + 1)]
     assert all(line["loss/bind"] > 0 and line["loss/perp"] > 0 and line["loss/val"] > 0 for line in aligned)
     assert_close_runs(ours, theirs)

@@ -95,8 +95,8 @@ class SlotEdit:
 class Steering:
     """What a model did while it was steered: the newest sequences that it read, token by token.
 
-    trace: slot -> activations [B, T] fp32, as the model wrote them, before the change. steered: what they were changed
-    to. T counts the tokens of the prompt and those that were generated but the last, which the model has not read. nan at
+    trace: slot -> activations [B, T] fp32, as the model wrote them, before the change. steered: what they became. T
+    counts the tokens of the prompt and those that were generated but the last, which the model has not read. nan at
     padding.
     """
 
