@@ -18,9 +18,9 @@ def concept_gains(
 ) -> list[float] | None:
     """Gains [R] over the rows of all data ranks; 0 for a concept without a row.
 
-    weights: of the concept slots, on the device of the rows. batches: (x [B, D] normalised, concept [B], all >= 0) of
-    this data rank. None when a rank could not read its rows, since a mean over the others would be another one. Called
-    on all ranks.
+    weights: of the concept slots, on the device of the rows. batches: (x [B, D] normalised, concept [B]) of this data
+    rank, a row once for each concept that it lists. None when a rank could not read its rows, since a mean over the
+    others would be another one. Called on all ranks.
     """
     slots = len(weights.b_enc)
     sums = torch.zeros(2 * slots + 1, dtype=torch.float64, device=weights.b_enc.device)

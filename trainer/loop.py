@@ -256,8 +256,8 @@ def measure_gains(run: Run) -> list[float] | None:
         with run.stream(run.state.step) as stream:
             for _ in range(min(run.plan.steps_per_epoch, WAKE_BATCHES)):
                 batch = next(stream).to(topology.device)
-                keep = batch.valid & (batch.concept >= 0)
-                yield strategy.objective.dictionary.normalise(batch.acts[keep]), batch.concept[keep]
+                row, column = ((batch.concept >= 0) & batch.valid[:, None]).nonzero(as_tuple=True)
+                yield strategy.objective.dictionary.normalise(batch.acts[row]), batch.concept[row, column]
 
     gains = concept_gains(weights, labelled(), topology)
     if gains is None and topology.is_main:
