@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ TOOLS = {
     "plan": ("tools.plan", "memory and traffic per rank for a configuration, before anything is launched"),
     "bench": ("tools.bench", "time the objective against its floor and against dense baselines"),
     "track": ("tools.track", "bring MLflow level with the metrics.jsonl of runs"),
+    "init": ("tools.init", "write a configuration and a launch file to begin with"),
+    "config": ("tools.config", "every key of a configuration with its default and meaning"),
     "train": ("tools.train", "train a dictionary on the ranks of a launch file"),
     "sweep": ("tools.sweep", "run a grid of configurations and tabulate the results"),
 }
@@ -42,6 +45,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+def version() -> str:
+    """Of the package that is installed; "unknown" where only the files are there."""
+    try:
+        return importlib.metadata.version("alignsae")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     """Parser of all subcommands; only `selected` gets its arguments (and its imports)."""
     parser = Parser(
@@ -49,6 +60,7 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
         description="Concept-aligned sparse autoencoders: data, evaluation and interventions. "
         "Training is `alignsae train`, or `accelerate launch -m trainer.train --config configs/X.yaml key=value ...`.",
     )
+    parser.add_argument("--version", action="version", version=f"alignsae {version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, help_line) in TOOLS.items():
         if name != selected:

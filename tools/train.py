@@ -67,5 +67,5 @@ def launch_path(name: str) -> Path:
 
 
 def _beside(name: str) -> Path:
-    """Launch file of the checkout that this tool is of."""
-    return Path(__file__).parents[1] / FILES / f"{name}.yaml"
+    """Launch file that comes with this tool."""
+    return Path(__file__).parent / FILES / f"{name}.yaml"

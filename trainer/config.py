@@ -36,11 +36,11 @@ MOST = 1 << 50  # of whatever is counted
 class RunConfig:
     """Where the run lives and how it is reported."""
 
-    dir: str = "runs/default"
-    seed: int = 0
+    dir: str = "runs/default"  # folder of the run, shared by all nodes
+    seed: int = 0  # of initial weights, order of rows and revival
     precision: str = "bf16"  # bf16: bf16 products on fp32 masters (fp32 ones on a CPU that would emulate them) | fp32
     log_every: int = 20  # steps
-    # After which the run saves and leaves with the code that asks for a requeue; 0 = no limit.
+    # Minutes after which the run saves and leaves with the code that asks for a requeue; 0 = no limit.
     wall_minutes: float = 0.0
 
     def validate(self) -> None:

@@ -20,9 +20,9 @@ class StageConfig:
     """One stage: its name, its length in epochs or steps (one of them), and what differs in it from the rest of the
     run."""
 
-    name: str = "pretrain"
-    epochs: float | None = None
-    steps: int | None = None
+    name: str = "pretrain"  # pretrain: concept slots sleep | align: all terms count
+    epochs: float | None = None  # length in passes over the data
+    steps: int | None = None  # or in steps
     loss: StageWeights = field(default_factory=StageWeights)
     # Active free slots to aim at; None: dictionary.k or target_l0; 0: threshold and weight of sparsity stay.
     k: int | None = None

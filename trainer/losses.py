@@ -60,11 +60,11 @@ TERMS = (
 class LossWeights:
     """Weight of each term."""
 
-    rec: float = 1.0
-    sp: float = 0.05
-    bind: float = 1.0
-    perp: float = 0.01
-    val: float = 0.1
+    rec: float = 1.0  # reconstruction
+    sp: float = 0.05  # sparsity of the free slots
+    bind: float = 1.0  # binding of concept slots to their concepts
+    perp: float = 0.01  # orthogonality of free to concept slots
+    val: float = 0.1  # answers from the concept code
 
     def validate(self) -> None:
         """Raise UserError for a weight that cannot be."""
@@ -80,11 +80,11 @@ class LossWeights:
 class StageWeights:
     """Weights that differ from `loss` in one stage; what is unset stays."""
 
-    rec: float | None = None
-    sp: float | None = None
-    bind: float | None = None
-    perp: float | None = None
-    val: float | None = None
+    rec: float | None = None  # null: loss.rec
+    sp: float | None = None  # null: loss.sp
+    bind: float | None = None  # null: loss.bind
+    perp: float | None = None  # null: loss.perp
+    val: float | None = None  # null: loss.val
 
     def validate(self, where: str) -> None:
         """Raise UserError for a weight that cannot be; `where` names the stage."""

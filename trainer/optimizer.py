@@ -36,10 +36,10 @@ class OptimConfig:
     share of the run.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 1e-3  # largest rate
+    betas: tuple[float, float] = (0.9, 0.999)  # of the two moments
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.0  # decoupled, times the rate
     clip: float = 1.0  # largest global gradient norm; 0 = off
     warmup: int = 100  # steps at the start of each stage
     decay: float = 0.2  # last share of the run

@@ -23,8 +23,8 @@ MOST_BANKS = 1 << 16
 class ChosenForm:
     """Size and form of the free slots and of the value head."""
 
-    free_slots: int = 100_000
-    bank_slots: int = 8_192
+    free_slots: int = 100_000  # K, slots beside those of the concepts
+    bank_slots: int = 8_192  # slots that are computed, placed and saved together
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
     gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk | jumprelu (held)

@@ -1,0 +1,63 @@
+"""Write a configuration and a launch file to begin with -> DIR/config.yaml, DIR/launch.yaml
+
+  alignsae init mine --data data/mine/layer-06/train
+  alignsae train --launch mine/launch.yaml --config mine/config.yaml
+
+Both are copies of files that come with this program: --config one of configs/, --launch one of launch/accelerate/.
+`alignsae config` says what every key means.
+"""
+
+import argparse
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.files import write_result
+
+HERE = Path(__file__).parent
+CONFIGS, LAUNCHES = HERE / "configs", HERE / "launch" / "accelerate"
+START, LAUNCH = "paper", "single"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae init`."""
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder to write into; made where it is not there")
+    parser.add_argument("--config", default=START, metavar="NAME", help=f"configuration to copy (default: {START})")
+    parser.add_argument("--launch", default=LAUNCH, metavar="NAME", help=f"launch file to copy (default: {LAUNCH})")
+    parser.add_argument("--data", metavar="SHARDS", help="folder or URL for data.shards (default: as it stands there)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Copy both files, with run.dir inside of DIR and data.shards as asked for."""
+    targets = {
+        args.dir / "config.yaml": _text(CONFIGS, args.config, "--config"),
+        args.dir / "launch.yaml": _text(LAUNCHES, args.launch, "--launch"),
+    }
+    for path in targets:
+        if path.exists():
+            raise UserError(f"{path} already exists; name another folder")
+    config = _set(targets[args.dir / "config.yaml"], "dir", str(args.dir / "run"))
+    if args.data:
+        config = _set(config, "shards", args.data)
+    targets[args.dir / "config.yaml"] = config
+    for path, text in targets.items():
+        write_result(path, text)
+        print(f"written: {path}")
+    print(f"next: alignsae train --launch {args.dir / 'launch.yaml'} --config {args.dir / 'config.yaml'}")
+
+
+def _text(folder: Path, name: str, option: str) -> str:
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))}
+    # Beside the configurations lie bars of a summary.
+    known = [found for found, text in texts.items() if folder != CONFIGS or "\nstages:" in text]
+    if name not in known:
+        near = get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"{option} {name}: there is no such file; the nearest is {near[0]}, all are {', '.join(known)}")
+    return texts[name]
+
+
+def _set(text: str, key: str, value: str) -> str:
+    """The text of a configuration with a key of two spaces of indentation set."""
+    quoted = value.replace("'", "''")
+    return re.sub(rf"(?m)^  {key}: .*$", lambda _: f"  {key}: '{quoted}'", text, count=1)
