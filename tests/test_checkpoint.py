@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,6 +58,32 @@ def test_every_flipped_byte_and_cut_is_named(root: Path) -> None:
     assert verify(folder) is None
     (folder / "COMPLETE").unlink()
     assert verify(folder) == "it was not completed"
+
+
+def test_a_dictionary_is_read_while_a_run_replaces_its_checkpoints(root: Path) -> None:
+    source, over, made = Path(shutil.copytree(newest(root), root.parent / "source")), threading.Event(), 0
+
+    def replace() -> None:
+        """What a run with checkpoint.keep=1 does, without pause."""
+        nonlocal made
+        step, before = TOTAL, sorted(root.glob("step-*"))
+        while not over.is_set():
+            step += 1
+            final = root / f"step-{step:08d}"
+            Path(shutil.copytree(source, root / f"step-{step:08d}.tmp")).rename(final)
+            for folder in before:
+                shutil.rmtree(folder)
+            before, made = [final], made + 1
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(60):
+            assert load_dictionary(root.parent)[0].concept_names
+    finally:
+        over.set()
+        thread.join()
+    assert made > 10
 
 
 def test_ranks_share_the_hashing(root: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.stream import Manifest
 from trainer.topology import Topology
 
 _NAME = re.compile(r"(?:(?:dictionary|optimizer)/[a-z0-9-]+\.safetensors|state\.json|manifest\.json)\Z")
+LOOKS = 10  # at checkpoints that a run under way replaces while they are read
 _STEP = re.compile(r"step-(\d{8,})\Z")
 
 
@@ -194,10 +196,32 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
 def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
     """The whole dictionary and the manifest of its training data.
 
-    path: a run folder, a checkpoint folder or `checkpoints/latest`.
+    path: a run folder, a checkpoint folder or `checkpoints/latest`. Where a run under way replaces its checkpoints
+    meanwhile, the next one is taken.
     Raises UserError when there is no usable checkpoint.
     """
-    folder, _ = find(str(path), Path(path))
+    for _ in range(LOOKS):
+        listed = _listing(Path(path))
+        try:
+            return _load(Path(path))
+        except (UserError, OSError):
+            if _listing(Path(path)) == listed:
+                raise
+    raise UserError(
+        f"{path}: checkpoints are replaced faster than they can be read; copy one, or wait for the end"
+    )
+
+
+def _listing(path: Path) -> list[tuple[Path, int]]:
+    """Checkpoint folders at a path, and which folders they are: a run under way replaces them."""
+    found = [p for p in _candidates(path) if p.is_dir()]
+    with suppress(OSError):
+        return [(p, p.stat().st_ino) for p in found]
+    return []
+
+
+def _load(path: Path) -> tuple[ConceptDictionary, Manifest]:
+    folder, _ = find(str(path), path)
     assert folder is not None  # a named path that has none raises
     state = read_state(folder)
     manifest = Manifest.load(str(folder))
