@@ -16,6 +16,7 @@ from trainer.redact import redact
 TOOLS = {
     "biographies": ("tools.biographies", "generate the synthetic biography benchmark"),
     "finetune-lm": ("tools.finetune_lm", "train or fine-tune a causal language model on prompts and texts"),
+    "ask": ("tools.ask", "what a language model knows: score its answers, keep the prompts that it answers"),
     "extract": ("tools.extract", "write activations of a language model as tar shards"),
     "import": ("tools.import_dictionary", "bring a dictionary that was trained elsewhere"),
     "index": ("tools.index", "build a manifest for shards written elsewhere"),

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from trainer.analysis.language_model import Prompt, answer_matches, edit_residual, encode_answer, generate_answers
+from trainer.analysis.language_model import (
+    Match,
+    Prompt,
+    answer_matches,
+    edit_residual,
+    encode_answer,
+    generate_answers,
+)
 from trainer.analysis.steering import SlotEdit
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
@@ -34,10 +41,17 @@ class Swap:
     target: int
     source_answer: str
     target_answer: str
+    subject: str = ""
 
 
 def swap_pairs(
-    records: Sequence[Prompt], concepts: Sequence[str], *, split: str | None, pairs: int, seed: int
+    records: Sequence[Prompt],
+    concepts: Sequence[str],
+    *,
+    split: str | None,
+    pairs: int,
+    seed: int,
+    match: Match = answer_matches,
 ) -> list[Swap]:
     """Up to `pairs` swaps, spread evenly over the ordered relation pairs and drawn without repetition.
 
@@ -46,7 +60,7 @@ def swap_pairs(
         concepts: names in slot order.
         split: prompts of this split only (None = all); answers are looked up over all records.
 
-    A pair whose two answers are the same text is left out, because it would succeed without an edit.
+    A pair whose two answers match each other is left out, because it would succeed without an edit.
     Raises UserError when nothing is left to swap.
     """
     slot = {name: index for index, name in enumerate(concepts)}
@@ -66,9 +80,11 @@ def swap_pairs(
             if target == source:
                 continue
             swaps = [
-                Swap(r.prompt, source, target, r.answer, answers[r.subject, target])
+                Swap(r.prompt, source, target, r.answer, other, r.subject)
                 for r in (asked[i] for i in rng.permutation(len(asked)))
-                if answers.get((r.subject, target), r.answer) != r.answer
+                if (other := answers.get((r.subject, target)))
+                and not match(other, r.answer)
+                and not match(r.answer, other)
             ]
             queues.append(iter(swaps))
     picked: list[Swap] = []
@@ -147,7 +163,7 @@ class SwapScore:
 
     @property
     def success(self) -> float:
-        """Share of whole answers equal to the target relation's answer of the same subject."""
+        """Share of answers that match the target relation's answer of the same subject."""
         return self.share("target_answer")
 
     @property
@@ -162,15 +178,20 @@ class SwapScore:
         return self.kinds.count("target_category") / failures if failures else None
 
 
-def score_swaps(swaps: Sequence[Swap], texts: Sequence[str], answer_sets: Sequence[frozenset[str]]) -> SwapScore:
+def score_swaps(
+    swaps: Sequence[Swap],
+    texts: Sequence[str],
+    answer_sets: Sequence[frozenset[str]],
+    match: Match = answer_matches,
+) -> SwapScore:
     """Compare generated texts with the expected answers. answer_sets[r] holds all answers of relation r."""
 
     def kind(swap: Swap, text: str) -> str:
-        if answer_matches(text, swap.target_answer):
+        if match(text, swap.target_answer):
             return "target_answer"
-        if answer_matches(text, swap.source_answer):
+        if match(text, swap.source_answer):
             return "source_answer"
-        if any(answer_matches(text, answer) for answer in answer_sets[swap.target]):
+        if any(match(text, answer) for answer in answer_sets[swap.target]):
             return "target_category"
         return "other"
 

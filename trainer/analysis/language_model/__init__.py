@@ -10,9 +10,9 @@ from trainer.analysis.language_model.capture import (
 from trainer.analysis.language_model.editing import Tokens, edit_residual, edit_tokens, hook_layer
 from trainer.analysis.language_model.examples import Example, Message, Span, read_example
 from trainer.analysis.language_model.loading import last_token, load_language_model
+from trainer.analysis.language_model.matching import RULES, Match, answer_matches, matcher, suggested_rule
 from trainer.analysis.language_model.prompts import (
     Prompt,
-    answer_matches,
     encode_answer,
     encode_prompts,
     generate_answers,
@@ -24,7 +24,9 @@ from trainer.analysis.language_model.prompts import (
 )
 
 __all__ = [
+    "RULES",
     "Example",
+    "Match",
     "Message",
     "Prompt",
     "Span",
@@ -43,10 +45,12 @@ __all__ = [
     "json_object",
     "last_token",
     "load_language_model",
+    "matcher",
     "module_at",
     "open_data_set",
     "read_example",
     "read_json_lines",
     "read_prompts",
     "read_texts",
+    "suggested_rule",
 ]

@@ -146,8 +146,3 @@ def generate_answers(
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         answers += [text.strip().split("\n")[0].strip() for text in texts]
     return answers
-
-
-def answer_matches(generated: str, answer: str) -> bool:
-    """Whether the whole generated answer equals `answer`, white space around them aside."""
-    return generated.strip() == answer.strip()

@@ -1,0 +1,129 @@
+"""ask and swap --match: what counts as an answer, what the model knows, alpha from other prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.language_model import tiny_prompts, tiny_tokenizer
+from tools import ask, swap
+from tools.cli import main
+from trainer.analysis.interventions import swap_pairs
+from trainer.analysis.language_model import RULES, Prompt, matcher, read_prompts, suggested_rule
+from trainer.analysis.statistics import mean_by_subject
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "matching"),
+    [
+        (" Paris ", "Paris", {"exact", "prefix", "first"}),
+        ("rome, and the official art", "rome", {"prefix", "first"}),
+        ("rome art", "rome law", {"first"}),
+        ("Parisian", "Paris", set()),
+        ("art", "rome", set()),
+    ],
+)
+def test_rules(generated: str, answer: str, matching: set[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    unknown = {"first"} if "aris" in generated + answer else set()  # no word of this tokenizer: one token for all
+    assert {rule for rule in RULES if matcher(rule, tokenizer)(generated, answer)} - unknown == matching - unknown
+
+
+def test_the_suggested_rule_is_the_strictest_that_does() -> None:
+    assert suggested_rule({"exact": 0.9, "prefix": 0.95, "first": 1.0}) == "exact"
+    assert suggested_rule({"exact": 0.0, "prefix": 0.3, "first": 0.4}) == "prefix"
+    assert suggested_rule({"exact": 0.0, "prefix": 0.0, "first": 0.4}) == "first"
+    assert suggested_rule(dict.fromkeys(RULES, 0.0)) == ""
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, module: Any, answers: dict[str, str]) -> None:
+    """The model says what `answers` says of a prompt."""
+    monkeypatch.setattr(
+        module, "generate_answers", lambda model, tokenizer, prompts, *rest: [answers[p] for p in prompts]
+    )
+
+
+def test_ask_scores_and_keeps_what_is_known(
+    tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {p.prompt: f"{p.answer}, of course" if p.subject == "ann" else "never" for p in tiny_prompts()}
+    answering(monkeypatch, ask, said)
+    rows = (tiny_run / "prompts.jsonl").read_text() + '\n{"prompt": "Q", "note": 1}\n'
+    (tmp_path / "p.jsonl").write_text(rows)
+    command = ["ask", "--model", str(tiny_run / "lm"), "--prompts", str(tmp_path / "p.jsonl")]
+    assert main([*command, "--out", str(tmp_path / "known.jsonl")]) == 0
+    output = capsys.readouterr().out
+    figures = {" ".join(line.split()[:-4]): line.split()[-4:] for line in output.splitlines()}
+    assert figures["all"] == ["24", "0.000", "0.250", "0.250"]
+    assert figures["city / which"] == ["4", "0.000", "0.250", "0.250"]
+    assert "suggested: --match prefix" in output
+    known = [json.loads(line) for line in (tmp_path / "known.jsonl").read_text().splitlines()]
+    assert known == [row for row in map(json.loads, rows.splitlines()) if row.get("subject") == "ann"]
+    assert main([*command, "--out", str(tmp_path / "none.jsonl"), "--match", "exact"]) == 2
+    assert "answers none of" in capsys.readouterr().err and not (tmp_path / "none.jsonl").exists()
+
+
+def test_ask_with_the_model_itself(tiny_run: Path, capsys: Any) -> None:
+    assert main(["ask", "--model", str(tiny_run / "lm"), "--prompts", str(tiny_run / "prompts.jsonl")]) == 0
+    assert "24" in capsys.readouterr().out
+
+
+def swapped(tiny_run: Path, prompts: Path, out: Path, *arguments: str) -> int:
+    source = ["--run", str(tiny_run / "aligned"), "--model", str(tiny_run / "lm"), "--prompts", str(prompts)]
+    return main(["swap", *source, "--alphas", "0.5,1", "--out", str(out), *arguments])
+
+
+def test_swap_takes_alpha_from_other_prompts(
+    tiny_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = tiny_run / "prompts.jsonl", tmp_path / "swap.json"
+    tried: list[set[str]] = []
+    generate = swap.generate_edited
+
+    def recorded(model: Any, tokenizer: Any, layer: int, swaps: Any, *rest: Any, **options: Any) -> list[str]:
+        tried.append({s.prompt for s in swaps})
+        return generate(model, tokenizer, layer, swaps, *rest, **options)
+
+    monkeypatch.setattr(swap, "generate_edited", recorded)
+    for split, on in (("heldout", "training templates"), ("all", "other subjects")):
+        tried.clear()
+        assert swapped(tiny_run, prompts, out, "--split", split) == 0
+        assert "answers 0.0% of" in capsys.readouterr().err or json.loads(out.read_text())["unedited_accuracy"] >= 0.1
+        result = json.loads(out.read_text())
+        assert result["validation"]["on"] == on
+        assert len(tried) == 6 and not tried[0] & tried[2]  # per method both alphas, then the chosen one
+        assert tried[2] == tried[5] and tried[0] == tried[1] == tried[3] == tried[4]
+        for method in ("slots", "mean_difference"):
+            best = max(result[method]["alphas"], key=lambda entry: (entry["success"], -entry["alpha"]))
+            assert result[method]["best_alpha"] == best["alpha"]
+            assert sum(map(sum, result[method]["matrix"]["swaps"])) == result["pairs"]
+
+
+def test_swap_with_one_subject_says_what_is_missing(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = [line for line in (tiny_run / "prompts.jsonl").read_text().splitlines() if '"ann"' in line]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    assert swapped(tiny_run, tmp_path / "p.jsonl", tmp_path / "swap.json", "--split", "train") == 2
+    assert "alpha needs other prompts than those that are reported" in capsys.readouterr().err
+    assert not (tmp_path / "swap.json").exists()
+
+
+def test_answers_that_match_each_other_are_no_swap() -> None:
+    prompts = [Prompt("a", "New York", "city", subject="x"), Prompt("b", "New York City", "work", subject="x")]
+    assert len(swap_pairs(prompts, ["city", "work"], split=None, pairs=5, seed=0)) == 2
+    with pytest.raises(Exception, match="nothing to swap"):
+        swap_pairs(prompts, ["city", "work"], split=None, pairs=5, seed=0, match=matcher("prefix", None))
+
+
+def test_standard_errors_are_over_subjects() -> None:
+    values = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    mean, error = mean_by_subject(values, ["a", "a", "b", "b", "c", "c"])
+    assert mean == 0.5 and error == pytest.approx((2 * 1.0**2 * 3 / 2) ** 0.5 / 6)
+    assert mean_by_subject(values, ["a"] * 6) == (0.5, None)
+    alone = mean_by_subject(values, list("abcdef"))[1]
+    assert alone == pytest.approx((0.25 / 5) ** 0.5)
+
+
+def test_prompts_without_concept_or_answer_stay_prompts(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Q", "answer": null, "concept": null}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == [Prompt("Q")]

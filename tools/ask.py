@@ -1,0 +1,96 @@
+"""Ask a language model, as it is, what its prompts ask, and keep what it knows.
+
+  alignsae ask --model M --prompts questions.jsonl --out known.jsonl
+
+Prints the share of prompts that it answers, per concept and template, by three rules (exact, prefix, first token), and
+suggests one for `alignsae swap --match`. --out receives the lines of the prompts that are answered by --match, as they
+were. A swap can only be judged on answers that the model has. Prompts without an answer are passed over.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.analysis.language_model import (
+    RULES,
+    Prompt,
+    encode_answer,
+    generate_answers,
+    load_language_model,
+    matcher,
+    read_json_lines,
+    read_prompts,
+    suggested_rule,
+)
+from trainer.errors import UserError
+from trainer.files import write_result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `alignsae ask`."""
+    parser.add_argument("--model", required=True, help="save_pretrained folder or hub name")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with prompt, answer, concept, template")
+    parser.add_argument("--out", type=Path, help="where the lines of the answered prompts go")
+    parser.add_argument("--match", choices=RULES, help="rule of --out (default: the one that is suggested)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts per forward pass (default: 64)")
+    parser.add_argument("--device", default="cpu", help="device of the model (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask, print the table, write the answered prompts."""
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    lines = [row for _, row in read_json_lines(args.prompts)]
+    asked = [(p, row) for p, row in zip(read_prompts(args.prompts), lines, strict=True) if p.answer]
+    if not asked:
+        raise UserError(f"{args.prompts}: no prompt has an answer to compare with")
+    prompts = [prompt for prompt, _ in asked]
+    model, tokenizer = load_language_model(args.model, args.device)
+    longest = max(len(encode_answer(tokenizer, prompt.answer)) for prompt in prompts)
+    texts: list[str] = []
+    with tqdm(total=len(prompts), desc="asking", unit="prompt") as bar:
+        for low in range(0, len(prompts), args.batch_size):
+            batch = [prompt.prompt for prompt in prompts[low : low + args.batch_size]]
+            texts += generate_answers(model, tokenizer, batch, longest, args.batch_size)
+            bar.update(len(batch))
+    answered = {}
+    for rule in RULES:
+        match = matcher(rule, tokenizer)
+        answered[rule] = [match(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
+    shares = {rule: sum(known) / len(known) for rule, known in answered.items()}
+    print(table(prompts, answered))
+    suggested = suggested_rule(shares)
+    if suggested:
+        print(f"suggested: --match {suggested} ({RULES[suggested]}), {shares[suggested]:.1%} of {len(prompts)} prompts")
+    else:
+        print("the model answers none of these prompts: write them so that the answer is what comes next")
+    for prompt, text in list(zip(prompts, texts, strict=True))[:3]:
+        print(f"  {prompt.prompt!r:.60} -> {text!r:.60}, expected {prompt.answer!r:.60}")
+    if args.out is None:
+        return
+    rule = args.match or suggested
+    if not rule or not any(answered[rule]):
+        by = f" by --match {rule}" if rule else ""
+        raise UserError(f"{args.out} is not written: the model answers none of {args.prompts}{by}")
+    known = [row for (_, row), right in zip(asked, answered[rule], strict=True) if right]
+    write_result(args.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in known))
+    print(f"written: {args.out} ({len(known)} prompts that are answered by --match {rule})")
+
+
+def table(prompts: Sequence[Prompt], answered: dict[str, list[bool]]) -> str:
+    """Shares answered by each rule: over all, per concept, and per concept and template."""
+    groups: dict[str, list[int]] = {"all": list(range(len(prompts)))}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt.concept or "(no concept)", []).append(index)
+        if prompt.template:
+            groups.setdefault(f"{prompt.concept} / {prompt.template}", []).append(index)
+    wide = max(map(len, groups))
+    lines = [" ".join([f"{'':<{wide}} {'prompts':>7}", *(f"{rule:>7}" for rule in answered)])]
+    for name in ["all", *sorted(groups.keys() - {"all"})]:
+        members = groups[name]
+        shares = (sum(known[i] for i in members) / len(members) for known in answered.values())
+        lines.append(" ".join([f"{name:<{wide}} {len(members):>7}", *(f"{share:>7.3f}" for share in shares)]))
+    return "\n".join(lines)
