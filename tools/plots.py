@@ -85,7 +85,8 @@ def swap_plot(swap: Mapping[str, Any]) -> Figure:
         ax.set_xticks(alphas, [f"{a:g}" for a in alphas])
         ax.minorticks_off()
     ax.set(ylim=(-0.02, 1.02), xlabel="strength alpha", ylabel="share of swaps")
-    ax.set_title(f"{swap['pairs']} swaps, {swap['split']} prompts, layer {swap['layer']}", fontsize=10)
+    chosen_on = swap.get("validation", {"pairs": swap["pairs"], "on": f"{swap['split']} prompts"})
+    ax.set_title(f"{chosen_on['pairs']} swaps of {chosen_on['on']}, layer {swap['layer']}", fontsize=10)
     ax.grid(axis="y", alpha=0.3)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     return figure
