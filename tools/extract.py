@@ -27,7 +27,6 @@ too much.
 import argparse
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,19 @@ from tqdm import tqdm
 from tools.extraction.documents import SPLITS, Documents, open_documents
 from tools.extraction.identity import identity, units_name
 from tools.extraction.places import chosen_points, folder_name
-from tools.extraction.units import Clock, Extractor, is_finished, joined_statistics
+from tools.extraction.units import Clock, Extractor, is_finished, joined
 from tools.extraction.windows import OUTSIDE, Windows
 from trainer.agreement import decide, require_agreement
 from trainer.analysis.language_model import load_language_model
 from trainer.errors import UserError
 from trainer.stream import Manifest, ShardSpec
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
+from trainer.stream.normalisation import MAX_NORM
 from trainer.stream.parts import join_parts
 from trainer.topology import Topology, launched_world
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for the others, which may have a unit more to do
-OWNED = 0.1  # share of the variance from which rows of giant norm are warned of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,32 +193,29 @@ def finish(job: Job, point: str, split: str) -> None:
     kept = [unit for unit in units if (unit / MANIFEST_NAME).exists()]
     if not kept:
         raise UserError(f"{folder}: none of the tokens is a row; check --skip-first and --drop-special")
-    train = Manifest.load(job.folder(point, "train")) if split == "heldout" else None
-    normalisation, norms = joined_statistics(kept)
-    result = (train.mean, train.scale) if train else normalisation.result(str(folder))
-    spec = replace(job.extractor.spec(point, normalisation.width), extra={**job.made_from, "norms": norms.report()})
-    join_parts(folder, split, spec, kept, result)
+    statistics = joined(kept)
+    facts = {**job.made_from, "norms": statistics.norms.report(MAX_NORM)}
+    spec = replace(job.extractor.spec(point, statistics.width), extra=facts)
+    if split == "heldout":
+        train = Manifest.load(job.folder(point, "train"))
+        join_parts(folder, split, spec, kept, (train.mean, train.scale))
+    else:
+        join_parts(folder, split, spec, kept, statistics.result(str(folder)), statistics.median_norm)
     for left in folder.glob(".units-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def report(job: Job, point: str, split: str) -> None:
-    """Print what a finished split holds, and warn where a few rows own its variance."""
+    """Print what a finished split holds."""
     folder = job.folder(point, split)
     manifest = Manifest.load(folder)
     kept = "" if point in job.missing[split] else " (finished before, kept)"
     print(f"{folder}: {manifest.rows} rows of width {manifest.width}{kept}")
-    norms = manifest.extra.get("norms")
-    if not norms:
-        return
-    print(
-        f"  norms: median {norms['median']:.4g}, 99% below {norms['percentile_99']:.4g}, largest {norms['largest']:.4g}"
-    )
-    if norms["giant_variance"] >= OWNED:
+    if norms := manifest.extra.get("norms"):
         print(
-            f"alignsae: warning: {folder}: {norms['giant_rows']} of {manifest.rows} rows have norms above 10 x the "
-            f"median and hold {norms['giant_variance']:.0%} of the variance; they own normalisation and FVU",
-            file=sys.stderr,
+            f"  norms: median {norms['median'] or 0:.4g}, 99% below {norms['percentile_99'] or 0:.4g}, "
+            f"largest {norms['largest']:.4g}; {norms['giant_rows']} rows above {MAX_NORM:g} medians hold "
+            f"{norms['giant_variance']:.1%} of the variance"
         )
 
 

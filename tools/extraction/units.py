@@ -20,10 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tools.extraction.windows import Window, Windows, label_array
 from trainer.analysis.language_model import capture
 from trainer.errors import UserError
-from trainer.stream import Manifest, ShardSpec, ShardWriter
+from trainer.stream import ShardSpec, ShardWriter
 from trainer.stream.manifest import FILE_NAME
 from trainer.stream.normalisation import RunningNormalisation
-from trainer.stream.norms import RowNorms
 from trainer.stream.shards import TORCH_DTYPES
 
 Rows = tuple[
@@ -79,16 +78,15 @@ class Extractor:
     def _write(self, spec: ShardSpec, folder: Path, split: str, rows: Rows) -> None:
         """Shards and statistics of a unit at one hook point; nothing is left of a unit that cannot be finished."""
         size, unknown = self.args.rows_per_block, ([0.0] * spec.width, 1.0)  # the normalisation is that of all units
-        norms, normalisation = RowNorms(spec.width), RunningNormalisation(spec.width)
+        statistics = RunningNormalisation(spec.width)
         options = {"rows_per_block": size, "shard_bytes": self.args.shard_mb << 20}
         try:
             with ShardWriter(folder, split, spec, **options, normalisation=unknown, overwrite=True) as writer:
                 for low in range(0, len(rows[0]), size):
                     acts, concept, answer, token = (values[low : low + size] for values in rows)
                     writer.write(acts, concept, answer, token)
-                    norms.add(acts.float().numpy())
-                    normalisation.add(acts.float().numpy())
-                save_statistics(folder / STATISTICS, normalisation, norms)
+                    statistics.add(acts.float().numpy())
+                statistics.save(folder / STATISTICS)  # before the manifest, which says that the unit is finished
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
@@ -138,25 +136,9 @@ def is_finished(folder: Path) -> bool:
     return (folder / FILE_NAME).exists() or (folder / EMPTY).exists()
 
 
-def save_statistics(path: Path, normalisation: RunningNormalisation, norms: RowNorms) -> None:
-    """Write what is known of a unit's rows, before the manifest that says that the unit is finished."""
-    with path.open("wb") as file:
-        np.savez(
-            file,
-            rows=np.array(normalisation.rows),
-            mean=normalisation.mean,
-            mean_squares=np.array(normalisation.squares),
-            **norms.state(),
-        )
-
-
-def joined_statistics(units: Sequence[Path]) -> tuple[RunningNormalisation, RowNorms]:
-    """Normalisation and norms of the rows of finished units together, merged in their order."""
-    width = Manifest.load(units[0]).width
-    normalisation, norms = RunningNormalisation(width), RowNorms(width)
-    for unit in units:
-        with np.load(unit / STATISTICS, allow_pickle=False) as state:
-            arrays = dict(state)
-        normalisation.merge(int(arrays["rows"]), arrays["mean"], float(arrays["mean_squares"]))
-        norms.merge(RowNorms.of_state(arrays, unit / STATISTICS))
-    return normalisation, norms
+def joined(units: Sequence[Path]) -> RunningNormalisation:
+    """What is known of the rows of finished units together, merged in their order."""
+    total, *others = (RunningNormalisation.load(unit / STATISTICS) for unit in units)
+    for other in others:
+        total.merge(other)
+    return total

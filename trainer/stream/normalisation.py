@@ -6,16 +6,18 @@ those whose norm is more than a multiple of the median norm are left out in the 
 
 import logging
 import math
+import zipfile
+from pathlib import Path
 
 import numpy as np
 
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
+from trainer.stream.norms import RowNorms
 
 log = logging.getLogger(__name__)
 
 MAX_NORM = 10.0  # multiples of the median norm
-_BINS_PER_OCTAVE = 16  # norms are told apart to 4.4%
-_LEAST = 2.0**-160  # below every norm of a row that is not 0
+_NORMS = ("bins", "counts", "sums", "squares", "largest")
 
 
 class RunningNormalisation:
@@ -30,48 +32,32 @@ class RunningNormalisation:
         self.width, self.mean = width, np.zeros(width)
         self.squares = 0.0  # sum over rows of ||h - mean||^2
         self.max_norm = max_norm
-        self._bins: dict[int, tuple[int, np.ndarray, float]] = {}  # by log norm: rows, sums of h [D] and of ||h||^2
+        self.norms = RowNorms(width)
 
     def add(self, rows: np.ndarray) -> None:
         """rows: [n, D] of any float dtype."""
         block = rows.astype(np.float64)
-        self._add_by_norm(block)
+        self.norms.add(block)
         mean = block.mean(axis=0)
         block -= mean
-        self.merge(len(block), mean, float(np.vdot(block, block)))
+        self._put(len(block), mean, float(np.vdot(block, block)))
 
-    def merge(self, rows: int, mean: np.ndarray, squares: float) -> None:
-        """More rows, by their number, their mean [D] and their sum of ||h - mean||^2."""
+    def merge(self, other: "RunningNormalisation") -> None:
+        """Take in the rows of another one."""
+        self.norms.merge(other.norms)
+        self._put(other.rows, other.mean, other.squares)
+
+    def _put(self, rows: int, mean: np.ndarray, squares: float) -> None:
         delta = mean - self.mean
         total = self.rows + rows
         self.squares += squares + float(delta @ delta) * self.rows * rows / total
         self.mean += delta * (rows / total)
         self.rows = total
 
-    def _add_by_norm(self, block: np.ndarray) -> None:
-        squares = np.einsum("nd,nd->n", block, block)
-        numbers = np.floor(0.5 * _BINS_PER_OCTAVE * np.log2(np.maximum(squares, _LEAST**2))).astype(np.int64)
-        order = np.argsort(numbers, kind="stable")
-        found, first = np.unique(numbers[order], return_index=True)
-        sums, of_squares = np.add.reduceat(block[order], first), np.add.reduceat(squares[order], first)
-        counts = np.diff([*first, len(block)])
-        for number, count, total, square in zip(found.tolist(), counts.tolist(), sums, of_squares, strict=True):
-            had, theirs, before = self._bins.get(number, (0, np.zeros(self.width), 0.0))
-            self._bins[number] = had + count, theirs + total, before + float(square)
-
     @property
     def median_norm(self) -> float | None:
-        """The median norm of the rows, to the width of a bin; None where it is 0 or nothing asks for it."""
-        if not self.max_norm or not self.rows:
-            return None
-        left = self.rows / 2
-        for number in sorted(self._bins):
-            count = self._bins[number][0]
-            if left <= count:
-                norm = 2.0 ** ((number + left / count) / _BINS_PER_OCTAVE)
-                return norm if norm > 2 * _LEAST else None
-            left -= count
-        return None
+        """The median norm of the rows, to some percent; None where it is 0 or nothing asks for it."""
+        return self.norms.quantile(0.5) if self.max_norm else None
 
     def result(self, where: str) -> tuple[list[float], float]:
         """(mean, scale) with scale^2 the mean of ||h - mean||^2 over the rows that are not left out; raises UserError
@@ -80,16 +66,35 @@ class RunningNormalisation:
         median = self.median_norm
         if median is not None:
             limit = self.max_norm * median
-            kept = [found for number, found in self._bins.items() if 2.0 ** (number / _BINS_PER_OCTAVE) <= limit]
-            rows = sum(count for count, _, _ in kept)
-            if rows < self.rows:
-                mean = sum((total for _, total, _ in kept), np.zeros(self.width)) / rows
-                squares = max(sum(square for _, _, square in kept) - rows * float(mean @ mean), 0.0)
+            giant, share = self.norms.above(limit)
+            if giant:
+                rows, mean, squares = self.norms.below(limit)
                 log.warning(
-                    "%s: %d of %d rows have norms above %g times the median norm %.4g; mean and scale leave them out",
-                    where, self.rows - rows, self.rows, self.max_norm, median,
+                    "%s: %d of %d rows have norms above %g times the median norm %.4g and hold %.0f%% of the variance; "
+                    "mean and scale leave them out",
+                    where, giant, self.rows, self.max_norm, median, 100 * share,
                 )  # fmt: skip
         scale = math.sqrt(squares / rows)
         if not scale > 0:
             raise UserError(f"{where}: all {rows} activation rows are equal, there is nothing to train on")
         return mean.tolist(), scale
+
+    def save(self, path: Path) -> None:
+        """Write everything that is known of the rows. Raises OSError."""
+        norms = {name: getattr(self.norms, name) for name in _NORMS}
+        with path.open("wb") as file:
+            np.savez(file, **norms, rows=self.rows, mean=self.mean, of_mean=self.squares)
+
+    @classmethod
+    def load(cls, path: Path) -> "RunningNormalisation":
+        """Inverse of `save`. Raises DataError when the file is not there or damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as state:
+                found = cls(len(state["mean"]))
+                found.rows, found.mean, found.squares = int(state["rows"]), state["mean"], float(state["of_mean"])
+                for name in _NORMS:
+                    setattr(found.norms, name, state[name])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: cannot be read ({error}); delete its folder and run the command again") from error
+        found.norms.largest = float(found.norms.largest)
+        return found

@@ -9,14 +9,19 @@ from trainer.stream.manifest import FILE_NAME, Manifest, ShardSpec
 
 
 def join_parts(
-    folder: Path, split: str, spec: ShardSpec, parts: Sequence[Path], normalisation: tuple[list[float], float]
+    folder: Path,
+    split: str,
+    spec: ShardSpec,
+    parts: Sequence[Path],
+    normalisation: tuple[list[float], float],
+    median_norm: float | None = None,
 ) -> Manifest:
     """Make the shards of finished folders those of `folder`, in the order of `parts`, and return its manifest.
 
     A part keeps its manifest, so that this can be begun again where it was interrupted: shards go first, the manifest
     of `folder` comes last. What `folder` held before is replaced when the first shard of all parts is still in place.
-    normalisation: (mean [D], scale). Raises DataError when a part or one of its shards is missing, UserError when the
-    disk refuses.
+    normalisation: (mean [D], scale); median_norm: of the rows that it was computed from. Raises DataError when a part or
+    one of its shards is missing, UserError when the disk refuses.
     """
     manifests = [Manifest.load(part) for part in parts]
     shards = [(part, shard) for part, manifest in zip(parts, manifests, strict=True) for shard in manifest.shards]
@@ -39,6 +44,7 @@ def join_parts(
             rows=sum(part.rows for part in manifests),
             shards=tuple(replace(shard, name=name) for name, (_, shard) in zip(names, shards, strict=True)),
             concepts_per_row=max(part.concepts_per_row for part in manifests),
+            median_norm=median_norm,
         )
         Manifest.parse(manifest.to_json().encode(), f"{folder}/{FILE_NAME}")
         manifest.save(folder)
