@@ -20,8 +20,8 @@ def join_parts(
 
     A part keeps its manifest, so that this can be begun again where it was interrupted: shards go first, the manifest
     of `folder` comes last. What `folder` held before is replaced when the first shard of all parts is still in place.
-    normalisation: (mean [D], scale); median_norm: of the rows that it was computed from. Raises DataError when a part or
-    one of its shards is missing, UserError when the disk refuses.
+    normalisation: (mean [D], scale); median_norm: of the rows that it was computed from. Raises DataError when a part
+    or one of its shards is missing, UserError when the disk refuses.
     """
     manifests = [Manifest.load(part) for part in parts]
     shards = [(part, shard) for part, manifest in zip(parts, manifests, strict=True) for shard in manifest.shards]
