@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from mlflow import MlflowClient
 
 from tests.support.runs import write_config
 from tools.cli import main
@@ -11,7 +12,8 @@ from tools.cli import main
 
 @pytest.fixture
 def config(small_data, tmp_path):
-    changes = {"data": {"shards": str(small_data)}, "stages": [{"name": "pretrain", "steps": 2}]}
+    tracked = {"tracking": {"uri": None}}
+    changes = {"data": {"shards": str(small_data)}, "stages": [{"name": "pretrain", "steps": 2}], **tracked}
     return write_config(tmp_path, changes)
 
 
@@ -33,6 +35,14 @@ def test_grid_is_trained_and_tabulated(config, tmp_path, capsys):
     assert [p["run"] for p in points] == ["loss.sp=0.1", "loss.sp=0.3"]
     assert all(p["exit"] == 0 and p["fvu"] > 0 for p in points)
     assert "loss.sp=0.3" in capsys.readouterr().out
+    parent = (out / "mlflow_run_id").read_text().strip()
+    client = MlflowClient(tracking_uri=f"sqlite:///{out / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("alignsae").experiment_id])
+    assert {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent} == {
+        "loss.sp=0.1",
+        "loss.sp=0.3",
+    }
+    assert client.get_run(parent).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("grid,message", [("loss.sp", "KEY=V1"), ("loss.spp=1", "'loss.sp'")])

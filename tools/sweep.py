@@ -21,6 +21,7 @@ from trainer.errors import UserError
 from trainer.files import write_result
 from trainer.inputs import read_inputs
 from trainer.run_folder import RunFolder
+from trainer.tracking import open_parent
 
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 
@@ -46,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     points = [list(point) for point in itertools.product(*axes)]
     refuse_impossible(args.config, args.set, points)
     args.out.mkdir(parents=True, exist_ok=True)
+    tracking = load_config(args.config, [*args.set, *points[0]]).tracking
+    parent = open_parent(args.out, tracking, {"config": args.config, "set": args.set, "grid": args.grid})
+    part_of = [f"tracking.parent={parent.run_id}"] if parent else []
     rows = []
     for point in tqdm(points, desc="sweep", unit="run"):
         folder = args.out / ",".join(setting.replace("/", "_") for setting in point)
@@ -57,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             args.config,
             *args.set,
             *point,
+            *part_of,
             f"run.dir={folder}",
         ]
         with (folder / "train.log").open("a") as log:
@@ -67,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         )
         write_result(args.out / "sweep.json", {"points": rows})
     print(table(rows))
+    if parent:
+        parent.end("FINISHED")
     failed = [row["run"] for row in rows if row["exit"]]
     if failed:
         print(f"{len(failed)} of {len(rows)} runs failed; see {args.out}/{failed[0]}/train.log")

@@ -146,6 +146,7 @@ except UserError as error:
         ({"width": 0}, {}, "width 0 is outside"),
         ({"dtype": "float64"}, {}, "dtype 'float64' is unknown"),
         ({"concepts": ["a", "a"]}, {}, "'concepts' repeats a name"),
+        ({"concepts": ["a", "b" * 1001]}, {}, "longer than 1000 characters"),
         ({}, {"rows_per_block": 0}, "rows_per_block=0"),
         ({}, {"rows_per_block": 1 << 30}, "do not fit a tar member; use at most"),
         ({}, {"normalisation": ([0.0, 0.0, 0.0, math.nan], 1.0)}, "4 finite means and a positive scale"),

@@ -207,9 +207,7 @@ def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
         except (UserError, OSError):
             if _listing(Path(path)) == listed:
                 raise
-    raise UserError(
-        f"{path}: checkpoints are replaced faster than they can be read; copy one, or wait for the end"
-    )
+    raise UserError(f"{path}: checkpoints are replaced faster than they can be read; copy one, or wait for the end")
 
 
 def _listing(path: Path) -> list[tuple[Path, int]]:

@@ -31,6 +31,7 @@ STORED_DTYPES: dict[str, np.dtype] = {
 }
 MAX_WIDTH = 1 << 20
 MAX_BYTES = 1 << 48
+MAX_NAME = 1000  # characters of a concept's or answer's name: tables and pages show them
 MAX_PAYLOAD = (1 << 33) - 1  # bytes of a tar member: eleven octal digits
 _LEAST_HEADER = 64  # bytes of an npy file that are no numbers, at least
 _KEY = r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,79}"
@@ -165,6 +166,8 @@ class ShardSpec:
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"field {name!r} repeats a name")
+            if max(map(len, values), default=0) > MAX_NAME:
+                raise ValueError(f"field {name!r} has a name longer than {MAX_NAME} characters")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,18 @@ MLflow's absence never stops training. The only home of mlflow.
 
 from trainer.tracking.config import TrackingConfig
 from trainer.tracking.description import DatasetInput
+from trainer.tracking.parent import open_parent
 from trainer.tracking.store import connect
 from trainer.tracking.tracker import STATUS, Filled, Tracker, add_artifacts, fill_in
 
-__all__ = ["STATUS", "DatasetInput", "Filled", "Tracker", "TrackingConfig", "add_artifacts", "connect", "fill_in"]
+__all__ = [
+    "STATUS",
+    "DatasetInput",
+    "Filled",
+    "Tracker",
+    "TrackingConfig",
+    "add_artifacts",
+    "connect",
+    "fill_in",
+    "open_parent",
+]
