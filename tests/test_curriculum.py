@@ -65,10 +65,28 @@ def test_class_means_ignore_unlabelled_rows():
     assert classes.counts.tolist() == [2, 1, 0]
 
 
+def test_class_means_of_rows_that_list_several_concepts_or_none():
+    """And the slots of independent concepts, which are set against the rows without them: one alone is alive too."""
+    torch.manual_seed(1)
+    x, concept = torch.randn(6, 4), torch.tensor([[0, 1], [1, -1], [-2, -1], [-1, -1], [1, 0], [-2, -1]])
+    classes = class_means([(x[:3], concept[:3]), (x[3:], concept[3:])], 3, 4, Topology())
+    rows = [([0, 4], [1, 2, 5]), ([0, 1, 4], [2, 5]), ([], [0, 1, 2, 4, 5])]
+    for r, (having, others) in enumerate(rows):
+        assert (classes.counts[r], classes.other_counts[r]) == (len(having), len(others))
+        torch.testing.assert_close(classes.others[r], x[others].mean(dim=0))
+        if having:
+            torch.testing.assert_close(classes.means[r], x[having].mean(dim=0))
+    weights = concept_weights(classes, "sigmoid")
+    for mean, sign in ((classes.means, 1.0), (classes.others, -1.0)):
+        pre = (mean * weights["W_enc"]).sum(dim=1) + weights["b_enc"]
+        torch.testing.assert_close(pre, torch.tensor([sign, sign, 0.0]), rtol=1e-4, atol=1e-5)
+
+
 def test_slots_wake_up_alive_on_their_own_concept():
     torch.manual_seed(0)
     means = torch.randn(5, 16)
-    weights = concept_weights(ClassMeans(means, torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0])))
+    none = torch.zeros(5, 16)
+    weights = concept_weights(ClassMeans(means, torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0]), none, none[:, 0]))
     pre = means[:4] @ weights["W_enc"].T + weights["b_enc"]
     torch.testing.assert_close(pre.diagonal(), torch.ones(4), rtol=1e-4, atol=1e-5)
     assert (pre.argmax(dim=1) == torch.arange(4)).all()

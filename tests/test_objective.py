@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import losses
+from trainer import labels, losses
 from trainer.dictionary import BankWeights, ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
 from trainer.metrics import batch_means
@@ -25,7 +25,8 @@ def make(D, R, K, bank, answers=5, decoder_norm="free", **options):
             parameter.add_(0.3 * torch.randn_like(parameter))
         for bank in dictionary.free_banks():  # slots that count whole, in part, and not at all
             bank.dependence.uniform_(0.0, 2 * losses.DEPENDENT)
-    return AlignObjective(dictionary, Topology(), **{"kernel": "dense"} | options)
+    form = {f.name: options.pop(f.name) for f in dataclasses.fields(losses.LossForm) if f.name in options}
+    return AlignObjective(dictionary, Topology(), form=losses.LossForm(**form), **{"kernel": "dense"} | options)
 
 
 def make_batch(B, D, R, answers=5, unlabelled=0.3):
@@ -48,7 +49,7 @@ def oracle(objective, batch, weights, align):
     )
     plain = losses.PlainDictionary(free, d.concepts.weights(), d.output.b_dec, d.value_head)
     x = d.normalise(batch.acts)
-    terms = losses.plain_objective(plain, x, batch.concept, batch.answer, align, objective.bind_on)
+    terms = losses.plain_objective(plain, x, batch.concept, batch.answer, align, objective.form)
     return losses.weighted(terms, weights), terms
 
 
@@ -82,6 +83,70 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     assert total["rows"] == B
     assert total["rec"] / B == pytest.approx(terms["rec"].item(), rel=1e-5)
     assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
+
+
+FORMS = [{"binding": "softmax"}, {"binding": "sigmoid"}, {"binding": "sigmoid", "bind_balance": True}]
+
+
+def labelled_batch(B, D, R, M, form):
+    """Rows that list up to M concepts, rows that have none, and unknown rows."""
+    batch = make_batch(B, D, R)
+    listed = torch.stack([torch.randperm(R)[:M] for _ in range(B)])
+    listed[torch.arange(M) >= torch.randint(1, M + 1, (B, 1))] = labels.UNKNOWN
+    listed[:, 0] = torch.where(torch.arange(B) % 4 == 1, labels.NONE, listed[:, 0])
+    listed[torch.arange(B) % 4 == 1, 1:] = labels.UNKNOWN
+    listed[::4] = labels.UNKNOWN
+    batch.concept, batch.counts[1] = listed, form.counted(listed).sum()
+    if form.bind_balance:
+        batch.positives = labels.membership(listed, R).sum(dim=0).float()
+    return batch
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
+@pytest.mark.parametrize("B,R,M", [(1, 1, 1), (2, 3, 2), (40, 6, 1), (41, 6, 3), (30, 70, 5)])
+def test_labels_of_every_kind_equal_the_oracle(B, R, M, form):
+    objective = make(9, R, 20, 8, **form)
+    batch = labelled_batch(B, 9, R, M, objective.form)
+    weights = LossWeights(rec=0.1, sp=0.3, bind=0.7, perp=0.2, val=0.4, sp_concept=0.6)
+    parameters = list(objective.parameters())
+    expected, _ = oracle(objective, batch, weights, True)
+    grads = torch.autograd.grad(expected, parameters)
+    loss, sums = objective(batch, weights, True, step=1)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=2e-4, atol=2e-5)
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert total["listing"] == labels.listing(batch.concept).sum() and total["labelled"] == batch.counts[1]
+    logits = objective.dictionary.concepts.weights().pre_activations(objective.dictionary.normalise(batch.acts))
+    top = logits.argmax(dim=1).tolist()
+    assert total["bound"] == sum(top[row] in batch.concept[row].tolist() for row in range(B))
+    # Micro-batches add up to the batch, whatever labels they hold.
+    objective.zero_grad()
+    weights = dataclasses.replace(weights, perp=0.0)
+    expected, _ = oracle(objective, batch, weights, True)
+    grads = torch.autograd.grad(expected, parameters)
+    batch.part_rows = torch.tensor([float(len(part)) for part in torch.tensor_split(batch.acts, 3)])
+    for part in batch.split(3):
+        objective(part, weights, True, 1)[0].backward()
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=2e-4, atol=2e-5)
+
+
+def test_independent_concepts_by_hand():
+    """One concept: two rows with it, one without, one unknown."""
+    logits, concept = torch.tensor([[1.0], [2.0], [-1.0], [5.0]]), torch.tensor([[0], [0], [-2], [-1]])
+    with_it = [np.log1p(np.exp(-1.0)), np.log1p(np.exp(-2.0))]
+    without_it = np.log1p(np.exp(-1.0))
+    plain = (sum(with_it) + without_it) / 3
+    assert float(losses.independent(logits, concept, False)) == pytest.approx(plain, rel=1e-6)
+    halves = sum(with_it) / 2 / 2 + without_it / 2
+    assert float(losses.independent(logits, concept, True)) == pytest.approx(halves, rel=1e-6)
+    # Softmax counts what is listed alone, one half for each of two.
+    logits, concept = torch.tensor([[1.0, 3.0, 0.0], [9.0, 0.0, 0.0]]), torch.tensor([[0, 1], [-2, -1]])
+    assert float(losses.binding(logits, concept)) == pytest.approx(
+        np.log(np.exp([1.0, 3.0, 0.0]).sum()) - 2.0, rel=1e-6
+    )
 
 
 # bf16 keeps 8 bits: products are off by about 2^-9, which the loss shows. Encoder gradients show more, since entries

@@ -3,9 +3,9 @@
   alignsae evaluate --run runs/demo --train data/demo/layer-01/train --heldout data/demo/layer-01/heldout
 
 Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a
-dictionary that was trained without the align stage, for the comparison of fragmentation. --model and --prompts add the
-loss recovered: the language model's cross-entropy on the held-out answers when the reconstruction replaces the
-activation.
+dictionary that was trained without the align stage, for the comparison of fragmentation. --text adds rows of ordinary
+text, on which concept slots are to be silent. --model and --prompts add the loss recovered: the language model's
+cross-entropy on the held-out answers when the reconstruction replaces the activation.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
 from trainer.run_folder import RunFolder
+from trainer.stream import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heldout", help="shards of the unseen templates (default: `heldout` beside --train, if there)"
     )
+    parser.add_argument("--text", help="shards of ordinary text: rows without concepts beside those of each split")
     parser.add_argument("--unsupervised", type=Path, help="run folder of a dictionary without the align stage")
     parser.add_argument("--model", help="language model folder, for the loss recovered (needs --prompts)")
     parser.add_argument("--prompts", type=Path, help="prompts JSONL with the answers, for the loss recovered")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         "concepts": dictionary.concept_names,
         "width": dictionary.width,
         "trained_on": trained_on.digest,
-        **_measure(dictionary, splits, most_norm=most_norm(args.run_dir, trained_on)),
+        **_measure(dictionary, splits, args.text, most_norm=most_norm(args.run_dir, trained_on)),
     }
     if args.unsupervised:
         plain, _ = load_dictionary(args.unsupervised)
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         result["unsupervised"] = {
             "run": str(args.unsupervised),
             "slots": plain.slots,
-            **_measure(plain, splits, aligned=False),
+            **_measure(plain, splits, None, aligned=False),
         }
     if args.model:
         model, tokenizer = load_language_model(args.model, args.device)
@@ -91,13 +93,20 @@ def _splits(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _measure(
-    dictionary: Any, splits: dict[str, str], *, aligned: bool = True, most_norm: float | None = None
+    dictionary: Any,
+    splits: dict[str, str],
+    text: str | None,
+    *,
+    aligned: bool = True,
+    most_norm: float | None = None,
 ) -> dict[str, Any]:
     measured = {}
+    # Text that names no concepts has no labels that could be other ones.
+    beside = rows_of(text, dictionary, match_concepts=bool(Manifest.load(text).concepts))[0] if text else None
     for split, folder in splits.items():
         rows, manifest = rows_of(folder, dictionary, match_concepts=aligned)
         with tqdm(total=manifest.rows, desc=split, unit="row") as bar:
-            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update, most_norm)
+            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update, most_norm, beside)
     return measured
 
 
@@ -125,6 +134,12 @@ def _show(result: dict[str, Any]) -> None:
                 f"slots alive {bound['slots_alive']} of {len(result['concepts'])}\n"
                 f"{split}: EffFeat over concept slots {_text(spread['concept_slots']['efffeat'])}, "
                 f"over all slots {_text(spread['all']['efffeat'])}"
+            )
+        if text := part.get("text"):
+            print(
+                f"{split}: of {text['rows']:,} rows without a concept, a slot fires on a share of "
+                f"{_text(text['concept_firing_rate'])}, any slot on {_text(text['any_concept_firing_rate'])}; AUROC of "
+                f"rows with a concept against them {_text(text['auroc'])}"
             )
     if "loss_recovered" in result:
         print(f"loss recovered over the mean ablation: {_text(result['loss_recovered']['recovered_over_mean'])}")

@@ -187,8 +187,7 @@ def build_objective(inputs: Inputs, strategy: Strategy, resume: Path | None) -> 
     return AlignObjective(
         dictionary.to(topology.device),
         topology,
-        bind_on=config.loss.bind_on,
-        perp_on=config.loss.perp_on,
+        form=config.loss.form(),
         kernel=config.kernel,
         precision=agreed_precision(config.run.precision, topology),
         kernels=kernels if resume is not None else None,

@@ -1,19 +1,49 @@
-"""The binding term as the fused objective computes it: sums over the rows of a rank.
+"""The binding term as the fused objective computes it: a sum over the rows of a rank, from counts of the global batch.
 
-Shapes: B rows of this rank, R concepts, M labels of a row at most. The oracle is losses.binding.
+Shapes: B rows of this rank, R concepts, M labels of a row at most. The oracles are losses.binding and
+losses.independent.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.labels import UNKNOWN, membership
+from trainer.losses import LossForm
 
 
-def softmax_binding(logits: Tensor, concept: Tensor) -> Tensor:
-    """Sum over rows that list a concept of the cross-entropy of logits [B, R] with the concepts [B, M] that they list,
-    each as likely as the others."""
+def summed_binding(
+    logits: Tensor, concept: Tensor, form: LossForm, labelled: Tensor, positives: Tensor | None
+) -> Tensor:
+    """Sum over the rows that the term counts, a scalar.
+
+    Args:
+        logits: [B, R], of all rows or of none of them.
+        concept: [B, M].
+        labelled: rows of the global batch that the term counts, a scalar.
+        positives: [R], those of them that list each concept; None where rows with and without it are not balanced.
+    """
     if logits.shape[1] == 0:
         return logits.new_zeros(())
+    if form.binding == "softmax":
+        return _exclusive(logits, concept)
+    counted = form.counted(concept)[:, None]
+    absent = torch.where(counted, F.softplus(logits), 0.0)  # as if no row listed a concept
+    place = concept.clamp_min(0)
+    own = logits.gather(1, place)  # [B, M], of what rows list; anything elsewhere
+    if positives is None:
+        present = -own  # softplus(-x) - softplus(x)
+    else:
+        with_it, without_it = labelled / (2 * positives), labelled / (2 * (labelled - positives))
+        # No row has these weights where they are infinite.
+        with_it, without_it = (weight.nan_to_num(posinf=0.0) for weight in (with_it, without_it))
+        absent = absent * without_it
+        present = with_it[place] * F.softplus(-own) - without_it[place] * F.softplus(own)
+    return absent.sum() + torch.where(concept >= 0, present, 0.0).sum()
+
+
+def _exclusive(logits: Tensor, concept: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, R] with the concepts [B, M] that a row lists, each as likely as the others."""
     if concept.shape[1] == 1:
         target = concept[:, 0].clamp_min(UNKNOWN)
         return F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="sum")

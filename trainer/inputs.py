@@ -81,6 +81,11 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             "stage align needs labelled rows, but the manifest of data.shards names no concepts; "
             "drop the stage or extract with labels"
         )
+    if config.data.unlabelled == "none" and config.loss.binding == "softmax":
+        raise UserError(
+            "data.unlabelled=none makes negatives of rows, and loss.binding=softmax counts none; "
+            "set loss.binding=sigmoid or data.unlabelled=unknown"
+        )
     form = config.dictionary.form(manifest.width, manifest.concepts, len(manifest.answers))
     return Inputs(config, layout, manifest, plan, curriculum, form)
 

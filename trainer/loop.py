@@ -20,7 +20,7 @@ from trainer.dictionary.units import CONCEPTS
 from trainer.gains import concept_gains
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
-from trainer.labels import listing
+from trainer.labels import membership
 from trainer.losses import followed_sparsity, weighted
 from trainer.metrics import Metrics, StepSums, batch_means
 from trainer.objective import MicroBatch
@@ -119,17 +119,19 @@ def train(run: Run) -> int:
 
 def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
     """Rows of this rank on the device, with the counts of the global batch; masked rows are left out."""
-    topology = run.strategy.topology
+    topology, form = run.strategy.topology, run.strategy.objective.form
     moved = rows.to(topology.device, non_blocking=True)
     acts, concept, answer = moved.acts, moved.concept, moved.answer
     if not bool(rows.valid.all()):
         keep = moved.valid
         acts, concept, answer = acts[keep], concept[keep], answer[keep]
     parts = [len(part) for part in torch.tensor_split(concept, run.config.optim.accumulate)]
-    labels = torch.stack([listing(concept).sum(), (answer >= 0).sum()]).float()
+    labels = torch.stack([form.counted(concept).sum(), (answer >= 0).sum()]).float()
     sizes = labels.new_tensor([len(concept), *parts])
-    counts = topology.sum_over_data(torch.cat([sizes[:1], labels, sizes[1:]]))
-    return MicroBatch(acts, concept, answer, counts[:3], part_rows=counts[3:])
+    listed = membership(concept, len(run.manifest.concepts)).sum(dim=0) if form.bind_balance else labels[:0]
+    counts = topology.sum_over_data(torch.cat([sizes[:1], labels, sizes[1:], listed.float()]))
+    part_rows, positives = counts[3:].split([len(parts), len(listed)])
+    return MicroBatch(acts, concept, answer, counts[:3], None, part_rows, positives if form.bind_balance else None)
 
 
 def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -> None:
@@ -184,7 +186,7 @@ def wake_concepts(run: Run) -> int:
     missing = [name for name, n in zip(manifest.concepts, classes.counts.tolist(), strict=True) if n == 0]
     if missing and strategy.topology.is_main:
         log.warning("no row of the training data is labelled %s; these slots stay asleep", ", ".join(missing[:10]))
-    woken = {name: value.cpu() for name, value in concept_weights(classes).items()}
+    woken = {name: value.cpu() for name, value in concept_weights(classes, run.config.loss.binding).items()}
     strategy.write(CONCEPTS, UnitState(woken, {}, {}))
     run.state.woken = True
     return 0

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from trainer.dictionary import BankWeights
 from trainer.errors import UserError
-from trainer.labels import listing, membership
+from trainer.labels import known, listing, membership
 
 # A slot whose variance is below this share of its mean square is constant for fp32: its correlation is 0, not noise.
 CONSTANT_SHARE = 1e-6
 
 MOST_WEIGHT = 1e38  # more is no fp32
 STAGES = ("pretrain", "align")  # in pretrain the concept slots sleep
-COUNTS = ("rows", "labelled", "answered")  # what a mean may run over, beside the steps of a log interval
+# What a mean may run over, beside the steps of a log interval. Labelled is a row that the binding term counts.
+COUNTS = ("rows", "labelled", "answered")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ TERMS = (
     Term("bind", "labelled", ("align",)),
     Term("perp", "steps", ("align",)),
     Term("val", "answered", ("align",)),
+    Term("sp_concept", "rows", ("align",)),
 )
 
 
@@ -65,6 +67,7 @@ class LossWeights:
     bind: float = 1.0  # binding of concept slots to their concepts
     perp: float = 0.01  # orthogonality of free to concept slots
     val: float = 0.1  # answers from the concept code
+    sp_concept: float = 0.0  # sparsity of the concept slots
 
     def validate(self) -> None:
         """Raise UserError for a weight that cannot be."""
@@ -85,6 +88,7 @@ class StageWeights:
     bind: float | None = None  # null: loss.bind
     perp: float | None = None  # null: loss.perp
     val: float | None = None  # null: loss.val
+    sp_concept: float | None = None  # null: loss.sp_concept
 
     def validate(self, where: str) -> None:
         """Raise UserError for a weight that cannot be; `where` names the stage."""
@@ -94,29 +98,57 @@ class StageWeights:
 
 
 @dataclass
-class LossConfig(LossWeights):
-    """The section `loss`: weights, which a stage may override, and the form of the loss, which is one for the whole
-    run."""
+class LossForm:
+    """Form of the terms, one for the whole run."""
 
     bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
-    perp_on: str = (
-        "dependent"  # slots that the orthogonality term sees: dependent (on a concept) | all (the paper's letter)
-    )
+    binding: str = "softmax"  # concepts exclude each other (softmax, the paper) or are independent (sigmoid)
+    bind_balance: bool = False  # sigmoid: of each concept, rows with it weigh as much as rows without it
+    # Slots that the orthogonality term sees: dependent (on a concept) | all (the paper's letter).
+    perp_on: str = "dependent"
+
+    def validate(self) -> None:
+        """Raise UserError for words that are unknown or do not go together."""
+        known_words = {"bind_on": ("pre", "code"), "binding": ("softmax", "sigmoid"), "perp_on": ("dependent", "all")}
+        for name, words in known_words.items():
+            if getattr(self, name) not in words:
+                raise UserError(f"loss.{name}={getattr(self, name)!r} is unknown; use {' or '.join(words)}")
+        if self.binding == "sigmoid" and self.bind_on == "code":
+            raise UserError(
+                "loss.binding=sigmoid takes a logit below 0 for a concept that is absent, and a code is never below 0; "
+                "set loss.bind_on=pre"
+            )
+        if self.binding == "softmax" and self.bind_balance:
+            raise UserError(
+                "loss.bind_balance weighs rows that have a concept against those that do not, which only "
+                "loss.binding=sigmoid counts; set that, or bind_balance=false"
+            )
+
+    def counted(self, concept: Tensor) -> Tensor:
+        """Which rows of labels [B, M] the binding term counts, bool [B]."""
+        return listing(concept) if self.binding == "softmax" else known(concept)
+
+
+@dataclass
+class LossConfig(LossWeights, LossForm):
+    """The section `loss`: weights, which a stage may override, and the form of the loss, which it may not."""
+
     sp_warmup: int = 0  # steps from the start of the run over which the sparsity weight rises linearly from 0
 
     def validate(self) -> None:
         """Raise UserError for a weight, word or number of steps that cannot be."""
-        super().validate()
-        if self.bind_on not in ("pre", "code"):
-            raise UserError(f"loss.bind_on={self.bind_on!r} is unknown; use pre or code")
-        if self.perp_on not in ("dependent", "all"):
-            raise UserError(f"loss.perp_on={self.perp_on!r} is unknown; use dependent or all")
+        LossWeights.validate(self)
+        LossForm.validate(self)
         if not 0 <= self.sp_warmup <= 1 << 50:
             raise UserError(f"loss.sp_warmup={self.sp_warmup} must be between 0 and {1 << 50}")
 
     def weights(self) -> LossWeights:
         """The weights alone."""
         return LossWeights(**{field.name: getattr(self, field.name) for field in fields(LossWeights)})
+
+    def form(self) -> LossForm:
+        """The form alone."""
+        return LossForm(**{field.name: getattr(self, field.name) for field in fields(LossForm)})
 
 
 def _check_weight(name: str, value: float) -> None:
@@ -152,7 +184,7 @@ class PlainDictionary:
 
 
 def plain_objective(
-    dictionary: PlainDictionary, x: Tensor, concept: Tensor, answer: Tensor, align: bool, bind_on: str = "pre"
+    dictionary: PlainDictionary, x: Tensor, concept: Tensor, answer: Tensor, align: bool, form: LossForm
 ) -> dict[str, Tensor]:
     """The mean of every term on normalised activations x [B, D], concept [B, M], answer [B]; `weighted` makes the loss
     of them.
@@ -168,7 +200,10 @@ def plain_objective(
         z_concept = dictionary.concepts.encode(x)
         x_hat = x_hat + dictionary.concepts.decode(z_concept)
         if z_concept.shape[1]:
-            means["bind"] = binding(pre if bind_on == "pre" else z_concept, concept)
+            logits = pre if form.bind_on == "pre" else z_concept
+            softmax = form.binding == "softmax"
+            means["bind"] = binding(logits, concept) if softmax else independent(logits, concept, form.bind_balance)
+            means["sp_concept"] = sparsity(z_concept, dictionary.concepts.decoder())
             means["perp"] = orthogonality(z_concept, z, dictionary.free.perp_weight)
         if dictionary.value_head is not None:
             means["val"] = value(dictionary.value_head(z_concept), answer)
@@ -181,9 +216,9 @@ def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum(dim=1).mean()
 
 
-def sparsity(z_rest: Tensor, decoder: Tensor) -> Tensor:
-    """L_sp: mean over rows of sum_j ||W_dec_j|| z_j; z_rest [B, K], decoder [K, D] as used in the reconstruction."""
-    return (z_rest * decoder.norm(dim=1)).sum(dim=1).mean()
+def sparsity(z: Tensor, decoder: Tensor) -> Tensor:
+    """L_sp: mean over rows of sum_j ||W_dec_j|| z_j; z [B, n], decoder [n, D] as used in the reconstruction."""
+    return (z * decoder.norm(dim=1)).sum(dim=1).mean()
 
 
 def binding(logits: Tensor, concept: Tensor) -> Tensor:
@@ -192,6 +227,22 @@ def binding(logits: Tensor, concept: Tensor) -> Tensor:
     member = membership(concept, logits.shape[1]).to(logits.dtype)
     target = member / member.sum(dim=1, keepdim=True).clamp_min(1)
     return -(target * logits.log_softmax(dim=1)).sum() / listing(concept).sum().clamp_min(1)
+
+
+def independent(logits: Tensor, concept: Tensor, balance: bool) -> Tensor:
+    """L_bind with independent concepts: the mean over rows [B, M] that are not unknown of the sum over concepts of the
+    binary cross-entropy of logits [B, R] with whether the row lists them; 0 without such a row.
+
+    With `balance` the rows with a concept and those without it have the same weight in sum, one half of the rows each;
+    a concept that all of these rows have, or none, has one half of their weight.
+    """
+    rows = known(concept)
+    member = membership(concept[rows], logits.shape[1])
+    each = F.binary_cross_entropy_with_logits(logits[rows], member.to(logits.dtype), reduction="none")
+    n, positives = rows.sum(), member.sum(dim=0)
+    if balance:
+        each = each * n / (2 * torch.where(member, positives, n - positives))
+    return each.sum() / n.clamp_min(1)
 
 
 def value(answer_logits: Tensor, answer: Tensor) -> Tensor:

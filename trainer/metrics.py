@@ -50,9 +50,9 @@ class Metrics:
     def read(self, weights: LossWeights, stage: str) -> dict[str, float]:
         """Figures of the global batches of a stage since the last read, and start anew.
 
-        fvu is about the stored mean; l0 counts active slots per row; binding is the share of labelled rows whose
-        largest concept logit is their concept's. For the losses see `batch_means`. What does not count in the stage,
-        or had no row to count, is absent.
+        fvu is about the stored mean; l0 counts active slots per row; binding is the share of rows that list a concept
+        whose largest concept logit is one of theirs. For the losses see `batch_means`. What does not count in the
+        stage, or had no row to count, is absent.
         """
         total, means = self._total, batch_means(self._total, self.steps)
         there = total | {"steps": self.steps}
@@ -63,8 +63,8 @@ class Metrics:
             "fvu": total["rec"] / max(total["variance"], 1e-30),
             "l0": (total["active"] + total["concept_active"]) / max(total["rows"], 1.0),
         }
-        if "bind" in counting:
-            figures["binding"] = total["bound"] / total["labelled"]
+        if "bind" in counting and total["listing"]:
+            figures["binding"] = total["bound"] / total["listing"]
         self._start()
         return figures
 

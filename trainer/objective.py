@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.binding import softmax_binding
+from trainer.binding import summed_binding
 from trainer.dictionary import BankWeights, ConceptDictionary, SlotBank, apply_gate, bank_unit
 from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
 from trainer.labels import listing
 from trainer.losses import (
     COUNTS,
     TERMS,
+    LossForm,
     LossWeights,
     followed_dependence,
     perp_weight,
@@ -43,6 +44,7 @@ class MicroBatch:
     counts [3] fp32: losses.COUNTS of the global batch (all ranks, all micro-batches);
     rows: rows of this micro-batch on all data ranks, a scalar fp32, None where it is the whole batch;
     part_rows [parts] fp32: the same of each of the slices that `split` makes, None where there is one.
+    positives [R] fp32: rows of the global batch that list each concept, None where the loss does not balance.
     """
 
     acts: Tensor
@@ -51,6 +53,7 @@ class MicroBatch:
     counts: Tensor
     rows: Tensor | None = None
     part_rows: Tensor | None = None
+    positives: Tensor | None = None
 
     def split(self, parts: int) -> Iterator["MicroBatch"]:
         """The rows in `parts` slices, with the counts of the whole batch: means do not depend on the slicing."""
@@ -59,13 +62,13 @@ class MicroBatch:
             return
         pieces = zip(*(torch.tensor_split(t, parts) for t in (self.acts, self.concept, self.answer)), strict=True)
         for (acts, concept, answer), rows in zip(pieces, self.part_rows, strict=True):
-            yield MicroBatch(acts, concept, answer, self.counts, rows)
+            yield MicroBatch(acts, concept, answer, self.counts, rows, positives=self.positives)
 
 
 # Sums over rows that add up over ranks and micro-batches to the figures of the global batch: how many there are, the
-# terms of the loss, x^2, active entries of free and of concept slots, and labelled rows whose largest concept logit is
-# one of their concepts'.
-SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "concept_active", "bound")
+# terms of the loss, x^2, active entries of free and of concept slots, rows that list a concept, and those of them whose
+# largest concept logit is one of their concepts'.
+SUMS = (*COUNTS, *(term.name for term in TERMS), "variance", "active", "concept_active", "listing", "bound")
 
 
 class AlignObjective(nn.Module):
@@ -74,7 +77,7 @@ class AlignObjective(nn.Module):
     Args:
         dictionary: weights; under dictionary parallelism it holds only this rank's free banks.
         topology: where this rank stands in the mesh.
-        bind_on, perp_on: see LossConfig (weights come with each call, since they follow the curriculum).
+        form: of the terms, None: the default one (weights come with each call, since they follow the curriculum).
         kernel: auto, or the name of one kernel (trainer/kernels).
         precision: fp32, or bf16 for bf16 products on fp32 masters.
         kernels: kernel of each bank held here to go on with; None: those of a new dictionary.
@@ -85,15 +88,14 @@ class AlignObjective(nn.Module):
         dictionary: ConceptDictionary,
         topology: Topology,
         *,
-        bind_on: str = "pre",
-        perp_on: str = "dependent",
+        form: LossForm | None = None,
         kernel: str = "auto",
         precision: str = "fp32",
         kernels: list[str] | None = None,
     ):
         super().__init__()
         self.dictionary = dictionary
-        self.bind_on, self.perp_on = bind_on, perp_on
+        self.form = form or LossForm()
         self.topology = topology
         sizes = [bank.slots for bank in dictionary.free_banks()]
         self.choice = KernelChoice(kernel, sizes, topology.device, kernels)
@@ -124,7 +126,7 @@ class AlignObjective(nn.Module):
         awake = len(x) if align else 0
         concept, answer = batch.concept[:awake], batch.answer[:awake]
         operand = x if x_bf16 is None or self.concept_dtype == torch.float32 else x_bf16
-        pre, z_concept, x_hat_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
+        pre, z_concept, x_hat_concept, sp_concept = self.dictionary.concepts(self._concept_path, operand[:awake])
 
         use_perp = align and weights.perp > 0 and z_concept.shape[1] > 0
         rows = batch.counts[0] if batch.rows is None else batch.rows
@@ -137,21 +139,23 @@ class AlignObjective(nn.Module):
             x_hat = x_hat + x_hat_concept
         x_hat = self.dictionary.output(x_hat)
 
-        logits = pre if self.bind_on == "pre" else z_concept
+        logits = pre if self.form.bind_on == "pre" else z_concept
         sums = {
             "rec": (x - x_hat).square().sum(),
             "sp": sp,
-            "bind": softmax_binding(logits, concept),
+            "bind": summed_binding(logits, concept, self.form, batch.counts[1], batch.positives),
             "perp": perp,
             "val": self._value(z_concept, answer),
+            "sp_concept": sp_concept,
         }
         figures = {
             "rows": len(x),
-            "labelled": listing(batch.concept).sum(),
+            "labelled": self.form.counted(batch.concept).sum(),
             "answered": (batch.answer >= 0).sum(),
             "variance": x.square().sum(),
             "active": sum(stats.active for stats in context.stats),
             "concept_active": (z_concept > 0).sum(),
+            "listing": listing(batch.concept).sum(),
             "bound": (logits.argmax(dim=1, keepdim=True) == concept).sum() if logits.shape[1] else 0,
         }
         share = self._share({**sums, **figures})
@@ -164,11 +168,12 @@ class AlignObjective(nn.Module):
         return loss if align else loss + 0.0 * x_hat_concept.sum(), share
 
     @staticmethod
-    def _concept_path(weights: BankWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pre-activations [B, R], code [B, R] and share of the reconstruction [B, D] of the concept slots, all fp32."""
+    def _concept_path(weights: BankWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pre-activations [B, R], code [B, R], share of the reconstruction [B, D] and sum of sp_concept of the concept
+        slots, all fp32."""
         pre = weights.pre_activations(x)
         z = apply_gate(pre, weights.threshold)
-        return pre, z, weights.decode(z.to(x.dtype))
+        return pre, z, weights.decode(z.to(x.dtype)), (z @ weights.decoder().norm(dim=1)).sum()
 
     def _orthogonality(self, z: Tensor, total: Tensor) -> Orthogonality:
         """What banks need of the concept code [B, R]."""
@@ -189,7 +194,7 @@ class AlignObjective(nn.Module):
 
     def _counting(self, kernel: BankKernel, bank: SlotBank) -> BankKernel:
         """The kernel, told how much the slots of a bank count in the orthogonality term."""
-        if self.perp_on == "all":
+        if self.form.perp_on == "all":
             return kernel
         counted = perp_weight(bank.dependence)
         return lambda weights, *rest: kernel(weights._replace(perp_weight=counted), *rest)

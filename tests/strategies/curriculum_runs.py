@@ -52,7 +52,8 @@ LAYOUTS = [
     *ON_TWO,
     *(Layout(name, 4) for name in ("ddp", "dictionary", "mesh", *ZERO)),
 ]
-# Kinds of run beside the plain one; `bare` has no concepts and no answers, `overflow` has rows twenty times as large.
+# Kinds of run beside the plain one; `bare` has no concepts and no answers, `overflow` has rows twenty times as large,
+# `labels` has rows of several concepts, of none, and unknown ones.
 VARIANTS = {
     "accumulate": ["optim.accumulate=4", "loss.perp=0"],
     # Gradients that are infinite in the whole first stage; losses that jump by 2% over the median of the last three.
@@ -68,6 +69,13 @@ VARIANTS = {
     ],
     "bare": [],
     "offload": ["parallel.offload=true"],
+    "labels": [
+        "loss.binding=sigmoid",
+        "loss.bind_balance=true",
+        "loss.sp_concept=0.1",
+        "loss.perp=0",
+        "optim.accumulate=2",
+    ],
     # A threshold that follows what all ranks have counted, in every bank.
     "batch_topk": [
         "dictionary.gate=batch_topk",
@@ -92,6 +100,7 @@ class Runs:
             "": write_data(folder / "shards", dtype="float32"),
             "bare": write_data(folder / "bare-shards", dtype="float32", concepts=[]),
             "overflow": write_data(folder / "loud-shards", dtype="float32", factors=dict.fromkeys(range(ROWS), 20.0)),
+            "labels": write_data(folder / "several-shards", dtype="float32", several=True),
         }
 
     def plain(self, layout: Layout) -> Path:

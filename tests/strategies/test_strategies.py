@@ -41,6 +41,8 @@ FAST_VARIANTS = [
     (ZERO3, "bare"),
     (ZERO3, "offload"),
     (ZERO3, "batch_topk"),
+    (Layout("ddp", 2), "labels"),
+    (Layout("dictionary", 2), "labels"),
 ]
 FAST_RESUMED = [
     (DDP4, DDP4),  # sums over more than two ranks depend on their order
@@ -132,7 +134,8 @@ def test_losses_and_gradients_are_those_of_a_single_process(runs: Runs, layout: 
 
 @pytest.mark.parametrize("case", fast_and_slow(FAST_VARIANTS, ALL_VARIANTS), ids=label)
 def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, str]) -> None:
-    """Micro-batches, updates that are skipped, dead slots revived in the live engine, no concepts at all, offload."""
+    """Micro-batches, updates that are skipped, dead slots revived in the live engine, no concepts at all, offload,
+    concepts that do not exclude each other."""
     layout, variant = case
     folder = runs.variant(layout, variant)
     alone = runs.plain(SINGLE) if variant == "offload" else runs.variant(SINGLE, variant)
@@ -154,6 +157,10 @@ def test_variants_are_those_of_a_single_process(runs: Runs, case: tuple[Layout, 
         torch.testing.assert_close(thresholds(folder), thresholds(alone), rtol=1e-4, atol=0)
         assert thresholds(folder).unique().numel() == 1
         assert ours[1]["l0"] > 8 > ours[SWITCH]["l0"]  # it has followed
+    if variant == "labels":
+        aligned = [ours[step] for step in range(SWITCH + 1, STEPS + 1)]
+        assert all(line["loss/sp_concept"] > 0 for line in aligned[1:])  # decoder rows wake up from 0
+        assert aligned[-1]["loss/bind"] < aligned[0]["loss/bind"]
     if variant == "bare":
         assert "loss/rec" in ours[SWITCH] and not {"loss/bind", "loss/val"} & ours[SWITCH].keys()
     assert_close_runs(ours, theirs, (*TERMS, "grad_norm", "dead", "sp_weight"))

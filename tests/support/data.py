@@ -18,12 +18,14 @@ def write_data(
     concepts: list[str] = CONCEPTS,
     dtype: str = "float16",
     factors: dict[int, float] | None = None,
+    several: bool = False,
 ) -> Path:
     """Shards, in blocks of 20, of rows that are sparse sums of directions, one of them their concept's; row i is
     multiplied by factors[i].
 
     Most labels of the first half are known and most of the second are not, so that ranks get unequal numbers of them.
-    A row without a known concept has no answer. No concepts, no answers.
+    A row without a known concept has no answer. No concepts, no answers. With `several`, rows list up to two concepts,
+    one labelled row in five has explicitly none.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -42,6 +44,11 @@ def write_data(
         answer = torch.where(hidden | (random(rows) < 0.2), -1, answer)
     for row, factor in (factors or {}).items():
         acts[row] *= factor
+    if several:
+        second = torch.where((concept >= 0) & (random(rows) < 0.4), (concept + 1) % len(concepts), -1)
+        acts += torch.randn(len(concepts), width, generator=generator)[second] * (second >= 0)[:, None]
+        concept = torch.stack([concept, second], dim=1)
+        concept[(concept[:, 0] >= 0) & (random(rows) < 0.2)] = torch.tensor([-2, -1])
     answers = [f"a{i}" for i in range(ANSWERS)] if concepts else []
     # With factors: as if the normalisation had been measured on the other rows.
     usual = ([0.0] * width, 3.0) if factors else None

@@ -14,12 +14,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from trainer.analysis.label_scores import label_figures
+from trainer.analysis.rows import RowSource
 from trainer.dictionary import ConceptDictionary, SlotBank
 from trainer.errors import DataError
 from trainer.labels import listing, membership
-
-# Yields (raw activations [B, D], concept [B, M], see trainer.labels), the same rows in every call.
-RowSource = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 # Per-concept sums [R, n] are held for as many slots as fit here; more slots mean more passes over the rows.
 SUMS_BYTES = 1 << 30
@@ -258,12 +257,14 @@ def evaluate_split(
     concepts: Sequence[str],
     progress: Callable[[int], Any] = lambda n: None,
     most_norm: float | None = None,
+    text: RowSource | None = None,
 ) -> dict[str, Any]:
     """Everything about one split as JSON values (NaN becomes None).
 
     most_norm: where rows are above it, their number and the reconstruction without them are given beside that of all.
     `concepts` names the labels of the rows; without labels there is only the reconstruction. An unsupervised dictionary
-    has concept slots that sleep: it binds nothing.
+    has concept slots that sleep: it binds nothing. text: further rows that list no concept, which slots are to tell
+    from those of the split.
     """
     measured = reconstruct(dictionary, rows, progress)
     result: dict[str, Any] = {
@@ -286,6 +287,7 @@ def evaluate_split(
             "alive": dict(zip(dictionary.concept_names, measured.alive, strict=True)),
             "confusion": measured.confusion.tolist(),
         }
+        result |= label_figures(dictionary, rows, text)
     return result
 
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from trainer.analysis.evaluation import RowSource
+from trainer.analysis.rows import RowSource
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
 from trainer.files import read_json
