@@ -66,6 +66,11 @@ def test_resolved_configuration_reads_back_the_same(tmp_path):
         ("", ["optim.lr=-1"], "optim.lr"),
         ("", ["run.precision=fp8"], "fp32 or bf16"),
         ("", ["loss.bind_on=logits"], "pre or code"),
+        ("", ["loss.binding=one"], "softmax or sigmoid"),
+        ("", ["loss.binding=sigmoid", "loss.bind_on=code"], "loss.bind_on=pre"),
+        ("", ["loss.bind_balance=true"], "loss.binding=sigmoid"),
+        ("", ["loss.sp_concept=-1"], "loss.sp_concept"),
+        ("", ["data.unlabelled=negative"], "unknown or none"),
         ("", ["loss.sp"], "key=value"),
         ("a: [\n", [], "not YAML"),
         ("- 1\n", [], "mapping"),
@@ -106,7 +111,7 @@ def test_weights_of_a_stage_are_numbers(tmp_path, text):
     assert load_config(path, [DATA, f"stages.0.loss.sp={text}"]).stages[0].loss.sp == 0.001
 
 
-@pytest.mark.parametrize("key", ["bind_on", "sp_warmup"])
+@pytest.mark.parametrize("key", ["bind_on", "binding", "sp_warmup"])
 def test_a_stage_may_not_change_the_form_of_the_loss(tmp_path, key):
     path = write(tmp_path, f"stages: [{{name: pretrain, epochs: 2, loss: {{{key}: 5}}}}]\n")
     with pytest.raises(UserError, match=rf"one for the whole run.*set loss\.{key}"):

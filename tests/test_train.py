@@ -280,6 +280,7 @@ def test_refuses_bad_data(tmp_path: Path, small_data: Path, capsys: pytest.Captu
         ("run.wall_minutes=-1", ["run.wall_minutes"]),
         ("checkpoint.resume=/nowhere", ["/nowhere", "no usable checkpoint"]),
         ("parallel.strategy=ddq", ["ddq", "zero"]),
+        ("data.unlabelled=none", ["loss.binding=softmax", "loss.binding=sigmoid"]),
     ],
 )
 def test_refuses_bad_settings(
