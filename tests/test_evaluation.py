@@ -10,15 +10,13 @@ from hypothesis import strategies as st
 
 from tests.support.language_model import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 from trainer.analysis import evaluation
+from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots
 from trainer.analysis.evaluation import (
     activation_blocks,
-    binding,
     concept_means,
     concept_slot_means,
-    confusion_matrix,
     evaluate_split,
     fragmentation,
-    predicted_slots,
     reconstruct,
 )
 from trainer.dictionary import ConceptDictionary, DictionaryConfig

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.support.language_model import WIDTH, random_dictionary
 from trainer import labels
 from trainer.analysis import label_scores
-from trainer.analysis.evaluation import activation_blocks, confusion_matrix, evaluate_split, predicted_slots
+from trainer.analysis.binding_matrix import confusion_matrix, predicted_slots
+from trainer.analysis.evaluation import activation_blocks, evaluate_split
 from trainer.analysis.label_scores import auroc, average_precision, label_figures
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda values: torch.tensor(values).float())

@@ -1,0 +1,84 @@
+"""Which concept slot rows choose, against the concepts that they list.
+
+Shapes: B rows of a batch, R concepts, M labels of a row at most.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from trainer.errors import DataError
+
+
+def predicted_slots(concept_code: Tensor) -> Tensor:
+    """The concept slot [B] that each row chooses from its code [B, R]; -1 where no concept slot is active.
+
+    Where any slot is active this is the argmax of the pre-activations too. A row that activates none says nothing
+    about its concept: it is counted as silent (wrong), never as slot 0 or as the least negative pre-activation.
+    """
+    if concept_code.shape[1] == 0:
+        return concept_code.new_full((concept_code.shape[0],), -1, dtype=torch.int64)
+    strength, slot = concept_code.max(dim=1)
+    return torch.where(strength > 0, slot, -1)
+
+
+def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tensor:
+    """Counts [R, R + 1] fp64: row = true concept, column = chosen slot, last column = no slot; over rows that list a
+    concept.
+
+    A row that lists m concepts counts 1/m at each of them, and at its place on the diagonal where the chosen slot is
+    any of them: rows, not labels, add up to shares. predicted [B] int64, -1 = no slot; concept [B, M]. Raises DataError
+    on a label beyond R - 1.
+    """
+    if concept.numel() and int(concept.max()) >= concepts:
+        raise DataError(
+            f"label {int(concept.max())} is out of range for {concepts} concept slots; "
+            "evaluate on shards of the same concepts"
+        )
+    row, column = (concept >= 0).nonzero(as_tuple=True)
+    truth, chosen = concept[row, column].long(), predicted[row].long()
+    chosen = torch.where(chosen < 0, concepts, chosen)
+    right = (concept[row] == chosen[:, None]).any(dim=1)
+    chosen = torch.where(right, truth, chosen)
+    share = 1.0 / (concept >= 0).sum(dim=1)[row].double()
+    cells = torch.bincount(truth * (concepts + 1) + chosen, share, minlength=concepts * (concepts + 1))
+    return cells.double().reshape(concepts, concepts + 1)
+
+
+@dataclass
+class Binding:
+    """How well concept slots and concepts agree.
+
+    diagonal_accuracy: mean over concepts of the share of a concept's rows that choose a slot of their concepts.
+    diagonal_accuracy_assigned: the same under the one-to-one assignment of slots to concepts that maximises it.
+    assignment: slot of each concept under that assignment.
+    slot_accuracy: share of all rows with concepts that choose a slot of theirs (weights concepts by their rows).
+    silent: share of those rows in which no concept slot is active.
+    """
+
+    diagonal_accuracy: float
+    diagonal_accuracy_assigned: float
+    assignment: list[int]
+    slot_accuracy: float
+    silent: float
+
+
+def binding(confusion: Tensor) -> Binding:
+    """Summarise a confusion matrix [R, R + 1]; concepts without a row are left out of the means."""
+    counts = confusion.double().cpu()
+    per_concept = counts.sum(dim=1)
+    present = per_concept > 0
+    if not bool(present.any()):
+        raise DataError("no labelled row to evaluate binding on; extract prompts that name a concept")
+    share = counts[:, :-1] / torch.where(present, per_concept, 1.0).unsqueeze(1)
+    rows, slots = linear_sum_assignment(share.numpy(), maximize=True)
+    assigned = share[torch.from_numpy(rows), torch.from_numpy(slots)]
+    return Binding(
+        diagonal_accuracy=share.diagonal()[present].mean().item(),
+        diagonal_accuracy_assigned=assigned[present].mean().item(),
+        assignment=[int(s) for s in slots],
+        slot_accuracy=(counts.diagonal().sum() / counts.sum()).item(),
+        silent=(counts[:, -1].sum() / counts.sum()).item(),
+    )
