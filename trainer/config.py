@@ -28,7 +28,7 @@ from trainer.tracking import TrackingConfig
 from trainer.yaml_reader import MAX_BYTES, read_yaml
 
 LONGEST_TEXT, LONGEST_NAME = 4096, 255  # characters of a value; bytes of a name in a path
-PATHS = ("run.dir", "data.shards", "data.cache_dir", "checkpoint.resume", "parallel.deepspeed")
+PATHS = ("run.dir", "data.shards", "data.cache_dir", "dictionary.start_from", "checkpoint.resume", "parallel.deepspeed")
 MOST = 1 << 50  # of whatever is counted
 
 

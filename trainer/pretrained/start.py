@@ -22,8 +22,12 @@ class Start:
     """
 
     def __init__(self, chosen: DictionaryConfig, manifest: Manifest):
-        self.imported = Imported(chosen.start_from)
-        where, facts = f"dictionary.start_from={chosen.start_from}", self.imported.description.facts
+        where = f"dictionary.start_from={chosen.start_from}"
+        try:
+            self.imported = Imported(chosen.start_from)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        facts = self.imported.description.facts
         if self.imported.form.width != manifest.width:
             raise UserError(
                 f"{where} has width {self.imported.form.width}, the rows of data.shards have {manifest.width}"
