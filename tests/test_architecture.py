@@ -14,7 +14,7 @@ FLOORS = [
     ["errors"],
     ["private", "redact", "files", "yaml_reader", "labels"],
     ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
-    ["losses", "guard", "interrupt", "agreement", "ownership", "failures"],
+    ["losses", "following", "autograd", "guard", "interrupt", "agreement", "ownership", "failures"],
     ["kernels", "binding"],
     ["objective", "optimizer"],
     ["curriculum", "gains", "metrics", "waking"],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer import labels, losses
+from trainer import following, labels, losses
 from trainer.dictionary import BankWeights, ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
 from trainer.metrics import batch_means
@@ -24,7 +24,7 @@ def make(D, R, K, bank, answers=5, decoder_norm="free", **options):
         for parameter in dictionary.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         for bank in dictionary.free_banks():  # slots that count whole, in part, and not at all
-            bank.dependence.uniform_(0.0, 2 * losses.DEPENDENT)
+            bank.dependence.uniform_(0.0, 2 * following.DEPENDENT)
     form = {f.name: options.pop(f.name) for f in dataclasses.fields(losses.LossForm) if f.name in options}
     return AlignObjective(dictionary, Topology(), form=losses.LossForm(**form), **{"kernel": "dense"} | options)
 
@@ -45,7 +45,7 @@ def oracle(objective, batch, weights, align):
         torch.cat([bank.b_enc for bank in banks]),
         torch.cat([bank.W_dec for bank in banks]),
         decoder_norm=d.form.decoder_norm,
-        perp_weight=torch.cat([losses.perp_weight(bank.dependence) for bank in d.free_banks()]),
+        perp_weight=torch.cat([following.perp_weight(bank.dependence) for bank in d.free_banks()]),
     )
     plain = losses.PlainDictionary(free, d.concepts.weights(), d.output.b_dec, d.value_head)
     x = d.normalise(batch.acts)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import TOTAL, assert_same, metrics, tensors, train_here
-from trainer.losses import LEAST_SPARSITY, MOST_SPARSITY, SPARSITY_RATE, followed_sparsity
+from trainer.following import LEAST_SPARSITY, MOST_SPARSITY, SPARSITY_RATE, followed_sparsity
 
 TARGET, BEGUN, WEIGHT = 5.0, 6, 0.05
 CHANGES = {

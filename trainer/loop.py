@@ -17,11 +17,12 @@ from trainer.config import Config
 from trainer.curriculum import Curriculum, StepSettings
 from trainer.dictionary import BankWeights
 from trainer.dictionary.units import CONCEPTS
+from trainer.following import followed_sparsity
 from trainer.gains import concept_gains
 from trainer.guard import Guard
 from trainer.interrupt import Interrupt
 from trainer.labels import membership
-from trainer.losses import followed_sparsity, weighted
+from trainer.losses import weighted
 from trainer.metrics import Metrics, StepSums, batch_means
 from trainer.objective import MicroBatch
 from trainer.run_folder import RunFolder

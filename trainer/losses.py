@@ -8,7 +8,6 @@ Shapes: B rows, D width, R concepts, K free slots, M labels of a row at most, A 
 labels are those of trainer.labels.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -267,49 +266,8 @@ def inverse_norm(centred: Tensor, square: Tensor) -> Tensor:
 def orthogonality(z_concept: Tensor, z_rest: Tensor, weight: Tensor | None = None) -> Tensor:
     """L_perp: ||corr(z_concept, z_rest)||_F^2 over the rows given, [B, R] and [B, K].
 
-    A free slot counts as often as weight [K] says (None: once each, which is AlignSAE's letter; see `perp_weight`).
+    A free slot counts as often as weight [K] says (None: once each, which is AlignSAE's letter; see
+    following.perp_weight).
     """
     squares = (standardise(z_concept).T @ standardise(z_rest)).square().sum(dim=0)
     return squares.sum() if weight is None else (squares * weight).sum()
-
-
-LEAST_SPARSITY, MOST_SPARSITY = 1e-4, 1e4
-SPARSITY_RATE = 0.03
-
-
-def followed_sparsity(factor: float, l0: float, target: float) -> float:
-    """What the weight of sparsity is multiplied with after one more step, at which a row of the global batch had `l0`
-    active free slots on average, where `target` are wanted.
-
-    As a threshold is (gate.BatchTopK), but by less a step: weights answer to it over tens of steps.
-    """
-    change = min(max(l0 / target - 1.0, -1.0), 1.0)
-    return min(max(factor * math.exp(SPARSITY_RATE * change), LEAST_SPARSITY), MOST_SPARSITY)
-
-
-# A slot that is independent of the concepts has a dependence of 1, whatever its frequency; it wanders by some
-# hundredths, and by more where concept slots themselves move. The term leaves a slot alone up to INDEPENDENT and counts
-# it whole from DEPENDENT on.
-INDEPENDENT, DEPENDENT = 3.0, 6.0
-DEPENDENCE_RATE = 0.01
-
-
-def followed_dependence(dependence: Tensor, squares: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
-    """Dependence [n] of free slots on the concepts after one more step.
-
-    A sum of R squared sample correlations is R / (G - 1) on average where a slot is independent, however often it is
-    active (and exactly so for any two columns under permutation of their rows); dependence is that sum over its
-    expectation, averaged over the steps in which the slot was active on some row.
-
-    Args:
-        dependence: [n], 1 at first.
-        squares: [n], of each slot the sum of its squared correlations with the concept slots; 0 for a constant one.
-        rows: G, a scalar. concepts: concept slots that are not constant, a scalar.
-    """
-    ratio = squares * (rows - 1) / concepts.clamp_min(1)
-    return torch.where(squares > 0, dependence + DEPENDENCE_RATE * (ratio - dependence), dependence)
-
-
-def perp_weight(dependence: Tensor) -> Tensor:
-    """How much slots of this dependence [n] count in the orthogonality term, from 0 to 1."""
-    return ((dependence - INDEPENDENT) / (DEPENDENT - INDEPENDENT)).clamp(0.0, 1.0)

@@ -7,7 +7,7 @@ answers. Formulas:
 docs/design.md, "The numbers".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.autograd import Attach, SumForward
 from trainer.binding import summed_binding
 from trainer.dictionary import BankWeights, ConceptDictionary, SlotBank, apply_gate, bank_unit
+from trainer.following import followed_dependence, perp_weight
 from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
 from trainer.labels import listing
 from trainer.losses import (
@@ -24,8 +26,6 @@ from trainer.losses import (
     TERMS,
     LossForm,
     LossWeights,
-    followed_dependence,
-    perp_weight,
     term_means,
     weighted,
 )
@@ -161,7 +161,7 @@ class AlignObjective(nn.Module):
         share = self._share({**sums, **figures})
 
         if concept_gradient is not None:
-            sums["perp"] = perp + _Attach.apply(z_concept, concept_gradient)
+            sums["perp"] = perp + Attach.apply(z_concept, concept_gradient)
         counts = dict(zip(COUNTS, batch.counts.clamp_min(1).unbind(), strict=True), steps=x.new_ones(()))
         # Engines average gradients over data ranks, while these sums are shares of the global batch.
         loss = topology.data_world * weighted(term_means(sums, counts), weights)
@@ -257,7 +257,7 @@ class AlignObjective(nn.Module):
         if self.topology.dictionary_group is None:
             return x_hat, gradient
         parts = x_hat if gradient is None else torch.cat([x_hat, gradient], dim=1)
-        total = _SumForward.apply(parts, self.topology.sum_over_dictionary)
+        total = SumForward.apply(parts, self.topology.sum_over_dictionary)
         width = x_hat.shape[1]
         return total[:, :width], None if gradient is None else total[:, width:].detach()
 
@@ -288,29 +288,3 @@ def _summed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     if logits.shape[1] == 0:
         return logits.new_zeros(())
     return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
-
-
-class _Attach(torch.autograd.Function):
-    """A scalar 0 whose gradient with respect to the input is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return source.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None
-
-
-class _SumForward(torch.autograd.Function):
-    """Sum over ranks forward, identity backward: all ranks compute the same loss from the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        return reduce(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return upstream, None

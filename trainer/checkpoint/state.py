@@ -11,8 +11,9 @@ from trainer.curriculum import CurriculumRecord
 from trainer.dictionary import DictionaryForm, bank_number
 from trainer.errors import DataError, UserError
 from trainer.files import Count, checked, read_json
+from trainer.following import LEAST_SPARSITY, MOST_SPARSITY
 from trainer.guard import GuardState
-from trainer.losses import LEAST_SPARSITY, MOST_SPARSITY, STAGES
+from trainer.losses import STAGES
 
 SCHEMA = 1
 
@@ -26,7 +27,7 @@ class RunState:
     damage: masked blocks and rows over all ranks. curriculum: under which the
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
-    multiplied with (losses.followed_sparsity). gains: mean activation of each concept slot on the rows of its own
+    multiplied with (following.followed_sparsity). gains: mean activation of each concept slot on the rows of its own
     concept, 0 for one without rows; None before the end of a run.
     """
 

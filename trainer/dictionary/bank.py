@@ -73,7 +73,7 @@ class SlotBank(nn.Module):
     """n slots that directly own their weights, so that ZeRO-3 gathers and releases them together.
 
     W_enc [n, D], b_enc [n], W_dec [n, D], fp32. `last_fired` [n] int64 is the last step at which a slot was active,
-    `dependence` [n] fp32 how much it depends on the concepts (losses.followed_dependence).
+    `dependence` [n] fp32 how much it depends on the concepts (following.followed_dependence).
 
     Args:
         slots: n.

@@ -1,11 +1,9 @@
 """Writing shards: rows become blocks, blocks become webdataset samples in USTAR tars, the manifest comes last."""
 
-import hashlib
 import io
 import math
 import os
 import tarfile
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
@@ -18,25 +16,9 @@ from trainer.labels import MOST_PER_ROW, BadLabel, canonical, narrowed, widened
 from trainer.stream import npy
 from trainer.stream.manifest import FILE_NAME, MAX_PAYLOAD, Block, Manifest, Shard, ShardSpec
 from trainer.stream.normalisation import MAX_NORM, RunningNormalisation
+from trainer.stream.sink import Sink
 
 TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class _Sink(io.RawIOBase):
-    """A file that hashes what passes through: sha256 of the shard, crc32 since the last `restart`."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.position, self.crc, self.sha = file, 0, 0, hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.file.write(data)
-        self.position += len(data)
-        self.crc = zlib.crc32(data, self.crc)
-        self.sha.update(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.position
 
 
 def to_stored(acts: torch.Tensor | np.ndarray, dtype: str) -> np.ndarray:
@@ -255,7 +237,7 @@ class ShardWriter:
             self.normalisation.add(from_stored(acts, self.spec.dtype).float().numpy())
         if self._file is None:
             self._file = self._temporary(len(self._shards)).open("wb")
-            self._sink = _Sink(self._file)
+            self._sink = Sink(self._file)
             self._tar = tarfile.open(fileobj=self._sink, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         start, self._sink.crc = self._sink.position, 0
         key = f"{self.split}-{len(self._shards):06d}-{len(self._blocks):06d}"
