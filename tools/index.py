@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae index`."""
     parser.add_argument("folder", type=Path, help="folder of one split: holds the tars, gets manifest.json")
     parser.add_argument("--model", default="", help="name of the language model, recorded in the manifest")
-    parser.add_argument("--hook-point", default="", help="where the activations were taken, for example blocks.6.hook_resid_post")
+    parser.add_argument("--hook-point", default="", help="hook point, for example blocks.6.hook_resid_post")
     parser.add_argument(
         "--concepts", type=Path, help="file with one concept name per line, or a JSON list, in label order"
     )

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=list(STORED_DTYPES), help="stored dtype (default: that of the first sample)")
     parser.add_argument("--like", metavar="FOLDER", help="take vocabularies and normalisation from this split")
     parser.add_argument("--model", default="", help="name of the language model, recorded in the manifest")
-    parser.add_argument("--hook-point", default="", help="where the activations were taken, for example blocks.6.hook_resid_post")
+    parser.add_argument("--hook-point", default="", help="hook point, for example blocks.6.hook_resid_post")
     parser.add_argument("--rows-per-block", type=int, default=4096)
     parser.add_argument("--shard-mb", type=int, default=512, help="shard size in MiB (default 512)")
     parser.add_argument("--allow-pipe", action="store_true", help="permit pipe: sources, which run a program")
