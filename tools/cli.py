@@ -34,6 +34,7 @@ TOOLS = {
     "init": ("tools.init", "write a configuration and a launch file to begin with"),
     "config": ("tools.config", "every key of a configuration with its default and meaning"),
     "train": ("tools.train", "train a dictionary on the ranks of a launch file"),
+    "frontier": ("tools.frontier", "FVU over L0 of gates and sparsities, with other trainers beside them"),
     "sweep": ("tools.sweep", "run a grid of configurations and tabulate the results"),
 }
 

@@ -234,3 +234,19 @@ def steering_plot(tokens: Sequence[str], slots: Mapping[str, tuple[Any, Any]], p
     labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens[first:count]]
     axes[-1].set_xticks(places, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     return figure
+
+
+def frontier_plot(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held-out FVU over L0, one line per trainer through the points at its chosen learning rate."""
+    figure, (ax,) = _figure(6.6, 4.4)
+    trainers = list(dict.fromkeys(point["trainer"] for point in points))
+    for trainer, (colour, dash), marker in zip(trainers, cycle(STYLES), cycle("os^vD")):
+        chosen = [p["heldout"] for p in points if p["trainer"] == trainer and p["chosen"] and p["heldout"]["fvu"]]
+        chosen.sort(key=lambda measured: measured["l0"])
+        l0, fvu = [measured["l0"] for measured in chosen], [measured["fvu"] for measured in chosen]
+        ax.plot(l0, fvu, color=colour, linestyle=dash, marker=marker, label=trainer)
+    ax.set_xscale("log")
+    ax.set_xlabel("mean active slots of a held-out row (L0)")
+    ax.set_ylabel("held-out FVU")
+    ax.legend(frameon=False, fontsize=9)
+    return figure

@@ -63,7 +63,7 @@ def run_shards(run: Path) -> str:
 def most_norm(run: Path, trained_on: Manifest) -> float | None:
     """The norm above which rows had no weight in the training of the run, None where all had."""
     multiple = run_config(run).data.get("max_norm", 0.0) if RunFolder(run).config.exists() else DataConfig.max_norm
-    return multiple * trained_on.median_norm if multiple and trained_on.median_norm is not None else None
+    return trained_on.most_norm(multiple)
 
 
 def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool = True) -> tuple[RowSource, Manifest]:
@@ -79,7 +79,11 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
         raise DataError(
             f"{folder}: concepts {', '.join(names)} differ from the dictionary's {', '.join(dictionary.concept_names)}"
         )
-    device = dictionary.mean.device
+    return all_rows(folder, manifest, dictionary.mean.device), manifest
+
+
+def all_rows(folder: str, manifest: Manifest, device: torch.device | str = "cpu") -> RowSource:
+    """The rows of a shard folder in order, as (activations, concept) batches, whatever their norms."""
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
         with closing(BlockSource(DataConfig(shards=folder, max_norm=0.0), manifest)) as source:
@@ -88,4 +92,4 @@ def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool 
                 acts = from_stored(block.acts[block.valid], manifest.dtype)
                 yield acts.to(device), torch.from_numpy(block.concept[block.valid]).to(device)
 
-    return rows, manifest
+    return rows

@@ -202,6 +202,10 @@ class Manifest(ShardSpec):
         if self.rows != rows:
             raise ValueError(f"rows is {self.rows} but the blocks hold {rows}")
 
+    def most_norm(self, multiple: float) -> float | None:
+        """The norm that is `multiple` times the median (data.max_norm); None where that bounds nothing."""
+        return multiple * self.median_norm if multiple and self.median_norm is not None else None
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
         return self._canonical(set() if self.median_norm is not None else {"median_norm"})

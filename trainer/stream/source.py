@@ -116,8 +116,7 @@ class BlockSource:
         self.nonfinite_rows = 0
         self.reread = 0
         self._checked: dict[int, _Checked] = {}
-        median = manifest.median_norm
-        self._most_norm = config.max_norm * median if median is not None and config.max_norm else None
+        self._most_norm = manifest.most_norm(config.max_norm)
         self._outliers: dict[int, tuple[FileIdentity, np.ndarray]] = {}
         self._stop = threading.Event()
         self._lost = ""  # why the server was given up

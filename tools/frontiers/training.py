@@ -1,0 +1,150 @@
+"""Trains one point and measures it: the dictionary, its CPU seconds, its dead slots, and its FVU and L0 on other rows.
+
+Every trainer sees the same rows in the same order (those of our stream at one rank), without those of giant norm
+(data.max_norm), for the same number of steps.
+"""
+
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.frontiers.points import OURS, Point
+from trainer import pretrained
+from trainer.analysis.evaluation import at_most, reconstruct
+from trainer.analysis.results import all_rows, rows_of
+from trainer.checkpoint import load_dictionary
+from trainer.config import load_config
+from trainer.errors import UserError
+from trainer.inputs import Inputs, read_inputs
+from trainer.stream import Manifest, Stream, lanes_of_rank
+
+_PEER = Path(__file__).with_name("peer_training.py")
+
+
+@dataclass
+class Setting:
+    """What all points have in common.
+
+    config: YAML, and `common`, overrides of it. launcher: what stands before trainer.train. splits: name -> shard
+    folder, to measure on. peers_python: interpreter of the environment with the peers, "" for none.
+    """
+
+    config: str
+    common: list[str]
+    launcher: str
+    splits: dict[str, str]
+    peers_python: str = ""
+
+    def inputs(self, point: Point) -> Inputs:
+        """The run of ours that the point is, or whose rows a peer is given. Raises UserError for one that cannot be."""
+        return read_inputs(load_config(self.config, [*self.common, *point.overrides()]))
+
+
+@contextmanager
+def cpu_seconds(into: dict[str, Any]) -> Iterator[None]:
+    """Adds `cpu_seconds`, of the processes that were started and have ended meanwhile."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    yield
+    into["cpu_seconds"] = used() - before
+
+
+def train(point: Point, setting: Setting, folder: Path) -> dict[str, Any]:
+    """Figures of the point, trained in `folder`. Raises UserError when a trainer fails."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was broken off: seconds are those of a whole run
+    folder.mkdir(parents=True)
+    inputs = setting.inputs(point)
+    found: dict[str, Any] = {"rows": inputs.curriculum.total * inputs.config.data.global_batch, "validation": None}
+    found |= (_ours if point.trainer in OURS else _peer)(point, setting, folder, inputs)
+    return found
+
+
+def _ours(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[str, Any]:
+    command = [*shlex.split(setting.launcher), "trainer.train", "--config", setting.config, *setting.common]
+    found: dict[str, Any] = {}
+    with cpu_seconds(found), (folder / "train.log").open("w") as log:
+        run = [*command, *point.overrides(), f"run.dir={folder / 'run'}"]
+        code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise UserError(f"{point.name} failed with exit code {code}; see {folder / 'train.log'}")
+    dictionary, manifest = load_dictionary(folder / "run")
+    fired = torch.cat([bank.last_fired for bank in dictionary.free_banks()])
+    epoch = min(inputs.plan.steps_per_epoch, inputs.curriculum.total)
+    found["dead"] = float((fired <= inputs.curriculum.total - epoch).double().mean())
+    most = manifest.most_norm(inputs.config.data.max_norm)
+    for name, split in setting.splits.items():
+        rows, _ = rows_of(split, dictionary, match_concepts=False)
+        measured = reconstruct(dictionary, rows if most is None else at_most(rows, most))
+        found[name] = {"fvu": measured.fvu, "l0": measured.l0, "rows": measured.rows}
+    return found
+
+
+def _peer(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[str, Any]:
+    """Peers are given normalised rows times sqrt(D), which is how SAELens scales activations itself."""
+    config, manifest, steps = inputs.config, inputs.manifest, inputs.curriculum.total
+    told = {
+        "trainer": point.trainer, "width": manifest.width, "slots": config.dictionary.free_slots, "l0": point.l0,
+        "lr": point.lr, "seed": point.seed, "steps": steps, "rows": config.data.global_batch,
+        "warmup": config.optim.warmup, "decay": round(config.optim.decay * steps),
+        "epoch": min(inputs.plan.steps_per_epoch, steps), "out": str(folder / "dictionary"),
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    lanes = lanes_of_rank(config.data.lanes, 0, 1)
+    with cpu_seconds(found), (folder / "train.log").open("w") as log:
+        try:
+            peer = subprocess.Popen(
+                [setting.peers_python, str(_PEER), json.dumps(told)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"--peers-python {setting.peers_python} cannot be run ({error.strerror})") from error
+        assert peer.stdin is not None and peer.stdout is not None
+        try:
+            with peer.stdin, Stream(config.data, manifest, inputs.plan, lanes) as stream:
+                for _ in range(steps):
+                    batch = next(stream)
+                    x = scaled(batch.acts[batch.valid], manifest)
+                    peer.stdin.write(len(x).to_bytes(8, "little"))
+                    peer.stdin.write(x.numpy().tobytes())
+        except BrokenPipeError:  # it says why
+            pass
+        said = peer.stdout.read().decode()
+        code = peer.wait()
+    if code:
+        last = ((folder / "train.log").read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+        raise UserError(f"{point.name}: --peers-python {setting.peers_python} failed: {last:.300}")
+    found["dead"] = float(said.splitlines()[-1])
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    source = pretrained.open_source(str(folder / "dictionary"), scratch)
+    for name, split in setting.splits.items():
+        x = _split_rows(split, inputs)
+        measured = pretrained.measure(source, x) if source.top_k is None else pretrained.calibrate(source, x)[1]
+        found[name] = {"fvu": measured.fvu, "l0": measured.l0, "rows": measured.rows}
+    return found
+
+
+def scaled(acts: Tensor, manifest: Manifest) -> Tensor:
+    """Rows [B, D] as peers are given them, fp32."""
+    return (acts.float() - torch.tensor(manifest.mean)) * (manifest.width**0.5 / manifest.scale)
+
+
+def _split_rows(split: str, inputs: Inputs) -> Tensor:
+    """All rows [N, D] of a split as peers are given them."""
+    rows, most = all_rows(split, Manifest.load(split)), inputs.manifest.most_norm(inputs.config.data.max_norm)
+    parts = [acts.float() for acts, _ in (rows if most is None else at_most(rows, most))()]
+    return scaled(torch.cat(parts), inputs.manifest)
