@@ -1,7 +1,6 @@
 """`alignsae frontier` trains a grid point by point, measures all alike, and goes on where it was."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -80,15 +79,3 @@ def test_an_interpreter_without_the_peers_says_so(
     more = ["--gates", "relu", "--lr", "1e-3", "--peers", "sparsify_topk", "--peers-python", sys.executable]
     assert main(command(tmp_path, splits, *more)) == 2
     assert "No module named 'sparsify'" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not os.environ.get("ALIGNSAE_PEERS_PYTHON"), reason="`make test-peers` sets ALIGNSAE_PEERS_PYTHON")
-def test_peers_are_trained_on_the_same_rows(tmp_path: Path, splits: dict[str, Path]) -> None:
-    python = os.environ["ALIGNSAE_PEERS_PYTHON"]
-    more = ["--gates", "batch_topk", "--lr", "3e-3", "--peers-python", python, "--peer-lr", "1e-2"]
-    assert main(command(tmp_path, splits, *more, steps=150)) == 0
-    points = {p["trainer"]: p for p in json.loads((tmp_path / "out/frontier.json").read_text())["points"]}
-    assert set(points) == {"batch_topk", "saelens_batchtopk", "saelens_jumprelu", "sparsify_topk"}
-    for point in points.values():
-        assert point["heldout"]["fvu"] < 0.9 and point["heldout"]["rows"] == points["batch_topk"]["heldout"]["rows"]
-    assert points["sparsify_topk"]["heldout"]["l0"] == pytest.approx(6.0, abs=0.5)

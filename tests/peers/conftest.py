@@ -20,6 +20,7 @@ class Peers:
     """A running peer.py."""
 
     def __init__(self, python: str):
+        self.python = python
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [python, str(Path(__file__).with_name("peer.py"))],
