@@ -19,6 +19,7 @@ TOOLS = {
     "ask": ("tools.ask", "what a language model knows: score its answers, keep the prompts that it answers"),
     "extract": ("tools.extract", "write activations of a language model as tar shards"),
     "import": ("tools.import_dictionary", "bring a dictionary that was trained elsewhere"),
+    "gate": ("tools.gate", "a threshold and a gain for a relu dictionary, without training"),
     "index": ("tools.index", "build a manifest for shards written elsewhere"),
     "repack": ("tools.repack", "turn one-vector WebDataset samples into blocks"),
     "verify": ("tools.verify", "check every byte of a shard folder"),

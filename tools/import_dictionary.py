@@ -14,23 +14,14 @@ Pickle is never read.
 """
 
 import argparse
-import shutil
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer import pretrained
-from trainer.errors import DataError, UserError
-from trainer.stream import DataConfig, Manifest
-from trainer.stream.shards import from_stored
-from trainer.stream.source import BlockSource
-
-ROWS = 8192  # rows that thresholds and figures are taken from, spread over the shards
+from trainer.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,24 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, convert, write under a temporary name, rename."""
-    if args.out.exists():
-        raise UserError(f"{args.out} already exists; name a folder that does not")
-    rows = sample(args.rows) if args.rows else None
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / "scratch").mkdir(parents=True)
-        source = pretrained.open_source(args.source, partial / "scratch")
+    pretrained.refuse_existing(args.out)
+    rows = pretrained.sample(args.rows) if args.rows else None
+    with pretrained.new_folder(args.out) as (partial, scratch):
+        source = pretrained.open_source(args.source, scratch)
         source.facts.model = args.model or source.facts.model
         source.facts.hook_point = args.hook_point or source.facts.hook_point
         description = convert(source, partial, rows, str(args.rows))
         del source  # it has files of the scratch folder open
-        shutil.rmtree(partial / "scratch")
-        partial.rename(args.out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {args.out}: {error}; free some space or choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     report(args.out, description)
 
 
@@ -88,24 +69,6 @@ def convert(source: pretrained.Source, folder: Path, rows: Tensor | None, name: 
         measured["threshold"] = asdict(found)
         k = found.l0 if k is None else k
     return pretrained.write(source, folder, theta=theta, k=k, measured=measured)
-
-
-def sample(folder: str) -> Tensor:
-    """Up to ROWS raw rows [N, D] fp32 of a shard folder, from blocks spread evenly over it."""
-    manifest = Manifest.load(folder)
-    blocks = len(manifest.blocks)
-    wanted = min(blocks, -(-ROWS * blocks // manifest.rows) + 1)
-    each = -(-ROWS // wanted)
-    with closing(BlockSource(DataConfig(shards=folder), manifest)) as source:
-        parts = []
-        for number in range(wanted):
-            block = source.rows(number * blocks // wanted)
-            acts = from_stored(block.acts[block.valid], manifest.dtype).float()
-            parts.append(acts[torch.linspace(0, len(acts) - 1, min(each, len(acts))).long()])
-    rows = torch.cat(parts)
-    if not bool(torch.isfinite(rows).all()):
-        raise DataError(f"{folder}: holds NaN or infinite values; run `alignsae verify` on it")
-    return rows
 
 
 def report(out: Path, description: pretrained.Description) -> None:

@@ -4,6 +4,7 @@ Shapes: N rows, D model width, n slots of a bank, S slots. Banks are visited one
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,14 @@ from trainer.dictionary import BankWeights, normalisation
 from trainer.dictionary.gate import apply_gate
 from trainer.errors import DataError
 from trainer.pretrained.source import Source
+from trainer.stream import DataConfig, Manifest
+from trainer.stream.shards import from_stored
+from trainer.stream.source import BlockSource
 
 BANK = 8192  # slots visited at a time
 # Values of a row that are looked at, in multiples of k: the threshold is exact unless a row has more above it.
 _KEPT = 4
+ROWS = 8192  # that thresholds and figures are taken from, spread over the shards
 
 Gated = Callable[[Tensor, BankWeights], Tensor]  # pre-activations [N, n] and their bank -> code [N, n]
 
@@ -30,6 +35,24 @@ class Measured:
     fvu: float | None
 
 
+def sample(folder: str) -> Tensor:
+    """Up to ROWS raw rows [N, D] fp32 of a shard folder, from blocks spread evenly over it."""
+    manifest = Manifest.load(folder)
+    blocks = len(manifest.blocks)
+    wanted = min(blocks, -(-ROWS * blocks // manifest.rows) + 1)
+    each = -(-ROWS // wanted)
+    with closing(BlockSource(DataConfig(shards=folder), manifest)) as source:
+        parts = []
+        for number in range(wanted):
+            block = source.rows(number * blocks // wanted)
+            acts = from_stored(block.acts[block.valid], manifest.dtype).float()
+            parts.append(acts[torch.linspace(0, len(acts) - 1, min(each, len(acts))).long()])
+    rows = torch.cat(parts)
+    if not bool(torch.isfinite(rows).all()):
+        raise DataError(f"{folder}: holds NaN or infinite values; run `alignsae verify` on it")
+    return rows
+
+
 @torch.no_grad()
 def measure(source: Source, h: Tensor, theta: float | None = None) -> Measured:
     """Of raw rows h [N, D], with the source's own thresholds, or with `theta` for every slot."""
@@ -41,12 +64,10 @@ def measure(source: Source, h: Tensor, theta: float | None = None) -> Measured:
 
 
 @torch.no_grad()
-def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
-    """For a source that keeps the top_k largest of a row: the threshold above which lie top_k entries a row on
-    average, over the rows h [N, D], and what the true top k does on them. Raises DataError when the rows leave nothing
-    to choose."""
-    assert source.top_k is not None
-    k, kept = source.top_k, min(source.slots, _KEPT * source.top_k)
+def threshold(source: Source, h: Tensor, k: int) -> tuple[float, Tensor]:
+    """The threshold above which k entries a row lie on average over the rows h [N, D], and the k-th largest value of
+    each row [N, 1]. Raises DataError when the rows leave nothing to choose."""
+    kept = min(source.slots, _KEPT * k)
     while True:
         top = h.new_zeros(len(h), 0)
         for pre, _ in _visit(source, h):
@@ -61,12 +82,29 @@ def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
         raise DataError(
             "no slot is active on any of the rows; are they of the model and hook point of this dictionary?"
         )
-    least = top[:, k - 1 : k]
+    return theta, top[:, k - 1 : k]
+
+
+@torch.no_grad()
+def calibrate(source: Source, h: Tensor) -> tuple[float, Measured]:
+    """For a source that keeps the top_k largest of a row: `threshold` of the rows h [N, D], and what the true top k
+    does on them."""
+    assert source.top_k is not None
+    theta, least = threshold(source, h, source.top_k)
 
     def largest(pre: Tensor, _: BankWeights) -> Tensor:
         return torch.relu(pre).masked_fill(pre < least, 0.0)
 
     return theta, _reconstruct(source, h, largest)
+
+
+@torch.no_grad()
+def gain(source: Source, h: Tensor, theta: float) -> float:
+    """The factor of all codes with the least squared error on the rows h [N, D], with `theta` for every slot."""
+    left, given = _centred(source, h), torch.zeros_like(h)
+    for pre, weights in _visit(source, h):
+        given += weights.decode(apply_gate(pre, torch.full_like(weights.b_enc, theta)))
+    return float((left * given).double().sum() / given.double().square().sum())
 
 
 def _between(values: Tensor, count: int) -> float:
@@ -88,9 +126,14 @@ def _visit(source: Source, h: Tensor) -> Iterator[tuple[Tensor, BankWeights]]:
         yield weights.pre_activations(h - mean), weights
 
 
-def _reconstruct(source: Source, h: Tensor, gated: Gated) -> Measured:
+def _centred(source: Source, h: Tensor) -> Tensor:
+    """What slots are to reconstruct of the rows: [N, D]."""
     mean = h.double().mean(dim=0).float()
-    left = h - mean - normalisation.unfold_output(source.output_bias(), mean, torch.ones(()))
+    return h - mean - normalisation.unfold_output(source.output_bias(), mean, torch.ones(()))
+
+
+def _reconstruct(source: Source, h: Tensor, gated: Gated) -> Measured:
+    mean, left = h.double().mean(dim=0).float(), _centred(source, h)
     active = 0.0
     for pre, weights in _visit(source, h):
         z = gated(pre, weights)

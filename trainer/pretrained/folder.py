@@ -7,6 +7,9 @@
 Weights are fp32, act on raw activations and give raw reconstructions: they belong to no data set's normalisation.
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,30 @@ class Description:
         form = chosen.form(self.width)
         form.validate()
         return form
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise UserError for a folder that is there: nothing is overwritten."""
+    if out.exists():
+        raise UserError(f"{out} already exists; name a folder that does not")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder to write into, and one for what is fetched and unpacked meanwhile. The first gets the name `out` when
+    all went well, else nothing stays. Raises UserError when the disk refuses, or `out` is there."""
+    refuse_existing(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "scratch").mkdir(parents=True)
+        yield partial, partial / "scratch"
+        shutil.rmtree(partial / "scratch")
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}; free some space or choose another place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write(
