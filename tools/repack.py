@@ -8,7 +8,7 @@ and labels, which may be absent:
 
     .cls                      an integer
     .txt, other suffixes      text: a name or an integer
-    .json                     one field of an object: a name, an integer or null
+    .json                     one field of an object: a name, an integer or null; of concepts a list of them too
 
     alignsae repack raw/*.tar --out data/mine/layer-06/train --acts npy --concept json:relation --answer cls
 
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
                 )
             if acts.shape[1] != writer.spec.width:
                 raise DataError(f"{where}: vector of width {acts.shape[1]}, the first sample has {writer.spec.width}")
-            labels = [np.full(len(acts), v.index(sample.get(v.suffix), where)) for v in (concepts, answers)]
-            writer.write(acts, *labels)
+            listed = np.tile(concepts.indices(sample.get(concepts.suffix), where), (len(acts), 1))
+            writer.write(acts, listed, np.full(len(acts), answers.index(sample.get(answers.suffix), where)))
             bar.update(len(acts))
         if writer is None:
             raise UserError("the sources hold no samples")

@@ -232,6 +232,22 @@ def test_labels_that_are_null_or_empty_are_unlabelled(tmp_path):
     assert read(tmp_path / "out")[1].tolist() == [-1, -1, -1, 0] and Manifest.load(tmp_path / "out").concepts == ["-1"]
 
 
+def test_a_json_field_may_list_several_concepts_or_none(tmp_path, capsys):
+    fields = [b'["city", "place"]', b'"place"', b"[]", b"null", b'["person"]']
+    members = [
+        member
+        for number, field in enumerate(fields)
+        for member in ((f"{number}.npy", vector(number)), (f"{number}.json", b'{"concept": ' + field + b"}"))
+    ]
+    assert repack([tar_of(tmp_path / "raw.tar", members)], tmp_path / "out") == 0
+    assert read(tmp_path / "out")[1].tolist() == [[0, 1], [1, -1], [-2, -1], [-1, -1], [2, -1]]
+    assert Manifest.load(tmp_path / "out").concepts == ["city", "place", "person"]
+    for field, message in ((b'["a", "a"]', "listed twice"), (b'["a", ["b"]]', "must be a name, an integer or null")):
+        raw = tar_of(tmp_path / "bad.tar", [("a.npy", vector(0)), ("a.json", b'{"concept": ' + field + b"}")])
+        assert repack([raw], tmp_path / "bad") == 2
+        assert message in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.glob("bad/*"))
+
+
 def test_labels_of_other_suffixes_are_text(tmp_path):
     names = {"a": b"born\n", "b": b" works", "c": b"born"}
     members = [m for k, name in names.items() for m in ((f"{k}.npy", vector(ord(k))), (f"{k}.mp", name))]

@@ -5,6 +5,7 @@ from typing import Any
 
 from tools.repacking.samples import check_suffix, kind_of
 from trainer.errors import DataError, UserError
+from trainer.labels import NONE, UNKNOWN
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MOST = 1 << 20  # a vocabulary that integers make
@@ -33,16 +34,24 @@ class Labels:
         self._index = {name: i for i, name in enumerate(self.names)}
         self._types: set[type] = set()
 
+    def indices(self, member: Any, where: str) -> list[int]:
+        """Indices of the labels in a decoded member, of which a JSON field may list several; of an empty list, NONE."""
+        value = member.get(self.field) if self.field and isinstance(member, dict) else None
+        if not isinstance(value, list):
+            return [self.index(member, where)]
+        return [self.index({self.field: one}, where) for one in value] or [NONE]
+
     def index(self, member: Any, where: str) -> int:
         """Index of the label in a decoded member; -1 when it is absent or null."""
         value = self._value(member, where)
         if value is None:
-            return -1
+            return UNKNOWN
         self._types.add(type(value))
         if len(self._types) > 1:
             raise UserError(f"{where}: {self.kind} labels mix names and integers")
         if isinstance(value, int):
-            if not -1 <= value < (len(self.names) if self.fixed else _MOST):
+            least = NONE if self.kind == "concept" else UNKNOWN
+            if not least <= value < (len(self.names) if self.fixed else _MOST):
                 raise UserError(f"{where}: {self.kind} label {value} is out of range")
             while len(self.names) <= value:
                 self.names.append(f"{self.kind}-{len(self.names)}")
