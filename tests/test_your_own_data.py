@@ -1,0 +1,49 @@
+"""docs/your-own-data.md: its rows and commands, word for word, on a tiny model; training and steering cut short."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tools.cli import main
+from tools.lm_training.models import build_model, build_tokenizer
+from trainer.stream import Manifest
+from trainer.train import main as train
+
+ROOT = Path(__file__).parents[1]
+SHORT = ["stages.0.epochs=2", "stages.1.epochs=2", "data.global_batch=64", "tracking.uri=off"]
+
+
+def blocks(kind: str) -> list[str]:
+    text = (ROOT / "docs" / "your-own-data.md").read_text()
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_example_runs_from_text_to_steering(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    (lines,) = blocks("json")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    texts = [row["text"] for row in rows]
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(texts, 280)
+    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=64).save_pretrained(tmp_path / "models/mine")
+    tokenizer.save_pretrained(tmp_path / "models/mine")
+    (tmp_path / "rows.jsonl").write_text(lines * 20)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["extract", "verify", "train", "evaluate", "steer"]
+    for program, name, *arguments in commands:
+        assert program == "alignsae"
+        # The launcher of `alignsae train` has tests of its own.
+        ended = train([*arguments, *SHORT]) if name == "train" else main([name, *arguments])
+        assert ended == 0, capsys.readouterr().err
+    manifest = Manifest.load(tmp_path / "data/own/layer-01/train")
+    assert manifest.concepts == ["place", "month"]
+    result = json.loads((tmp_path / "runs/own/evaluation.json").read_text())
+    assert {"train", "heldout"} <= set(result)
+    assert "'The train leaves'" in capsys.readouterr().out
