@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.language_model import CONCEPTS
 from tools import plots
@@ -17,6 +18,7 @@ from tools.summary import collect, compare, read_bars
 from trainer.analysis.results import read_metrics
 from trainer.errors import UserError
 from trainer.files import write_result
+from trainer.stream import Manifest, ShardSpec, ShardWriter
 
 SUMMARY_KEYS = {
     "lm_answer_accuracy",
@@ -64,6 +66,23 @@ def test_evaluation_holds_both_splits_and_the_unsupervised_run(finished):
         assert found["unsupervised"][split]["binding"]["slots_alive"] == 0
     assert found["unsupervised"]["train"]["fragmentation"]["all"]["efffeat"] > 2
     assert 0.5 < found["loss_recovered"]["recovered_over_mean"] <= 1.1
+
+
+def test_text_beside_the_splits_is_what_slots_are_to_be_silent_on(finished, tmp_path, capsys):
+    manifest = Manifest.load(finished / "data" / "train")
+    for name, concepts in (("text", []), ("foreign", ["other"])):
+        spec = ShardSpec(width=manifest.width, dtype="float32", concepts=concepts, answers=[])
+        with ShardWriter(tmp_path / name, "train", spec) as writer:
+            rows = torch.randn(5, manifest.width, generator=torch.Generator().manual_seed(0))
+            writer.write(rows, np.full(5, -1), np.full(5, -1))
+    train, out = str(finished / "data" / "train"), tmp_path / "evaluation.json"
+    command = ["evaluate", "--run", str(finished / "aligned"), "--train", train, "--out", str(out), "--text"]
+    assert main([*command, str(tmp_path / "text")]) == 0
+    found = json.loads(out.read_text())["heldout"]
+    assert found["text"]["rows"] == found["labels"]["rows"]["unknown"] == 5 and found["labels"]["rows"]["listing"] == 12
+    assert "of 5 rows without a concept, a slot fires on a share of" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "foreign")]) != 0
+    assert "concepts other differ" in capsys.readouterr().err
 
 
 def test_swap_file_has_every_alpha_both_methods_and_a_full_matrix(finished):
