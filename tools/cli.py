@@ -26,6 +26,7 @@ TOOLS = {
     "evaluate": ("tools.evaluate", "binding, fragmentation and reconstruction of a dictionary"),
     "swap": ("tools.swap", "replace one concept by another in a running language model"),
     "steer": ("tools.steer", "generate text with chosen concept slots set by hand"),
+    "explore": ("tools.explore", "pages about every slot: contexts, histogram, tokens, neighbours"),
     "report": ("tools.report", "plots and one self-contained HTML page for a run"),
     "summary": ("tools.summary", "collect a run's figures into summary.json and compare them with the bars"),
     "export": ("tools.export", "write a dictionary for other programs, normalisation folded in"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.labels import MOST_PER_ROW, UNKNOWN, BadLabel, canonical
-from trainer.stream import npy
+from trainer.stream import npy, tar
 from trainer.stream.manifest import STORED_DTYPES, Block
 
 # Smallest bit patterns of infinity and NaN, read as a signed integer and, for negative values, as an unsigned one.
@@ -18,6 +18,7 @@ _NONFINITE = {
     "bfloat16": (np.int16, 0x7F80, np.uint16, 0xFF80),
     "float32": (np.int32, 0x7F800000, np.uint32, 0xFF800000),
 }
+TOKEN = "token.npy"  # member of a block: where its rows come from
 _CHUNK = 1 << 18  # bytes, so that both passes read cache
 
 
@@ -74,6 +75,18 @@ def open_block(
     concept = _concepts(data, block, concepts, per_row)
     answer = _answers(data, block, answers)
     return BlockRows(acts, concept, answer, np.ones(block.rows, dtype=bool), np.zeros(block.rows, dtype=bool))
+
+
+def origin_of(data: np.ndarray, block: Block, where: str) -> np.ndarray | None:
+    """The member `token.npy` of a block, int32 [n, 3]; None where there is none. data: uint8 [block.bytes]. Raises
+    DataError, with `where`, when it is damaged."""
+    for member in tar.members(np.concatenate([data, np.zeros(2 * tar.BLOCK, np.uint8)]), where):
+        if member.name.partition(".")[2] == TOKEN:
+            token = npy.view(data[member.offset : member.offset + member.size], where)
+            if token.shape != (block.rows, 3) or token.dtype.kind != "i":
+                raise DataError(f"{where}: token is {token.dtype} {token.shape}, not integers ({block.rows}, 3)")
+            return token.astype(np.int32, copy=False)
+    return None
 
 
 def check_extent(block: Block, width: int, dtype: str) -> None:

@@ -13,7 +13,15 @@ from trainer.errors import DataError
 from trainer.labels import UNKNOWN
 from trainer.redact import redact
 from trainer.stream.attempts import Deadline, Final, Unreachable, retried
-from trainer.stream.blocks import BlockRows, FileIdentity, check_extent, map_identified, nonfinite_rows, open_block
+from trainer.stream.blocks import (
+    BlockRows,
+    FileIdentity,
+    check_extent,
+    map_identified,
+    nonfinite_rows,
+    open_block,
+    origin_of,
+)
 from trainer.stream.cache import RemoteExtents
 from trainer.stream.config import DataConfig
 from trainer.stream.location import check_allowed, is_remote, join, local_path
@@ -150,6 +158,13 @@ class BlockSource:
             raise
         except DataError as error:
             return self._quarantine(index, block, error)
+
+    def origin(self, index: int) -> np.ndarray | None:
+        """Where the rows of a block come from, int32 [n, 3]: token id, document, position; None where the shard does
+        not say. Raises DataError when the bytes cannot be read or are not that."""
+        shard, block = self.manifest.blocks[index]
+        data, _ = self.extents.read(shard, block, Deadline(self.config.timeout, self._stop), fresh=False)
+        return origin_of(data, block, self.where(index))
 
     def stop(self) -> None:
         """Let reads that are waiting for a server fail soon; further ones fail at once."""

@@ -1,0 +1,1 @@
+"""Parts of `alignsae explore`: what is written of a slot, and the files of the pages."""

@@ -1,0 +1,153 @@
+"""What every slot of a dictionary does on given rows, found in one pass: the contexts that activate it most, a
+histogram of its activations, and of concept slots how well they tell their concept.
+
+Only what is kept is held: B x n codes of one bank at a time, and a few numbers per slot.
+
+Shapes: N rows in all, B of a batch, D width, S slots, n of a bank, R concepts, M labels of a row at most, k contexts of
+a slot, w tokens on either side of one.
+"""
+
+import torch
+from torch import Tensor
+
+from trainer.dictionary import ConceptDictionary, SlotBank
+from trainer.labels import known, membership
+
+BINS = 24  # of the histogram of a slot: two to an octave, from 2^-8
+FINE, OCTAVE = 513, 16  # bins from which AUROC is computed: 0, then OCTAVE to an octave from 2^-20
+
+
+def bin_of(z: Tensor) -> Tensor:
+    """Which bin of the histogram activations above 0 fall into, int64."""
+    return ((z.log2() + 8) * 2).floor().clamp(0, BINS - 1).long()
+
+
+class Top:
+    """The k largest values of each of n lists, the row that each is of, and a window of what lies around it.
+
+    value [n, k] fp32, descending, 0 for none; row [n, k] int64; window [n, k, 2w + 1] fp16.
+    """
+
+    def __init__(self, lists: int, keep: int, width: int = 0):
+        self.value = torch.zeros(lists, keep)
+        self.row = torch.full((lists, keep), -1, dtype=torch.int64)
+        self.window = torch.zeros(lists, keep, width, dtype=torch.float16)
+
+    def wanted(self, number: Tensor, value: Tensor) -> Tensor:
+        """Which of the entries (list, value > 0) are larger than the least that is kept, bool."""
+        return value > self.value[number, -1]
+
+    def offer(self, number: Tensor, value: Tensor, row: Tensor, window: Tensor | None = None) -> None:
+        """Take entries (list, value > 0, row, window [m, 2w + 1]); of equal values the one that came first stays."""
+        if not len(number):
+            return
+        keep = self.value.shape[1]
+        order = value.argsort(descending=True, stable=True)
+        order = order[number[order].argsort(stable=True)]
+        lists, place, counts = number[order].unique_consecutive(return_inverse=True, return_counts=True)
+        rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[place]
+        first = rank < keep
+        order, place, rank = order[first], place[first], rank[first] + keep
+        values = torch.cat([self.value[lists], torch.zeros(len(lists), keep)], dim=1)
+        rows = torch.cat([self.row[lists], torch.full((len(lists), keep), -1)], dim=1)
+        values[place, rank], rows[place, rank] = value[order], row[order]
+        values, best = values.sort(dim=1, descending=True, stable=True)
+        best = best[:, :keep]
+        self.value[lists], self.row[lists] = values[:, :keep], rows.gather(1, best)
+        if window is not None:
+            windows = torch.cat([self.window[lists], torch.zeros_like(self.window[lists])], dim=1)
+            windows[place, rank] = window[order].half()
+            self.window[lists] = windows.gather(1, best[..., None].expand(-1, -1, windows.shape[2]))
+
+
+class Survey:
+    """See the module's text.
+
+    fired, total, most [S]: rows on which a slot is active, sum and largest of its activations. histogram [S, BINS].
+    top: contexts of each slot. Of concept slots [R], over rows whose concepts are known: positives, negatives: rows
+    with and without the concept; false: active without it; missed: silent with it; wrong, silent: such rows.
+    """
+
+    def __init__(self, dictionary: ConceptDictionary, concepts: int, contexts: int = 8, window: int = 8):
+        slots = dictionary.slots
+        self.dictionary, self.concepts, self.width = dictionary, concepts, window
+        self.rows = 0
+        self._first = 0  # number of the first row of the next batch
+        self.fired = torch.zeros(slots, dtype=torch.int64)
+        self.total = torch.zeros(slots, dtype=torch.float64)
+        self.most = torch.zeros(slots)
+        self.histogram = torch.zeros(slots * BINS, dtype=torch.int64)
+        self.top = Top(slots, contexts, 2 * window + 1)
+        self.positives, self.negatives, self.false, self.missed = torch.zeros(4, concepts, dtype=torch.int64)
+        self.wrong, self.silent = Top(concepts, contexts, 2 * window + 1), Top(concepts, contexts)
+        self._fine = torch.zeros(2, concepts * FINE, dtype=torch.int64)  # of negatives, of positives
+
+    @torch.no_grad()
+    def add(self, h: Tensor, concept: Tensor, valid: Tensor) -> None:
+        """The next rows: raw h [B, D], labels concept [B, M], valid bool [B]; others count as silent and unlabelled."""
+        x = self.dictionary.normalise(h.to(self.dictionary.mean.device))
+        begin, labelled = 0, None
+        for bank in self.dictionary.all_banks():
+            if bank.slots:
+                z = bank.encode(x)
+                z[~valid.to(z.device)] = 0.0
+                if begin < self.concepts:
+                    part = z[:, : self.concepts - begin].cpu()
+                    labelled = part if labelled is None else torch.cat([labelled, part], dim=1)
+                self._add_bank(bank, begin, z)
+            begin += bank.slots
+        if self.concepts and labelled is not None:
+            self._add_concepts(labelled, concept.cpu(), valid.cpu())
+        self.rows += int(valid.sum())
+        self._first += len(h)
+
+    def _add_bank(self, bank: SlotBank, begin: int, z: Tensor) -> None:
+        row, slot = z.nonzero(as_tuple=True)
+        value = z[row, slot]
+        part = slice(begin, begin + bank.slots)
+        self.fired[part] += torch.bincount(slot, minlength=bank.slots).cpu()
+        self.total[part] += torch.bincount(slot, weights=value.double(), minlength=bank.slots).cpu()
+        cells = torch.bincount(slot * BINS + bin_of(value), minlength=bank.slots * BINS)
+        self.histogram[begin * BINS : (begin + bank.slots) * BINS] += cells.cpu()
+        self.most[part] = torch.maximum(self.most[part], z.amax(dim=0).cpu())
+        wanted = value > self.top.value[part, -1].to(z.device)[slot]
+        row, slot, value = row[wanted], slot[wanted], value[wanted]
+        self.top.offer(slot.cpu() + begin, value.cpu(), row.cpu() + self._first, self._around(z, row, slot))
+
+    def _around(self, z: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        """Activations [m, 2w + 1] of slots on the rows around rows of this batch; 0 beyond it."""
+        near = row[:, None] + torch.arange(-self.width, self.width + 1, device=z.device)
+        inside = (near >= 0) & (near < len(z))
+        return (z[near.clamp(0, len(z) - 1), slot[:, None]] * inside).cpu()
+
+    def _add_concepts(self, z: Tensor, concept: Tensor, valid: Tensor) -> None:
+        member = membership(concept, self.concepts)
+        told = (known(concept) & valid)[:, None]
+        for positive, chosen, counts in ((1, member & told, self.positives), (0, ~member & told, self.negatives)):
+            counts += chosen.sum(dim=0)
+            row, slot = (chosen & (z > 0)).nonzero(as_tuple=True)
+            fine = 1 + ((z[row, slot].log2() + 20) * OCTAVE).floor().clamp(0, FINE - 2).long()
+            self._fine[positive] += torch.bincount(slot * FINE + fine, minlength=self.concepts * FINE)
+            active = torch.bincount(slot, minlength=self.concepts)
+            if positive:
+                self.missed += chosen.sum(dim=0) - active
+                row, slot = (chosen & (z <= 0)).nonzero(as_tuple=True)
+                value = 1.0 / (1.0 + self._first + row)  # the first ones
+                wanted = self.silent.wanted(slot, value)
+                self.silent.offer(slot[wanted], value[wanted], row[wanted] + self._first)
+            else:
+                self.false += active
+                value = z[row, slot]
+                wanted = self.wrong.wanted(slot, value)
+                row, slot, value = row[wanted], slot[wanted], value[wanted]
+                self.wrong.offer(slot, value, row + self._first, self._around(z, row, slot))
+
+    def auroc(self) -> Tensor:
+        """Share of pairs of a row with and a row without the concept in which the slot is more active on the first,
+        ties counting half, [R] fp64; nan where there is no pair. From bins of 1 / OCTAVE of an octave."""
+        negative, positive = self._fine.view(2, self.concepts, FINE).double()
+        negative[:, 0] = self.negatives - negative.sum(dim=1)
+        positive[:, 0] = self.positives - positive.sum(dim=1)
+        below = negative.cumsum(dim=1) - negative
+        won = (positive * (below + negative / 2)).sum(dim=1)
+        return won / (self.negatives * self.positives)
