@@ -166,7 +166,6 @@ def about(
     return {
         "name": args.run_dir.resolve().name,
         "rows": f"{survey.rows:,}",
-        "bins": BINS,
         "columns": COLUMNS,
         "facts": [
             f"{trained.slots:,} slots, {len(trained.concepts)} of them bound to concepts",
