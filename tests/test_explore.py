@@ -157,7 +157,6 @@ def test_nothing_is_taken_for_markup(tmp_path: Path) -> None:
     about = {
         "name": hostile,
         "rows": "1",
-        "bins": BINS,
         "columns": explore.COLUMNS,
         "facts": [hostile],
         "notes": [hostile],

@@ -1,19 +1,23 @@
 """What every slot of a dictionary does on given rows, found in one pass: the contexts that activate it most, a
 histogram of its activations, and of concept slots how well they tell their concept.
 
-Only what is kept is held: B x n codes of one bank at a time, and a few numbers per slot.
+Only what is kept is held: the active entries of one bank on a batch, and a few numbers per slot.
 
 Shapes: N rows in all, B of a batch, D width, S slots, n of a bank, R concepts, M labels of a row at most, k contexts of
 a slot, w tokens on either side of one.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from trainer.dictionary import ConceptDictionary, SlotBank
+from trainer.dictionary import BankWeights, ConceptDictionary
+from trainer.kernels import StepContext, active_entries
 from trainer.labels import known, membership
 
 BINS = 24  # of the histogram of a slot: two to an octave, from 2^-8
+PIECE = 1024  # contexts whose surroundings are computed at a time
 FINE, OCTAVE = 513, 16  # bins from which AUROC is computed: 0, then OCTAVE to an octave from 2^-20
 
 
@@ -71,6 +75,7 @@ class Survey:
     def __init__(self, dictionary: ConceptDictionary, concepts: int, contexts: int = 8, window: int = 8):
         slots = dictionary.slots
         self.dictionary, self.concepts, self.width = dictionary, concepts, window
+        self._named = dictionary.rows(range(concepts)) if concepts else None
         self.rows = 0
         self._first = 0  # number of the first row of the next batch
         self.fired = torch.zeros(slots, dtype=torch.int64)
@@ -86,39 +91,45 @@ class Survey:
     def add(self, h: Tensor, concept: Tensor, valid: Tensor) -> None:
         """The next rows: raw h [B, D], labels concept [B, M], valid bool [B]; others count as silent and unlabelled."""
         x = self.dictionary.normalise(h.to(self.dictionary.mean.device))
-        begin, labelled = 0, None
+        context, begin = StepContext(x, None, None), 0
         for bank in self.dictionary.all_banks():
             if bank.slots:
-                z = bank.encode(x)
-                z[~valid.to(z.device)] = 0.0
-                if begin < self.concepts:
-                    part = z[:, : self.concepts - begin].cpu()
-                    labelled = part if labelled is None else torch.cat([labelled, part], dim=1)
-                self._add_bank(bank, begin, z)
+                self._add_bank(bank.weights(), begin, context, valid.to(x.device))
             begin += bank.slots
-        if self.concepts and labelled is not None:
-            self._add_concepts(labelled, concept.cpu(), valid.cpu())
+        if self._named is not None:
+            self._add_concepts(self._named.encode(x).cpu() * valid[:, None], concept.cpu(), valid.cpu())
         self.rows += int(valid.sum())
         self._first += len(h)
 
-    def _add_bank(self, bank: SlotBank, begin: int, z: Tensor) -> None:
-        row, slot = z.nonzero(as_tuple=True)
-        value = z[row, slot]
-        part = slice(begin, begin + bank.slots)
-        self.fired[part] += torch.bincount(slot, minlength=bank.slots).cpu()
-        self.total[part] += torch.bincount(slot, weights=value.double(), minlength=bank.slots).cpu()
-        cells = torch.bincount(slot * BINS + bin_of(value), minlength=bank.slots * BINS)
-        self.histogram[begin * BINS : (begin + bank.slots) * BINS] += cells.cpu()
-        self.most[part] = torch.maximum(self.most[part], z.amax(dim=0).cpu())
-        wanted = value > self.top.value[part, -1].to(z.device)[slot]
+    def _add_bank(self, weights: BankWeights, begin: int, context: StepContext, valid: Tensor) -> None:
+        row, slot, value = active_entries(weights, context)
+        if not bool(valid.all()):
+            kept = valid[row]
+            row, slot, value = row[kept], slot[kept], value[kept]
+        slots = len(weights.b_enc)
+        part = slice(begin, begin + slots)
+        self.fired[part] += torch.bincount(slot, minlength=slots).cpu()
+        self.total[part] += torch.bincount(slot, weights=value.double(), minlength=slots).cpu()
+        cells = torch.bincount(slot * BINS + bin_of(value), minlength=slots * BINS)
+        self.histogram[begin * BINS : (begin + slots) * BINS] += cells.cpu()
+        most = torch.zeros(slots, device=value.device).scatter_reduce(0, slot, value, "amax")
+        self.most[part] = torch.maximum(self.most[part], most.cpu())
+        wanted = value > self.top.value[part, -1].to(value.device)[slot]
         row, slot, value = row[wanted], slot[wanted], value[wanted]
-        self.top.offer(slot.cpu() + begin, value.cpu(), row.cpu() + self._first, self._around(z, row, slot))
+        windows = torch.cat([self._around(weights, context.x, r, s) for r, s in _pieces(row, slot)])
+        windows *= valid.cpu()[self._near(row.cpu(), len(valid))[0]]
+        self.top.offer(slot.cpu() + begin, value.cpu(), row.cpu() + self._first, windows)
 
-    def _around(self, z: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+    def _near(self, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The rows [m, 2w + 1] around rows of this batch, and which of them are in it; the others are at its edge."""
+        near = row[:, None] + torch.arange(-self.width, self.width + 1, device=row.device)
+        return near.clamp(0, rows - 1), (near >= 0) & (near < rows)
+
+    def _around(self, weights: BankWeights, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         """Activations [m, 2w + 1] of slots on the rows around rows of this batch; 0 beyond it."""
-        near = row[:, None] + torch.arange(-self.width, self.width + 1, device=z.device)
-        inside = (near >= 0) & (near < len(z))
-        return (z[near.clamp(0, len(z) - 1), slot[:, None]] * inside).cpu()
+        near, inside = self._near(row, len(x))
+        z = weights.encode_one(x[near.flatten()], slot.repeat_interleave(near.shape[1]))
+        return (z.view(near.shape) * inside).cpu()
 
     def _add_concepts(self, z: Tensor, concept: Tensor, valid: Tensor) -> None:
         member = membership(concept, self.concepts)
@@ -140,7 +151,8 @@ class Survey:
                 value = z[row, slot]
                 wanted = self.wrong.wanted(slot, value)
                 row, slot, value = row[wanted], slot[wanted], value[wanted]
-                self.wrong.offer(slot, value, row + self._first, self._around(z, row, slot))
+                near, inside = self._near(row, len(z))
+                self.wrong.offer(slot, value, row + self._first, z[near, slot[:, None]] * inside)
 
     def auroc(self) -> Tensor:
         """Share of pairs of a row with and a row without the concept in which the slot is more active on the first,
@@ -151,3 +163,7 @@ class Survey:
         below = negative.cumsum(dim=1) - negative
         won = (positive * (below + negative / 2)).sum(dim=1)
         return won / (self.negatives * self.positives)
+
+
+def _pieces(row: Tensor, slot: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(row.split(PIECE), slot.split(PIECE), strict=True)

@@ -1,7 +1,17 @@
 """Ways to compute one bank of free slots, and the rule that chooses between them."""
 
 from trainer.kernels.choice import KernelChoice, usable_precision
+from trainer.kernels.entries import active_entries
 from trainer.kernels.interface import BankKernel, BankStats, Orthogonality, StepContext
 from trainer.kernels.pairs import RowPairs
 
-__all__ = ["BankKernel", "BankStats", "KernelChoice", "Orthogonality", "RowPairs", "StepContext", "usable_precision"]
+__all__ = [
+    "BankKernel",
+    "BankStats",
+    "KernelChoice",
+    "Orthogonality",
+    "RowPairs",
+    "StepContext",
+    "active_entries",
+    "usable_precision",
+]
