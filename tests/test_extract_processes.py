@@ -52,7 +52,7 @@ def dying(arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, *rest)
 
-    Extractor.write = counted  # type: ignore[method-assign]
+    Extractor.write = counted  # type: ignore[method-assign, assignment]
     return main(arguments)
 
 

@@ -40,7 +40,7 @@ def extract(model_folder: Path, out: Path, rows: list[dict[str, Any]], *argument
     return main(["extract", *common, "--prompts", str(source), *arguments])
 
 
-def columns(folder: Path) -> dict[str, np.ndarray]:
+def columns(folder: Path) -> dict[str, list[np.ndarray]]:
     """All rows of a split, read by stock webdataset; labels of blocks of different width padded to lists."""
     shards = sorted(str(path) for path in folder.glob("*.tar"))
     blocks = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
@@ -55,7 +55,7 @@ def span(text: str, part: str, concept: str) -> dict[str, Any]:
 def test_tokens_that_overlap_a_span_carry_its_concept(
     model_folder: Path, tmp_path: Path, outside: str, other: int
 ) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": TEXTS[0], "spans": [span(TEXTS[0], "Oslo", "place"), span(TEXTS[0], "May", "time")]},
         {"text": TEXTS[1], "spans": []},
         {"text": TEXTS[2]},
@@ -119,7 +119,7 @@ def test_labels_of_prompts_chats_and_texts(model_folder: Path, tmp_path: Path) -
 
 def test_several_concepts_of_a_row(model_folder: Path, tmp_path: Path) -> None:
     both = [span(TEXTS[0], "Oslo", "city"), span(TEXTS[0], "in Oslo", "place")]
-    rows = [{"text": TEXTS[0], "spans": both}, {"prompt": "x", "concepts": ["place", "time"]}]
+    rows: list[dict[str, Any]] = [{"text": TEXTS[0], "spans": both}, {"prompt": "x", "concepts": ["place", "time"]}]
     assert extract(model_folder, tmp_path / "out", rows, "--layers", "1", "--concepts", "place,city") == 0
     folder = tmp_path / "out/layer-01/train"
     labels = [tuple(row[row != -1].tolist()) for row in columns(folder)["concept"]]

@@ -78,14 +78,15 @@ class Extractor:
     def _write(self, spec: ShardSpec, folder: Path, split: str, rows: Rows) -> None:
         """Shards and statistics of a unit at one hook point; nothing is left of a unit that cannot be finished."""
         size, unknown = self.args.rows_per_block, ([0.0] * spec.width, 1.0)  # the normalisation is that of all units
+        acts, concept, answer, token = rows
         statistics = RunningNormalisation(spec.width)
         options = {"rows_per_block": size, "shard_bytes": self.args.shard_mb << 20}
         try:
             with ShardWriter(folder, split, spec, **options, normalisation=unknown, overwrite=True) as writer:
-                for low in range(0, len(rows[0]), size):
-                    acts, concept, answer, token = (values[low : low + size] for values in rows)
-                    writer.write(acts, concept, answer, token)
-                    statistics.add(acts.float().numpy())
+                for low in range(0, len(acts), size):
+                    part = slice(low, low + size)
+                    writer.write(acts[part], concept[part], answer[part], token[part])
+                    statistics.add(acts[part].float().numpy())
                 statistics.save(folder / STATISTICS)  # before the manifest, which says that the unit is finished
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
