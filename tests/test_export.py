@@ -1,16 +1,22 @@
 """Exported weights act on raw activations as the dictionary does."""
 
 import json
+import shutil
 
+import fsspec
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.stream.faulty_server import HubHandler, http_server
 from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary
 from tools.cli import main
 from tools.export import compare
+from trainer import load
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.pretrained import fold
 
 
@@ -28,7 +34,7 @@ def test_folded_weights_take_raw_activations(decoder_norm, mean_norm):
     torch.testing.assert_close(decoded, dictionary.decode(dictionary.encode(h)), rtol=1e-4, atol=100 * tolerance)
 
 
-@pytest.mark.parametrize("layout", ["saelens", "safetensors"])
+@pytest.mark.parametrize("layout", ["saelens", "safetensors", "huggingface"])
 def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):
     out = tmp_path / "out"
     assert main(["export", "--run", str(tiny_run / "aligned"), "--out", str(out), "--format", layout]) == 0
@@ -76,3 +82,47 @@ def test_an_existing_folder_is_not_overwritten(tiny_run, tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
     assert main(["export", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_the_run_measured(tiny_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run / "aligned", run)
+    heldout = {
+        "rows": 12,
+        "reconstruction": {"fvu": 0.0625, "l0": 3.5, "dead": None},
+        "binding": {"slot_accuracy": 1.0},
+    }
+    write_json(run / "evaluation.json", {"heldout": heldout, "loss_recovered": {"recovered_over_mean": 0.875}})
+    write_json(run / "swap.json", {"split": "heldout", "pairs": 7, "slots": {"best_success": 0.5}})
+    out, command = tmp_path / "out", ["export", "--run", str(run), "--format", "huggingface"]
+    assert main([*command, "--out", str(out), "--license", "apache-2.0"]) == 0
+    card = (out / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0" and front["library_name"] == "saelens"
+    gains = load(run).gains
+    assert f"| 0 | city | {gains['city']:.4g} |" in card
+    for figure in ("0.0625", "0.875", "| 0.5 |", "67 slots", "blocks.1.hook\\_resid\\_post", 'load("hf://OWNER/NAME")'):
+        assert figure in card, figure
+    assert "dead" not in card
+    assert main([*command, "--out", str(tmp_path / "b"), "--license", "MIT: x"]) == 2
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "c"), "--license", "mit"]) == 2
+    assert "--format huggingface" in capsys.readouterr().err
+
+
+def test_an_export_is_loaded_from_a_hub(tiny_run, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="needs the extra `remote`")
+    command = ["export", "--run", str(tiny_run / "aligned"), "--out", str(tmp_path / "d"), "--format", "huggingface"]
+    assert main(command) == 0
+    with http_server(tmp_path, kind=HubHandler) as (server, _, _):
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server})
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
+        found = load("hf://datasets/me/acts/d")
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
+    with http_server(tmp_path) as (server, _, _):
+        other = load(f"{server}/d")
+        with pytest.raises(UserError, match="holds none of"):
+            load(f"{server}/nothing")
+    run, h = load(tiny_run / "aligned"), torch.randn(5, WIDTH)
+    for loaded in (found, other):
+        assert loaded.concepts == CONCEPTS and loaded.gains == run.gains and loaded.hook_point == run.hook_point
+        torch.testing.assert_close(loaded.encode(h), run.encode(h), rtol=1e-4, atol=1e-4)

@@ -8,14 +8,17 @@ saelens      cfg.json and sae_weights.safetensors for SAELens 6 and later (SAE.l
              b_dec [D], threshold [S]
 safetensors  dictionary.safetensors: W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D], threshold [S] (0 where there is
              none); pre = h W_enc^T + b_enc, z = pre where pre > threshold and 0 elsewhere, h_hat = z W_dec + b_dec
+huggingface  what saelens writes, with a model card (README.md) from the figures in RUN: a folder to upload with
+             `hf upload OWNER/NAME OUT`, from where `load("hf://OWNER/NAME")` reads it
 
-Both come with concepts.json, which names the first R slots, with the mean activation of each on its own concept (the
-unit of `alignsae steer`), and says where the activations were taken. What was written
-is read again and compared with the dictionary before OUT gets its name.
+All come with concepts.json, which names the first R slots, with the mean activation of each on its own concept (the
+unit of `alignsae steer`), and says where the activations were taken. What was written is read again and compared with
+the dictionary before OUT gets its name.
 """
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tools.exporting.card import card
 from trainer.dictionary import BankWeights, ConceptDictionary
 from trainer.errors import UserError
 from trainer.files import allow_as_umask, write_result
 from trainer.pretrained import Trained, fold, gains, named, read_trained, saelens_config, trainer_name
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
+WEIGHTS["huggingface"] = WEIGHTS["saelens"]
 TOLERANCE = 1e-4  # of pre-activations and reconstructions, relative to their norm: fp32 in another order of operations
 
 
@@ -43,10 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unit-norm", action="store_true", help="decoder rows at norm 1; codes are multiplied by the norms instead"
     )
+    parser.add_argument(
+        "--license",
+        default="",
+        metavar="NAME",
+        help="of the model card, as the hub spells it (default: none is stated)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Fold, write, read back, compare, rename."""
+    if args.license and args.format != "huggingface":
+        raise UserError("--license is of the model card; add --format huggingface")
+    if not re.fullmatch(r"[a-z0-9.\-]*", args.license):
+        raise UserError(f"--license {args.license!r} is no identifier such as mit or apache-2.0")
     if args.out.exists():
         raise UserError(f"{args.out} already exists; name a folder that does not")
     trained = read_trained(args.run_dir)
@@ -56,10 +71,12 @@ def run(args: argparse.Namespace) -> None:
     try:
         partial.mkdir(parents=True)
         tensors = fold(dictionary, args.unit_norm)
-        if args.format == "saelens":
+        if WEIGHTS[args.format] == WEIGHTS["saelens"]:
             tensors["W_enc"] = tensors["W_enc"].T.contiguous()
             write_result(partial / "cfg.json", saelens_config(dictionary, trained.facts, "threshold" in tensors))
         write_result(partial / "concepts.json", concepts(trained, args.unit_norm))
+        if args.format == "huggingface":
+            write_result(partial / "README.md", card(trained, args.run_dir, args.license))
         save_file(tensors, partial / WEIGHTS[args.format])
         difference = compare(dictionary, partial)
         allow_as_umask(partial)

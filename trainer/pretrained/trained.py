@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from trainer.dictionary import ConceptDictionary, DictionaryConfig, OutputBias, 
 from trainer.errors import UserError
 from trainer.pretrained import folder as imported
 from trainer.pretrained.formats import FOLDERS
+from trainer.pretrained.locate import open_source
 from trainer.pretrained.own import facts_of
 from trainer.pretrained.source import Facts, Source
 from trainer.stream import Manifest
+from trainer.stream.location import is_remote, local_path
 
 
 @dataclass
@@ -94,10 +97,14 @@ def read_trained(path: str | Path) -> Trained:
     """The dictionary of a run, a checkpoint, an import or an export.
 
     path: a run folder (its newest checkpoint is read), a checkpoint folder, `checkpoints/latest`, a folder of
-    `alignsae import`, or one of `alignsae export` or SAELens with a threshold for each slot. Raises UserError when
-    there is none, DataError when it is damaged.
+    `alignsae import`, or one of `alignsae export` or SAELens with a threshold for each slot; or the URL of an export
+    (`hf://OWNER/NAME`, any protocol of fsspec). Raises UserError when there is none, DataError when it is damaged.
     """
-    path = Path(path).expanduser()
+    if is_remote(str(path)):
+        with TemporaryDirectory() as scratch:
+            source = open_source(str(path), Path(scratch))
+            return Trained(_whole(source), source.facts)
+    path = local_path(str(path))
     if (path / imported.FILE_NAME).is_file():
         return Trained(imported.load(path), imported.Imported(path).description.facts)
     for name, read in FOLDERS.items():

@@ -1,0 +1,1 @@
+"""Parts of `alignsae export`: the card of a dictionary."""
