@@ -174,13 +174,16 @@ def test_nothing_is_taken_for_markup(tmp_path: Path) -> None:
 def test_pages_are_served_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "index.html").write_text("here")
     servers: list[Any] = []
-    plain = explore.http.server.ThreadingHTTPServer.serve_forever
-    monkeypatch.setattr(
-        explore.http.server.ThreadingHTTPServer,
-        "serve_forever",
-        lambda self: (servers.append(self), started.set(), plain(self, 0.05)),
-    )
     started = threading.Event()
+    kind = explore.http.server.ThreadingHTTPServer
+    plain = kind.serve_forever
+
+    def noted(self: Any) -> None:
+        servers.append(self)
+        started.set()
+        plain(self, 0.05)
+
+    monkeypatch.setattr(kind, "serve_forever", noted)
     command = ["explore", "--run", str(tmp_path), "--out", str(tmp_path), "--serve", "--port", "0"]
     thread = threading.Thread(target=main, args=[command])
     thread.start()

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from trainer.analysis.evaluation import concept_slot_means
 from trainer.analysis.language_model import capture, encode_prompts, find_blocks, last_token, load_language_model
 from trainer.analysis.results import rows_of
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
-from trainer.errors import UserError
+from trainer.errors import DataError, UserError
+from trainer.gains import concept_gains
 from trainer.pretrained import Facts
+from trainer.topology import Topology
 
 LAYER, NEW = 0, 4
 PROMPTS = ["Q where ann city", "Q bob", "Q which cem work"]
@@ -119,7 +122,7 @@ def test_the_trace_is_the_code_of_the_layer(model: Any) -> None:
 
 def test_without_a_cache_the_same_is_generated(model: Any) -> None:
     for where in ("prompt_end", "all", "generated"):
-        with steer(model, trained(), {"city": 30.0, "work": 0}, where=where):  # type: ignore[arg-type]
+        with steer(model, trained(), {"city": 30.0, "work": 0}, where=where):
             assert torch.equal(generate(model, use_cache=False)[0], generate(model)[0])
 
 
@@ -278,6 +281,21 @@ def test_the_command_charts_and_samples(tiny_run: Any, tmp_path: Any, capsys: py
     assert main([*command, *prompts, "--mode", "ablate", "city", "work"]) == 0
     assert main([*command, *prompts, "--top-p", "0", "city=1"]) == 2
     assert "--top-p" in capsys.readouterr().err
+
+
+def test_gains_are_means_over_the_rows_of_a_concept_or_none_where_rows_cannot_be_read() -> None:
+    dictionary, x, concept = random_dictionary(), torch.randn(40, WIDTH), torch.randint(2, (40,))
+    weights = dictionary.requires_grad_(False).concepts.weights()
+    z = weights.encode(x)
+
+    def damaged() -> Iterator[tuple[Tensor, Tensor]]:
+        yield x, concept
+        raise DataError("gone")
+
+    expected = [float(z[concept == number, number].mean()) for number in range(2)]
+    found = concept_gains(weights, [(x[:9], concept[:9]), (x[9:], concept[9:])], Topology())
+    assert found == pytest.approx([*expected, 0.0], rel=1e-5)
+    assert concept_gains(weights, damaged(), Topology()) is None
 
 
 def test_importing_the_library_is_cheap() -> None:

@@ -99,7 +99,8 @@ def shown(field: "Field[Any]") -> str:
 def meanings(kind: Any) -> dict[str, str]:
     """Field -> the comment behind it or above it, in a dataclass and those that it extends."""
     found: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if is_dataclass(base)]):
+    bases: list[Any] = [base for base in kind.__mro__ if is_dataclass(base)]
+    for base in reversed(bases):
         lines = textwrap.dedent(inspect.getsource(base))
         names = [field.name for field in fields(base)]
         held: list[str] = []

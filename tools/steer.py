@@ -111,7 +111,7 @@ def generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Tensor, 
 def chart(tokens: Sequence[str], steering: Steering, index: int) -> str:
     """A line for each token that the layer read: for each slot a bar of its activation, and what it was changed to."""
     found = _of(steering, index)
-    most = {name: max(read.nan_to_num().max(), new.nan_to_num().max(), 1e-9) for name, (read, new) in found.items()}
+    most = {name: float(torch.stack(pair).nan_to_num().max().clamp_min(1e-9)) for name, pair in found.items()}
     lines = [f"{'token':<16}" + "".join(f"{name[: BAR + 18]:<{BAR + 20}}" for name in found)]
     for column, token in enumerate(tokens):
         cells = []
@@ -120,7 +120,7 @@ def chart(tokens: Sequence[str], steering: Steering, index: int) -> str:
                 break
             z, changed = float(read[column]), float(new[column])
             said = f"{z:.2f}" + (f" -> {changed:.2f}" if changed != z else "")
-            bar = "█" * round(BAR * max(changed, 0.0) / float(most[name]))
+            bar = "█" * round(BAR * max(changed, 0.0) / most[name])
             cells.append(f"{f'{bar} {said}':<{BAR + 20}}")
         if cells:
             lines.append(f"{token[:15]!r:<16}"[:16] + "".join(cells).rstrip())

@@ -252,8 +252,8 @@ def measure_gains(run: Run) -> list[float] | None:
     state = strategy.read(CONCEPTS, everywhere=True) if run.state.awake and run.manifest.concepts else None
     if state is None:
         return None
-    names = ("W_enc", "b_enc", "W_dec")
-    weights = BankWeights(*(state.weights[name].to(topology.device) for name in names))
+    W_enc, b_enc, W_dec = (state.weights[name].to(topology.device) for name in ("W_enc", "b_enc", "W_dec"))
+    weights = BankWeights(W_enc, b_enc, W_dec)
 
     def labelled() -> Iterator[tuple[Tensor, Tensor]]:
         with run.stream(run.state.step) as stream:

@@ -63,7 +63,8 @@ class SlotEdit:
         device: torch.device | str,
     ):
         rows = dictionary.rows(slots)
-        self._weights = BankWeights(*(t if t is None else t.to(device) for t in rows[:4]))
+        threshold = None if rows.threshold is None else rows.threshold.to(device)
+        self._weights = BankWeights(rows.W_enc.to(device), rows.b_enc.to(device), rows.W_dec.to(device), threshold)
         self._mean, self._scale = dictionary.mean.to(device), dictionary.scale.to(device)
         self._change, self._value = MODES[mode], value.float().to(device)
         self._decoder = self._weights.decoder() * self._scale

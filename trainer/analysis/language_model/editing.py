@@ -44,7 +44,8 @@ class _Passes:
     def __init__(self) -> None:
         self._ids: Tensor | None = None  # of the newest pass without a cache
         self._prompt, self._last = 0, torch.zeros(0)
-        self._start, self._mask = 0, None
+        self._start = 0
+        self._mask: Tensor | None = None
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before the model's forward pass."""
