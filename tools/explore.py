@@ -144,7 +144,8 @@ def look(survey: Survey, shards: str, manifest: Manifest, limit: int | None) -> 
             if origin is not None:
                 origins.append(origin[:count])
             labels.append(widened(block.concept[:count], manifest.concepts_per_row))
-            acts, valid = from_stored(block.acts[:count], manifest.dtype), torch.from_numpy(block.valid[:count])
+            acts = from_stored(block.acts[:count].copy(), manifest.dtype)  # torch takes no array that cannot be written
+            valid = torch.from_numpy(block.valid[:count])
             for part in torch.arange(count).split(BATCH):
                 survey.add(acts[part], torch.from_numpy(labels[-1])[part], valid[part])
                 bar.update(len(part))
