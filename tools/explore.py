@@ -142,8 +142,8 @@ def look(survey: Survey, shards: str, manifest: Manifest, limit: int | None) -> 
             origin = source.origin(index) if known else None
             known = origin is not None
             if origin is not None:
-                origins.append(origin[:count])
-            labels.append(widened(block.concept[:count], manifest.concepts_per_row))
+                origins.append(origin[:count].copy())
+            labels.append(widened(block.concept[:count], manifest.concepts_per_row).copy())
             acts = from_stored(block.acts[:count].copy(), manifest.dtype)  # torch takes no array that cannot be written
             valid = torch.from_numpy(block.valid[:count])
             for part in torch.arange(count).split(BATCH):
