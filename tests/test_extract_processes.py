@@ -12,6 +12,7 @@ import torch
 
 from tests.support.ranks import Ranks, run_ranks
 from tools.cli import main
+from tools.extract import deal
 from tools.extraction.units import Extractor
 from tools.lm_training.models import build_model, build_tokenizer
 
@@ -91,6 +92,7 @@ def test_what_is_wrong_is_said_once(command: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_join_is_finished(command: list[str], tmp_path: Path, monkeypatch: Any) -> None:
     out = tmp_path / "out"
     assert main([*command, "--out", str(out)]) == 0
@@ -113,3 +115,10 @@ def test_an_interrupted_join_is_finished(command: list[str], tmp_path: Path, mon
     assert contents(out) != whole
     assert main([*command, "--out", str(out)]) == 0
     assert contents(out) == whole
+
+
+def test_units_are_dealt_evenly() -> None:
+    sizes = [7, 1, 1, 1, 1, 1, 1, 1]
+    assert [sum(sizes[unit] for unit in units) for units in deal(list(range(8)), sizes, 2)] == [7, 7]
+    dealt = deal([1, 5, 6, 7], sizes, 3)
+    assert sorted(unit for units in dealt for unit in units) == [1, 5, 6, 7] and all(dealt)

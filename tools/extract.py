@@ -165,10 +165,28 @@ def finished(folder: Path, made_from: dict[str, Any]) -> bool:
     return True
 
 
+def unfinished(job: Job, split: str, topology: Topology) -> list[int]:
+    """Units that are missing at a hook point, as the main process sees it. Called by all."""
+    numbers = range(len(job.documents.units[split])) if topology.is_main else ()
+    found = [n for n in numbers if not all(is_finished(job.unit(p, split, n)) for p in job.missing[split])]
+    return json.loads(topology.share(json.dumps(found).encode())[0])
+
+
+def deal(units: list[int], sizes: list[int], world: int) -> list[list[int]]:
+    """The units of each process: the largest ones first, each to whom has least."""
+    dealt: list[list[int]] = [[] for _ in range(world)]
+    load = [0] * world
+    for unit in sorted(units, key=lambda u: -sizes[u]):
+        rank = load.index(min(load))
+        dealt[rank].append(unit)
+        load[rank] += sizes[unit]
+    return dealt
+
+
 def extract_units(job: Job, split: str, topology: Topology) -> None:
     """Do this process's share of the units that are not finished."""
     units = job.documents.units[split]
-    mine = range(topology.rank, len(units), topology.world)
+    mine = deal(unfinished(job, split, topology), job.documents.sizes[split], topology.world)[topology.rank]
     title = split if topology.world == 1 else f"{split}, process 1 of {topology.world}"
     clock = job.extractor.clock
     with tqdm(

@@ -69,7 +69,8 @@ class SavedRows:
 
 @dataclass
 class Documents:
-    """The input: `read(i)` gives document i. units[split][u] lists the documents of unit u, in input order.
+    """The input: `read(i)` gives document i. units[split][u] lists the documents of unit u, in input order, and
+    sizes[split][u] is how many characters they have.
 
     concepts, answers: names in the order of first appearance, or concepts as --concepts lists them.
     """
@@ -78,6 +79,7 @@ class Documents:
     where: Callable[[int], str]
     item: str  # prompt, text or row
     units: dict[str, list[array]] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     concepts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
 
@@ -97,18 +99,18 @@ def open_documents(args: argparse.Namespace) -> Documents:
         return Example(text=row[args.field])
 
     found = Documents(example, rows.where, "row" if args.prompts else "text")
-    sizes = dict.fromkeys(SPLITS, args.unit_kb << 10)  # full, so that the first document begins a unit
-    found.units = {split: [] for split in SPLITS}
+    found.units, found.sizes = {split: [] for split in SPLITS}, {split: [] for split in SPLITS}
     concepts: dict[str, None] = {}
     answered: list[tuple[tuple[str, ...] | None, str]] = []
     for index in range(len(rows)):
         document = example(index)
         split = document.split or ("heldout" if args.heldout and index % args.heldout == args.heldout - 1 else "train")
-        if sizes[split] >= args.unit_kb << 10:
-            found.units[split].append(array("q"))
-            sizes[split] = 0
-        found.units[split][-1].append(index)
-        sizes[split] += len(document.prompt) + len(document.text) + sum(len(m.content) for m in document.messages)
+        units, sizes = found.units[split], found.sizes[split]
+        if not sizes or sizes[-1] >= args.unit_kb << 10:
+            units.append(array("q"))
+            sizes.append(0)
+        units[-1].append(index)
+        sizes[-1] += len(document.prompt) + len(document.text) + sum(len(m.content) for m in document.messages)
         concepts.update(dict.fromkeys(document.names or ()))
         concepts.update(dict.fromkeys(span.concept for span in document.spans or ()))
         if document.answer:
