@@ -81,10 +81,10 @@ def test_figures_are_those_of_rows_taken_one_by_one(sample, monkeypatch, held):
         groups = {"own": own, "others": known & ~own, "unknown": ~known, "text": torch.tensor(silent)}
         for group, rows in {**groups, "none": torch.tensor([row == {-2} for row in said])}.items():
             assert one["firing_rate"][group] == pytest.approx((score[rows] > 0).float().mean().item()), group
-    code, silent = pre.clamp_min(0), torch.tensor(silent)
-    assert found["text"]["rows"] == silent.sum()
-    assert found["text"]["concept_firing_rate"] == pytest.approx((code[silent] > 0).float().mean().item())
-    assert found["text"]["any_concept_firing_rate"] == pytest.approx((code[silent] > 0).any(1).float().mean().item())
+    code, quiet = pre.clamp_min(0), torch.tensor(silent)
+    assert found["text"]["rows"] == quiet.sum()
+    assert found["text"]["concept_firing_rate"] == pytest.approx((code[quiet] > 0).float().mean().item())
+    assert found["text"]["any_concept_firing_rate"] == pytest.approx((code[quiet] > 0).any(1).float().mean().item())
     per = found["labels"]["per_concept"].values()
     for whole, name in (("auroc", "auroc"), ("mean_average_precision", "average_precision")):
         assert found["labels"][whole] == pytest.approx(np.mean([one[name] for one in per]))

@@ -37,7 +37,7 @@ def test_grid_is_trained_and_tabulated(config, tmp_path, capsys):
     assert "loss.sp=0.3" in capsys.readouterr().out
     parent = (out / "mlflow_run_id").read_text().strip()
     client = MlflowClient(tracking_uri=f"sqlite:///{out / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("alignsae").experiment_id])
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert {run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == parent} == {
         "loss.sp=0.1",
         "loss.sp=0.3",

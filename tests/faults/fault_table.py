@@ -30,6 +30,8 @@ from tests.support.runs import arguments, metrics
 from tools import cli
 from trainer import loop, train
 from trainer.checkpoint.files import seal
+from trainer.objective import MicroBatch
+from trainer.stream import Batch
 
 TABLE = Path(__file__).with_name("table.yaml")
 SECONDS = 30
@@ -147,10 +149,10 @@ def left_after(step: int) -> Iterator[None]:
     """A run that is asked to leave when it has taken `step` steps."""
     original = loop.to_micro_batch
 
-    def to_micro_batch(run: loop.Run, *rest: Any) -> Any:
+    def to_micro_batch(run: loop.Run, rows: Batch) -> MicroBatch:
         if run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, *rest)
+        return original(run, rows)
 
     loop.to_micro_batch = to_micro_batch
     try:

@@ -10,9 +10,9 @@ from torch import Tensor
 from tests.support.data import write_data
 from tests.support.runs import metrics, train_here
 from tools.cli import main
-from tools.import_dictionary import sample
 from trainer import pretrained
 from trainer.checkpoint import load_dictionary
+from trainer.pretrained.calibration import sample
 from trainer.stream import ShardSpec, ShardWriter
 
 

@@ -78,7 +78,7 @@ def test_a_chain_of_strategies_ends_within_the_spread_of_seeds(tmp_path: Path) -
     for name, value in chained.items():
         low, high = min(run[name] for run in seeds), max(run[name] for run in seeds)
         sys.stdout.write(f"| {name} | {value:.4f} | {seeds[0][name]:.4f} | {low:.4f} | {high:.4f} |\n")
-        spread = np.std([run[name] for run in seeds], ddof=1)
+        spread = float(np.std([run[name] for run in seeds], ddof=1))
         assert abs(value - seeds[0][name]) <= max(2 * spread, 0.01 * abs(seeds[0][name])), name
 
 

@@ -90,7 +90,8 @@ def dependence(folder: Path) -> torch.Tensor:
 def thresholds(folder: Path) -> torch.Tensor:
     """Of all free slots, at the end of a run."""
     dictionary, _ = load_dictionary(folder / "run")
-    return torch.cat([bank.weights().threshold for bank in dictionary.free_banks()])
+    found = [bank.weights().threshold for bank in dictionary.free_banks()]
+    return torch.cat([threshold for threshold in found if threshold is not None])
 
 
 def gains(folder: Path) -> dict[str, float]:
