@@ -13,7 +13,7 @@ from trainer.inputs import Inputs
 from trainer.losses import StageWeights
 from trainer.run_folder import RunFolder
 from trainer.strategies import Layout
-from trainer.stream import Manifest
+from trainer.stream import SINGLE, Manifest, Sources
 from trainer.topology import Topology
 
 CONFIGS = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.yaml") if "bars" not in p.name)
@@ -24,7 +24,7 @@ DATA = "data.shards=somewhere"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_configuration_loads_and_has_a_curriculum(path):
     config = load_config(path, [])
-    curriculum = Curriculum(config.stages, config.loss, config.optim, steps_per_epoch=7)
+    curriculum = Curriculum(config.stages, config.loss, config.optim, [7] * len(config.stages))
     assert curriculum.total > 0
     assert config.data.global_batch % config.data.lanes == 0
 
@@ -89,19 +89,21 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.yaml", [])
 
 
-def test_what_is_kept_carries_no_credentials(tmp_path):
+@pytest.mark.parametrize(("key", "source"), [("data.shards", SINGLE), ("data.sources.web.shards", "web")])
+def test_what_is_kept_carries_no_credentials(tmp_path, key, source):
     manifest = Manifest(
         width=2, dtype="float32", concepts=[], answers=[], mean=[0.0, 0.0], scale=1.0, rows=0, shards=()
     )
     shards = "https://user:secret@host/data?X-Signature=private"
-    config = load_config(write(tmp_path, ""), [f"data.shards={shards}", "tracking.uri=off"])
-    inputs = Inputs(config, Layout("single"), manifest, mock.Mock(), mock.Mock(), config.dictionary.form(2))
+    config = load_config(write(tmp_path, ""), [f"{key}={shards}", "tracking.uri=off"])
+    sources = Sources({source: manifest})
+    inputs = Inputs(config, Layout("single"), sources, mock.Mock(), mock.Mock(), config.dictionary.form(2))
     tracker = open_tracker(inputs, RunFolder(tmp_path / "run"), 0, Topology())
     assert tracker is not None
     tracker.close("finished")
     kept = (tmp_path / "run" / "config.yaml").read_text()
     assert "https://***@host/data?X-Signature=***" in kept and "secret" not in kept and "private" not in kept
-    assert config.data.shards == shards
+    assert config.data.locations() == {key: shards}
 
 
 @pytest.mark.parametrize("text", ["1e-3", "0.001", "1.0e-3"])

@@ -13,7 +13,7 @@ from trainer.waking import ClassMeans, class_means, concept_weights
 
 def curriculum(warmup=0, decay=0.0, **loss):
     stages = [StageConfig("pretrain", epochs=2), StageConfig("align", steps=6, loss=StageWeights(sp=0.5))]
-    return Curriculum(stages, LossConfig(**loss), OptimConfig(lr=1.0, warmup=warmup, decay=decay), steps_per_epoch=5)
+    return Curriculum(stages, LossConfig(**loss), OptimConfig(lr=1.0, warmup=warmup, decay=decay), [5] * len(stages))
 
 
 def test_stages_are_laid_end_to_end():

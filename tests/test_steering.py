@@ -241,7 +241,7 @@ def test_a_slot_without_a_gain_is_set_in_units_of_the_code(gpt2: Any, caplog: py
 
 def test_a_run_holds_the_gains_of_its_concept_slots(tiny_run: Any) -> None:
     found = load(tiny_run / "aligned")
-    rows, _ = rows_of(str(tiny_run / "data" / "train"), found.dictionary)
+    rows, _ = rows_of([str(tiny_run / "data" / "train")], found.dictionary)
     means = concept_slot_means(found.dictionary, rows).tolist()
     assert found.gains == pytest.approx(dict(zip(CONCEPTS, means, strict=True)), rel=1e-4)
     assert found.concepts == CONCEPTS and found.hook_point == "blocks.1.hook_resid_post"

@@ -83,30 +83,30 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {out}")
 
 
-def _splits(args: argparse.Namespace) -> dict[str, str]:
-    train = args.train or run_shards(args.run_dir)
+def _splits(args: argparse.Namespace) -> dict[str, list[str]]:
+    train = [args.train] if args.train else run_shards(args.run_dir)
     heldout = args.heldout
-    if heldout is None:
-        beside = Path(train).parent / "heldout"
-        heldout = str(beside) if beside.is_dir() and beside != Path(train) else None
-    return {"train": train, **({"heldout": heldout} if heldout else {})}
+    if heldout is None and len(train) == 1:
+        beside = Path(train[0]).parent / "heldout"
+        heldout = str(beside) if beside.is_dir() and beside != Path(train[0]) else None
+    return {"train": train, **({"heldout": [heldout]} if heldout else {})}
 
 
 def _measure(
     dictionary: Any,
-    splits: dict[str, str],
+    splits: dict[str, list[str]],
     text: str | None,
     *,
     aligned: bool = True,
     most_norm: float | None = None,
 ) -> dict[str, Any]:
     measured = {}
-    # Text that names no concepts has no labels that could be other ones.
-    beside = rows_of(text, dictionary, match_concepts=bool(Manifest.load(text).concepts))[0] if text else None
-    for split, folder in splits.items():
-        rows, manifest = rows_of(folder, dictionary, match_concepts=aligned)
-        with tqdm(total=manifest.rows, desc=split, unit="row") as bar:
-            measured[split] = evaluate_split(dictionary, rows, manifest.concepts, bar.update, most_norm, beside)
+    beside = rows_of([text], dictionary)[0] if text else None
+    for split, folders in splits.items():
+        rows, sources = rows_of(folders, dictionary, match_concepts=aligned)
+        concepts = dictionary.concept_names if aligned and sources.manifest.concepts else sources.manifest.concepts
+        with tqdm(total=sources.rows, desc=split, unit="row") as bar:
+            measured[split] = evaluate_split(dictionary, rows, concepts, bar.update, most_norm, beside)
     return measured
 
 

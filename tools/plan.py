@@ -3,7 +3,7 @@
     alignsae plan --config configs/large.yaml --devices 64 --device-memory 80GiB --width 4096 --concepts 100
     alignsae plan --scaling > table.md
 
-Width and concepts come from the manifest of data.shards, or from --width and --concepts where the data does not exist
+Width and concepts come from the manifests of the data, or from --width and --concepts where the data does not exist
 yet. Memory is the peak within a step: weights, gradients, AdamW's two moments (fp32 unless optim.state=bf16), what a
 strategy gathers or copies, and what the largest bank needs while it is computed; or, where that is more, what building
 the engine takes. `snapshot` is host memory: with checkpoint.asynchronous a rank keeps a copy of what it saves (weights
@@ -24,7 +24,7 @@ from trainer.errors import UserError
 from trainer.inputs import begun
 from trainer.optimizer import STATE_DTYPES
 from trainer.strategies import STRATEGIES
-from trainer.stream import Manifest
+from trainer.stream import Sources, load_manifests
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COLUMNS = {  # field of Estimate -> heading
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file of the run; see configs/")
     parser.add_argument("--devices", type=int, default=8, metavar="N", help="ranks (default %(default)s)")
     parser.add_argument("--device-memory", default="80GiB", metavar="SIZE", help="per rank (default %(default)s)")
-    parser.add_argument("--width", type=int, help="model width D, where data.shards does not exist yet")
+    parser.add_argument("--width", type=int, help="model width D, where the data does not exist yet")
     parser.add_argument("--concepts", type=int, default=0, help="concepts R, with --width (default %(default)s)")
     parser.add_argument("--answers", type=int, default=0, help="answers A, with --width (default %(default)s)")
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="default %(default)s")
@@ -93,7 +93,7 @@ def read_workload(args: argparse.Namespace) -> tuple[Config, Workload]:
     config = load_config(args.config, args.overrides)
     if args.width is None:
         try:
-            manifest = Manifest.load(config.data.shards)
+            manifest = Sources(load_manifests(config.data)).manifest
         except UserError as error:
             raise UserError(f"{error}; or give --width and --concepts") from error
         config = begun(config, manifest)

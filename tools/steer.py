@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     for name in [*edits, *args.read]:
         trained.slot(name)
     if args.train:
-        rows, _ = rows_of(args.train, trained.dictionary)
+        rows, _ = rows_of([args.train], trained.dictionary)
         means = concept_slot_means(trained.dictionary, rows).tolist()
         trained.facts.gains = {n: mean for n, mean in zip(trained.concepts, means, strict=True) if mean > 0}
     model, tokenizer = load_language_model(args.model, args.device)

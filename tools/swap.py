@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.run_dir} has {len(concepts)} concept slots; a swap needs two")
     layer = hook_layer(trained_on.hook_point)
     records = read_prompts(args.prompts)
-    rows, _ = rows_of(args.train or run_shards(args.run_dir), dictionary)
+    rows, _ = rows_of([args.train] if args.train else run_shards(args.run_dir), dictionary)
     slot_means, class_means = concept_slot_means(dictionary, rows), concept_means(rows, len(concepts))
     model, tokenizer = load_language_model(args.model, args.device)
     match = matcher(args.match, tokenizer)

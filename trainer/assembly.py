@@ -36,7 +36,7 @@ def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
 
     ending: closed when the run is over; until then it keeps the run folder owned.
     """
-    config, manifest = inputs.config, inputs.manifest
+    config = inputs.config
     folder = RunFolder(Path(config.run.dir))
     topology = join(inputs.layout, inputs.facts())
     own(folder, topology, ending)
@@ -51,7 +51,7 @@ def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
     return Run(
         config=config,
         folder=folder,
-        manifest=manifest,
+        sources=inputs.sources,
         plan=inputs.plan,
         curriculum=inputs.curriculum,
         strategy=strategy,
@@ -60,7 +60,7 @@ def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
         # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
         digest=RowDigest(state.rows_digest if topology.data_rank == 0 else 0),
         guard=Guard(config.guard, inputs.plan, journal, state.guard),
-        saver=checkpoint.Saver(folder.checkpoints, config.checkpoint, strategy, manifest, trusted=resume),
+        saver=checkpoint.Saver(folder.checkpoints, config.checkpoint, strategy, inputs.manifest, trusted=resume),
         interrupt=interrupt,
     )
 
@@ -118,9 +118,11 @@ def shown(inputs: Inputs) -> Config:
     Without credentials and signed queries, and with what `auto` and the launch file came to.
     """
     config = inputs.config
+    data = config.data
+    sources = {name: replace(source, shards=redact(source.shards)) for name, source in data.sources.items()}
     return replace(
         config,
-        data=replace(config.data, shards=redact(config.data.shards)),
+        data=replace(data, shards=redact(data.shards), sources=sources),
         parallel=ParallelConfig(**vars(inputs.layout)),
         checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
         tracking=config.tracking.redacted(),
@@ -216,11 +218,15 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
         "device": topology.device.type,
         "strategy": inputs.layout.strategy,
     }
-    shards = DatasetInput("data.shards", kept.data.shards, manifest.digest, manifest.rows)
+    manifests = inputs.sources.manifests.values()
+    shards = [
+        DatasetInput(key.removesuffix(".shards") if kept.data.sources else key, location, one.digest, one.rows)
+        for (key, location), one in zip(kept.data.locations().items(), manifests, strict=True)
+    ]
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.config, to_yaml(kept).encode())
-        tracker = Tracker(folder.path, config.tracking, flatten(kept), tags, step, inputs=[shards])
+        tracker = Tracker(folder.path, config.tracking, flatten(kept), tags, step, inputs=shards)
         folder.outcome.unlink(missing_ok=True)  # of an earlier attempt
     except OSError as error:
         raise UserError(f"run.dir={folder.path} cannot be written ({error.strerror}); choose another folder") from error

@@ -7,7 +7,7 @@ import difflib
 import math
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
@@ -28,7 +28,7 @@ from trainer.tracking import TrackingConfig
 from trainer.yaml_reader import MAX_BYTES, read_yaml
 
 LONGEST_TEXT, LONGEST_NAME = 4096, 255  # characters of a value; bytes of a name in a path
-PATHS = ("run.dir", "data.shards", "data.cache_dir", "dictionary.start_from", "checkpoint.resume", "parallel.deepspeed")
+PATHS = ("run.dir", "data.cache_dir", "dictionary.start_from", "checkpoint.resume", "parallel.deepspeed")
 MOST = 1 << 50  # of whatever is counted
 
 
@@ -95,7 +95,11 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             if not separator:
                 raise UserError(f"override {override!r} is not key=value")
             _refuse_unknown(_nested(key), "the command line")
-            OmegaConf.update(merged, key, read_yaml(text, f"override {key}"), merge=True)
+            value = read_yaml(text, f"override {key}")
+            if key.startswith("data.sources."):  # update makes no new entry of a dict of sections
+                merged = OmegaConf.merge(merged, _nested(key, value))
+            else:
+                OmegaConf.update(merged, key, value, merge=True)
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:  # some of its own errors are plain
         where = getattr(error, "full_key", None) or path
@@ -145,7 +149,7 @@ def _check_text(key: str, text: str) -> None:
         raise UserError(f"{key}={shown} is longer than {LONGEST_TEXT} characters")
     if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in text):
         raise UserError(f"{key}={shown} has characters that no name can have")
-    if key in PATHS and not text.lower().startswith("pipe:"):
+    if (key in PATHS or key.endswith(".shards")) and not text.lower().startswith("pipe:"):
         if any(len(name.encode()) > LONGEST_NAME for name in text.split("/")) and "://" not in text:
             raise UserError(f"{key}={shown} has a name longer than {LONGEST_NAME} bytes")
         try:
@@ -188,9 +192,11 @@ def _refuse_unknown(values: Any, where: str, schema: type = Config, prefix: str 
         for name, inner in element.items() if isinstance(element, dict) else ():
             if name not in hints:
                 raise UserError(_unknown(f"{prefix}{name}", where))
+            named = get_origin(hints[name]) is dict  # any names, and below each the same keys
             for section in (hints[name], *get_args(hints[name])):
                 if is_dataclass(section):
-                    _refuse_unknown(inner, where, section, f"{prefix}{name}.")  # type: ignore[arg-type]
+                    for value in inner.values() if named and isinstance(inner, dict) else [inner]:
+                        _refuse_unknown(value, where, section, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def _unknown(key: str, where: str) -> str:
@@ -212,9 +218,9 @@ def _known_keys(schema: type = Config, prefix: str = "") -> set[str]:
     return keys
 
 
-def _nested(key: str) -> dict[str, Any]:
-    """a.b.c -> {a: {b: {c: None}}}; list indices in between are dropped."""
-    nested: Any = None
+def _nested(key: str, value: Any = None) -> dict[str, Any]:
+    """a.b.c -> {a: {b: {c: value}}}; list indices in between are dropped."""
+    nested = value
     for part in reversed([part for part in key.replace("[", ".").replace("]", "").split(".") if not part.isdigit()]):
         nested = {part: nested}
     return nested

@@ -23,6 +23,7 @@ class StageConfig:
     name: str = "pretrain"  # pretrain: concept slots sleep | align: all terms count
     epochs: float | None = None  # length in passes over the data
     steps: int | None = None  # or in steps
+    mix: dict[str, float] = field(default_factory=dict)  # source (data.sources) -> share of a batch; adds up to 1
     loss: StageWeights = field(default_factory=StageWeights)
     # Active free slots to aim at; None: dictionary.k or target_l0; 0: threshold and weight of sparsity stay.
     k: int | None = None
@@ -113,7 +114,7 @@ class Curriculum:
         stages: in order; `pretrain` must not follow `align`.
         loss: weights, before the overrides of a stage.
         optim: learning rate, warm-up steps of each stage, share of the run that decays.
-        steps_per_epoch: of the stream.
+        steps_per_epoch: of each stage, what an epoch of the source is that its mix names first.
         target: number of active slots; where a gate keeps it, sparsity has no weight, unless a stage gives one.
     """
 
@@ -122,7 +123,7 @@ class Curriculum:
         stages: Sequence[StageConfig],
         loss: LossConfig,
         optim: OptimConfig,
-        steps_per_epoch: int,
+        steps_per_epoch: Sequence[int],
         target: L0Target | None = None,
     ):
         check_stages(stages)
@@ -135,8 +136,8 @@ class Curriculum:
         ]
         self.names = [stage.name for stage in stages]
         self.starts = [0]
-        for stage in stages:
-            self.starts.append(self.starts[-1] + stage.length(steps_per_epoch))
+        for stage, steps in zip(stages, steps_per_epoch, strict=True):
+            self.starts.append(self.starts[-1] + stage.length(steps))
         self.total = self.starts.pop()
 
     def record(self) -> CurriculumRecord:

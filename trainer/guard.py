@@ -9,7 +9,7 @@ from statistics import median
 from trainer.errors import UserError
 from trainer.files import Count
 from trainer.journal import Journal
-from trainer.stream import Plan
+from trainer.stream import Order
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Guard:
         state: what `state` gave at the checkpoint that the run goes on from.
     """
 
-    def __init__(self, config: GuardConfig, plan: Plan, journal: Journal | None, state: GuardState):
+    def __init__(self, config: GuardConfig, plan: Order, journal: Journal | None, state: GuardState):
         self.config, self.plan, self.journal = config, plan, journal
         self.skipped, self.in_a_row, self._stage = state.skipped, state.in_a_row, state.stage
         self._losses = deque(state.losses, maxlen=config.window)
@@ -92,7 +92,7 @@ class Guard:
         self.in_a_row += 1
         if self.journal is not None:
             log.warning("step %d: update skipped, %s (%d so far)", step, problem, self.skipped)
-            rows = self.plan.batch_rows(*self.plan.locate(step)).tolist()
+            rows = self.plan.step_rows(step).tolist()
             figures = {"loss": repr(loss), "grad_norm": repr(norm)}  # as text: JSON has no NaN
             self.journal.write({"step": step + 1, "batch": step, "problem": problem, **figures, "row_ids": rows})
         if self.in_a_row >= self.config.stop_after:

@@ -14,7 +14,18 @@ from trainer.errors import UserError
 from trainer.optimizer import OptimConfig
 from trainer.run_folder import RunFolder
 from trainer.strategies import LaunchFile, Layout, launch_file
-from trainer.stream import Manifest, Plan, lanes_of_rank
+from trainer.stream import (
+    DataConfig,
+    Manifest,
+    Mixture,
+    Order,
+    Plan,
+    Sources,
+    Stretch,
+    lane_rows,
+    lanes_of_rank,
+    load_manifests,
+)
 
 # Settings that ranks may hold different values of: nodes have disks of their own, and the content of a cache is
 # checked.
@@ -27,17 +38,24 @@ class Inputs:
 
     config: Config
     layout: Layout
-    manifest: Manifest
-    plan: Plan
+    sources: Sources
+    plan: Order
     curriculum: Curriculum
     form: DictionaryForm
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the sources have in common."""
+        return self.sources.manifest
 
     def facts(self) -> dict[str, str]:
         """All that ranks must have in common: name -> value."""
         settings = {key: value for key, value in flatten(self.config).items() if key not in OWN_TO_A_RANK}
         layout = {f"launch.{key}": value for key, value in asdict(self.layout).items()}
-        data = {"digest of the manifest at data.shards": self.manifest.digest}
-        data["median_norm of the manifest at data.shards"] = str(self.manifest.median_norm)
+        data = {}
+        for key, manifest in zip(self.config.data.locations(), self.sources.manifests.values(), strict=True):
+            data[f"digest of the manifest at {key}"] = manifest.digest
+            data[f"median_norm of the manifest at {key}"] = str(manifest.median_norm)
         return {key: repr(value) for key, value in {**settings, **layout, **versions(), **data}.items()}
 
 
@@ -48,7 +66,13 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
     """
     config = taken_over(config, launch_file())
     data = config.data
-    manifest = Manifest.load(data.shards, allow_pipe=data.allow_pipe, retries=data.retries, timeout=data.timeout)
+    manifests = load_manifests(data)
+    mixes = [
+        lane_rows(stage.mix, list(manifests), data.global_batch, data.lanes, f"stages.{number}.mix")
+        for number, stage in enumerate(config.stages)
+    ]
+    sources = Sources(manifests, next(iter(mixes[0])) if mixes else None, "data.sources.")
+    manifest = sources.manifest
     config = begun(config, manifest)
     world = world or config.parallel.dictionary_ranks
     layout = config.parallel.resolve(world, config.dictionary.banks)
@@ -58,10 +82,11 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             f"optim.accumulate={config.optim.accumulate} is more than the rows of a step, "
             f"data.global_batch={config.data.global_batch}; lower it"
         )
-    plan = Plan(manifest, config.run.seed, config.data.global_batch, config.data.lanes, config.data.window)
-    lanes_of_rank(config.data.lanes, 0, world // layout.dictionary_ranks)
+    lanes_of_rank(data.lanes, 0, world // layout.dictionary_ranks)
+    epochs = [manifests[first].rows // (mix[first] * data.lanes) for mix in mixes for first in [next(iter(mix))]]
     target = l0_target(config.dictionary, manifest.width)
-    curriculum = Curriculum(config.stages, config.loss, config.optim, plan.steps_per_epoch, target)
+    curriculum = Curriculum(config.stages, config.loss, config.optim, epochs, target)
+    plan = row_order(data, config.run.seed, sources, [*map(Stretch, curriculum.starts, mixes)])
     if config.dictionary.gate == "jumprelu" and config.dictionary.freeze == "none":
         raise UserError(
             "dictionary.gate=jumprelu: thresholds of single slots are not trained; hold the slots with "
@@ -76,18 +101,28 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             "stage pretrain trains the free slots, which dictionary.freeze=free holds; drop the stage or set "
             "dictionary.freeze=none"
         )
-    if "align" in curriculum.names and not manifest.concepts:
+    if "align" in curriculum.names:
+        number = curriculum.names.index("align")
+        if not any(manifests[name].concepts for name in mixes[number]):
+            asked = f"no source of stages.{number}.mix" if data.sources else "the manifest of data.shards"
+            names = "names" if data.sources else "names no"
+            raise UserError(
+                f"stage align needs labelled rows, but {asked} {names} concepts; drop the stage or extract with labels"
+            )
+    if config.loss.binding == "softmax" and (negatives := data.negatives()):
         raise UserError(
-            "stage align needs labelled rows, but the manifest of data.shards names no concepts; "
-            "drop the stage or extract with labels"
-        )
-    if config.data.unlabelled == "none" and config.loss.binding == "softmax":
-        raise UserError(
-            "data.unlabelled=none makes negatives of rows, and loss.binding=softmax counts none; "
-            "set loss.binding=sigmoid or data.unlabelled=unknown"
+            f"{negatives[0]}=none makes negatives of rows, and loss.binding=softmax counts none; "
+            f"set loss.binding=sigmoid or {negatives[0]}=unknown"
         )
     form = config.dictionary.form(manifest.width, manifest.concepts, len(manifest.answers))
-    return Inputs(config, layout, manifest, plan, curriculum, form)
+    return Inputs(config, layout, sources, plan, curriculum, form)
+
+
+def row_order(data: DataConfig, seed: int, sources: Sources, stretches: list[Stretch]) -> Order:
+    """The order of the rows of a run. Raises UserError for data smaller than what a step takes of it."""
+    if data.sources:
+        return Mixture(sources.manifests, seed, data.global_batch, data.lanes, data.window, stretches)
+    return Plan(sources.manifest, seed, data.global_batch, data.lanes, data.window)
 
 
 def l0_target(chosen: DictionaryConfig, width: int) -> L0Target | None:

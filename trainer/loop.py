@@ -27,7 +27,7 @@ from trainer.metrics import Metrics, StepSums, batch_means
 from trainer.objective import MicroBatch
 from trainer.run_folder import RunFolder
 from trainer.strategies import Strategy, UnitState
-from trainer.stream import Batch, Manifest, Plan, RowDigest, Stream, lanes_of_rank
+from trainer.stream import Batch, Order, RowDigest, Sources, Stream, lanes_of_rank
 from trainer.tracking import Tracker
 from trainer.waking import class_means, concept_weights
 
@@ -45,8 +45,8 @@ class Run:
 
     config: Config
     folder: RunFolder
-    manifest: Manifest
-    plan: Plan
+    sources: Sources
+    plan: Order
     curriculum: Curriculum
     strategy: Strategy
     tracker: Tracker | None
@@ -63,7 +63,7 @@ class Run:
         """Batches of this rank from global step `step` on."""
         topology = self.strategy.topology
         lanes = lanes_of_rank(self.config.data.lanes, topology.data_rank, topology.data_world)
-        return Stream(self.config.data, self.manifest, self.plan, lanes, step, pin=topology.device.type == "cuda")
+        return Stream(self.config.data, self.sources, self.plan, lanes, step, pin=topology.device.type == "cuda")
 
 
 def train(run: Run) -> int:
@@ -163,13 +163,16 @@ def clip_and_update(run: Run, total: dict[str, float], settings: StepSettings) -
 
 
 def wake_concepts(run: Run) -> int:
-    """Set the concept slots from the class means of the rows that come next (at most one epoch).
+    """Set the concept slots from the class means of the rows that come next (at most one epoch of every source that
+    names concepts).
 
     Returns 0, or the exit code when a stop was asked for meanwhile; the slots are then left asleep.
     """
-    strategy, manifest = run.strategy, run.manifest
+    strategy, manifest = run.strategy, run.sources.manifest
     dictionary = strategy.objective.dictionary
-    batches = min(run.plan.steps_per_epoch, WAKE_BATCHES)
+    named = [bool(source.concepts) for source in run.sources.manifests.values()]
+    parts = [part for part in run.plan.parts(run.state.step) if named[part.source]]
+    batches = min(max((part.order.rows_per_lane // part.share for part in parts), default=0), WAKE_BATCHES)
     code = 0
 
     def labelled(stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,7 +214,7 @@ def record(run: Run, stream: Stream, settings: StepSettings, seconds: float, ste
     line = {
         "step": run.state.step,
         "stage": settings.stage,
-        "epoch": run.state.step / run.plan.steps_per_epoch,
+        **run.plan.epochs_at(run.state.step),
         "rows": run.state.step * run.config.data.global_batch,
         **run.metrics.read(settings.weights, settings.stage),
         "dead": dead / run.config.dictionary.free_slots,

@@ -87,7 +87,7 @@ def test_awake_is_a_fact_of_the_state(die_at: int, small_data: Path, tmp_path: P
 
 def curriculum(*stages: tuple[str, int]) -> Curriculum:
     configs = [StageConfig(name, steps=steps) for name, steps in stages]
-    return Curriculum(configs, LossConfig(), OptimConfig(), steps_per_epoch=5)
+    return Curriculum(configs, LossConfig(), OptimConfig(), [5] * len(configs))
 
 
 @pytest.mark.parametrize(

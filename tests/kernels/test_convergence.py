@@ -38,8 +38,8 @@ def ended(folder: Path, data: Path, *overrides: str) -> list[float]:
     settings = ["stages.0.epochs=20", "stages.1.epochs=60", "optim.decay=0.7", "checkpoint.every=0", "tracking.uri=off"]
     assert train.main(["--config", str(DEMO), f"data.shards={data}", f"run.dir={folder}", *settings, *overrides]) == 0
     dictionary, _ = load_dictionary(folder)
-    rows, manifest = rows_of(str(data), dictionary)
-    found = evaluate_split(dictionary, rows, manifest.concepts)
+    rows, _ = rows_of([str(data)], dictionary)
+    found = evaluate_split(dictionary, rows, dictionary.concept_names)
     bound = found["binding"]
     return [found["reconstruction"]["fvu"], bound["diagonal_accuracy"], bound["slot_accuracy"]]
 

@@ -70,8 +70,8 @@ def test_server_without_ranges_is_read_by_whole_shards(tmp_path):
     assert got == want
     same(local, remote)
     # Shards hold three blocks: fewer downloads than blocks although every block was needed.
-    assert len(manifest.shards) <= stream.source.extents.downloads < len(manifest.blocks)
-    assert len(seen) > stream.source.extents.downloads
+    assert len(manifest.shards) <= stream.sources[0].extents.downloads < len(manifest.blocks)
+    assert len(seen) > stream.sources[0].extents.downloads
 
 
 def test_pipe_command_only_when_permitted(tmp_path):
@@ -254,7 +254,7 @@ def test_damage_at_the_source_is_named_or_masked(tmp_path):
 def run_process(url, cache, queue):
     """Another rank of the same node."""
     digest, _, stream = epochs(setting(url, cache))
-    queue.put((digest, stream.source.extents.downloads))
+    queue.put((digest, stream.sources[0].extents.downloads))
 
 
 def test_processes_of_a_node_share_the_cache(tmp_path):

@@ -48,10 +48,15 @@ def write_config(folder: Path, changes: Mapping[str, Any]) -> Path:
     return path
 
 
-def arguments(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> list[str]:
-    """Command line of a run in folder/run on a data folder: CONFIG with changes as a file, then overrides."""
+Data = Path | Mapping[str, Path]  # one folder, or folders of sources by name
+
+
+def arguments(folder: Path, data: Data, *overrides: str, changes: Mapping[str, Any] | None = None) -> list[str]:
+    """Command line of a run in folder/run on data: CONFIG with changes as a file, then overrides."""
     path = write_config(folder, changes or {})
-    return ["--config", str(path), f"data.shards={data}", f"run.dir={folder / 'run'}", *overrides]
+    keys = {"data.shards": data} if isinstance(data, Path) else {f"data.sources.{n}.shards": d for n, d in data.items()}
+    shards = [f"{key}={place}" for key, place in keys.items()]
+    return ["--config", str(path), *shards, f"run.dir={folder / 'run'}", *overrides]
 
 
 def train_rank(argv: list[str]) -> None:
@@ -59,7 +64,7 @@ def train_rank(argv: list[str]) -> None:
     train.exit_with(train.main(argv))
 
 
-def train_here(folder: Path, data: Path, *overrides: str, changes: Mapping[str, Any] | None = None) -> int:
+def train_here(folder: Path, data: Data, *overrides: str, changes: Mapping[str, Any] | None = None) -> int:
     """Train in this process; the exit code."""
     return train.main(arguments(folder, data, *overrides, changes=changes))
 

@@ -87,7 +87,7 @@ def _ours(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[
     found["dead"] = float((fired <= inputs.curriculum.total - epoch).double().mean())
     most = manifest.most_norm(inputs.config.data.max_norm)
     for name, split in setting.splits.items():
-        rows, _ = rows_of(split, dictionary, match_concepts=False)
+        rows, _ = rows_of([split], dictionary, match_concepts=False)
         measured = reconstruct(dictionary, rows if most is None else at_most(rows, most))
         found[name] = {"fvu": measured.fvu, "l0": measured.l0, "rows": measured.rows}
     return found

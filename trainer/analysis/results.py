@@ -1,8 +1,9 @@
 """Reading the files of a run folder, and the rows that it was trained on."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from trainer.dictionary import ConceptDictionary
 from trainer.errors import DataError, UserError
 from trainer.files import read_json
 from trainer.run_folder import RunFolder
-from trainer.stream import DataConfig, Manifest
+from trainer.stream import DataConfig, Manifest, Sources
 from trainer.stream.shards import from_stored
 from trainer.stream.source import BlockSource
+from trainer.stream.sources import relabelled
 
 MAX_RESULT = 1 << 30  # bytes; an evaluation holds a matrix of concepts x concepts
 
@@ -55,9 +57,14 @@ def run_config(run: Path) -> DictConfig:
     return config
 
 
-def run_shards(run: Path) -> str:
-    """Folder or URL of the shards that the run was trained on."""
-    return str(run_config(run).data.shards)
+def run_shards(run: Path) -> list[str]:
+    """Folders or URLs of the shards that the run was trained on; of several sources, those that name concepts."""
+    data = run_config(run).data
+    sources = data.get("sources")
+    if not sources:
+        return [str(data.shards)]
+    shards = [str(source.shards) for source in sources.values()]
+    return [folder for folder in shards if Manifest.load(folder).concepts] or shards
 
 
 def most_norm(run: Path, trained_on: Manifest) -> float | None:
@@ -66,30 +73,47 @@ def most_norm(run: Path, trained_on: Manifest) -> float | None:
     return trained_on.most_norm(multiple)
 
 
-def rows_of(folder: str, dictionary: ConceptDictionary, *, match_concepts: bool = True) -> tuple[RowSource, Manifest]:
-    """All rows of a shard folder in order, as (activations, concept) batches, and its manifest.
+def rows_of(
+    folders: Sequence[str], dictionary: ConceptDictionary, *, match_concepts: bool = True
+) -> tuple[RowSource, Sources]:
+    """All rows of shard folders in order, as (activations, concept) batches, and the folders' manifests.
 
-    Raises DataError when its width, or (with match_concepts) its concept names, differ from the dictionary's.
+    With match_concepts the labels are the numbers of the dictionary's concepts, otherwise those of the manifests'.
+    Raises DataError for another width, and with match_concepts for concepts that the dictionary does not have.
     """
-    manifest = Manifest.load(folder)
-    if manifest.width != dictionary.width:
-        raise DataError(f"{folder}: activations of width {manifest.width}, but the dictionary has {dictionary.width}")
-    names = list(manifest.concepts)
-    if match_concepts and names != dictionary.concept_names:
-        raise DataError(
-            f"{folder}: concepts {', '.join(names)} differ from the dictionary's {', '.join(dictionary.concept_names)}"
-        )
-    return all_rows(folder, manifest, dictionary.mean.device), manifest
+    sources = Sources({folder: Manifest.load(folder) for folder in folders})
+    for folder, manifest in sources.manifests.items():
+        if manifest.width != dictionary.width:
+            raise DataError(
+                f"{folder}: activations of width {manifest.width}, but the dictionary has {dictionary.width}"
+            )
+        if match_concepts and (unknown := [n for n in manifest.concepts if n not in dictionary.concept_names]):
+            raise DataError(
+                f"{folder}: concepts {', '.join(unknown)} are not among the dictionary's "
+                f"{', '.join(dictionary.concept_names)}"
+            )
+    common = dictionary.concept_names if match_concepts else sources.manifest.concepts
+    each = [
+        all_rows(folder, manifest, dictionary.mean.device, common) for folder, manifest in sources.manifests.items()
+    ]
+    return (lambda: chain.from_iterable(rows() for rows in each)), sources
 
 
-def all_rows(folder: str, manifest: Manifest, device: torch.device | str = "cpu") -> RowSource:
-    """The rows of a shard folder in order, as (activations, concept) batches, whatever their norms."""
+def all_rows(
+    folder: str, manifest: Manifest, device: torch.device | str = "cpu", concepts: Sequence[str] | None = None
+) -> RowSource:
+    """The rows of a shard folder in order, as (activations, concept) batches, whatever their norms.
+
+    concepts: names that the labels are to number, the manifest's among them; None: the manifest's.
+    """
+    common = manifest.concepts if concepts is None else concepts
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
         with closing(BlockSource(DataConfig(shards=folder, max_norm=0.0), manifest)) as source:
             for index in range(len(manifest.blocks)):
                 block = source.rows(index)
                 acts = from_stored(block.acts[block.valid], manifest.dtype)
-                yield acts.to(device), torch.from_numpy(block.concept[block.valid]).to(device)
+                concept = relabelled(block.concept[block.valid], manifest.concepts, common)
+                yield acts.to(device), torch.from_numpy(concept).to(device)
 
     return rows

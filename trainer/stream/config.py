@@ -1,7 +1,8 @@
 """Configuration of the activation stream."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 
 from trainer.errors import UserError
 from trainer.stream.location import check_allowed
@@ -22,11 +23,24 @@ MOST = {
 }
 
 
+_SOURCE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass
+class SourceConfig:
+    """One of several data sets that stages mix."""
+
+    shards: str = ""  # folder or URL of one split
+    unlabelled: str | None = None  # as data.unlabelled, which counts where this is left out
+
+
 @dataclass
 class DataConfig:
     """Where rows come from and in which order they are read."""
 
     shards: str = ""  # folder or URL of one split: holds manifest.json and the tars
+    # By name, in place of `shards`: data sets that the stages mix (stages.N.mix).
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     global_batch: int = 1024  # G, rows per step over all data ranks
     lanes: int = 8  # L; the number of data ranks divides it, it divides global_batch
     window: int = 8  # blocks that a lane shuffles together
@@ -46,10 +60,19 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise UserError for a value that cannot be."""
-        if not self.shards:
+        if not self.shards and not self.sources:
             raise UserError("data.shards is empty; set it to a folder or URL that holds manifest.json")
-        if self.unlabelled not in ("unknown", "none"):
-            raise UserError(f"data.unlabelled={self.unlabelled!r} is unknown; use unknown or none")
+        if self.shards and self.sources:
+            raise UserError(
+                "data.shards and data.sources are both set; name the folder of data.shards as one of the sources"
+            )
+        for name, source in self.sources.items():
+            if not _SOURCE.fullmatch(name):
+                raise UserError(f"data.sources has the name {name!r:.60}; use a letter, then letters, digits, - and _")
+            if not source.shards:
+                raise UserError(f"data.sources.{name}.shards is empty; set it to a folder or URL with manifest.json")
+            _check_unlabelled(f"data.sources.{name}", source.unlabelled or self.unlabelled)
+        _check_unlabelled("data", self.unlabelled)
         for name in ("global_batch", "lanes", "window", "cache_bytes", "download_threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name}={getattr(self, name)} must be at least 1")
@@ -65,4 +88,29 @@ class DataConfig:
             raise UserError(
                 f"data.timeout={self.timeout} must be a number of seconds above 0, at most {LONGEST_TIMEOUT}"
             )
-        check_allowed(self.shards, self.allow_pipe)
+        for shards in self.locations().values():
+            check_allowed(shards, self.allow_pipe)
+
+    def locations(self) -> dict[str, str]:
+        """Where the shards are, by the key that says so."""
+        if self.shards:
+            return {"data.shards": self.shards}
+        return {f"data.sources.{name}.shards": source.shards for name, source in self.sources.items()}
+
+    def negatives(self) -> list[str]:
+        """Keys that say that rows without a label have none of the concepts."""
+        each = {f"data.sources.{name}": source.unlabelled or self.unlabelled for name, source in self.sources.items()}
+        return [f"{key}.unlabelled" for key, value in (each or {"data": self.unlabelled}).items() if value == "none"]
+
+    def of(self, source: str) -> "DataConfig":
+        """The settings for one of the sources alone."""
+        if not self.sources:
+            return self
+        chosen = self.sources[source]
+        unlabelled = chosen.unlabelled or self.unlabelled
+        return replace(self, shards=chosen.shards, unlabelled=unlabelled, sources={})
+
+
+def _check_unlabelled(where: str, value: str) -> None:
+    if value not in ("unknown", "none"):
+        raise UserError(f"{where}.unlabelled={value!r} is unknown; use unknown or none")

@@ -8,6 +8,8 @@ step are sorted by row id, which groups them by block and changes nothing about 
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from itertools import pairwise
 from math import isqrt
 from operator import attrgetter
@@ -34,6 +36,31 @@ class Window(NamedTuple):
     number: int
     start: int
     stop: int
+
+
+class Cut(NamedTuple):
+    """From row `offset` of a lane's epoch on a step takes `share` rows; the first of these steps is `step` of the
+    epoch."""
+
+    offset: int
+    share: int
+    step: int
+
+
+class Part(NamedTuple):
+    """What one source gives to a step: rows [first, first + share) of every lane's run in an epoch.
+
+    source: number of the source. order: its plan, which laid out the epoch. cuts: of the epoch into steps, in order.
+    step: number of the step within the epoch, by the cuts.
+    """
+
+    source: int
+    order: "Plan"
+    epoch: int
+    first: int
+    share: int
+    cuts: tuple[Cut, ...]
+    step: int
 
 
 class _Epoch(NamedTuple):
@@ -65,8 +92,68 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min((*small, *(number // d for d in small)), key=lambda d: (abs(d - wanted), d))
 
 
+class Order(Protocol):
+    """The order of the rows of a run: a Plan for one data set, a Mixture for several."""
+
+    rows_per_lane_step: int
+
+    def parts(self, step: int) -> list[Part]: ...
+    def laid_out(self, source: int, epoch: int) -> tuple["Plan", tuple[Cut, ...]]: ...
+    def step_rows(self, step: int) -> np.ndarray: ...
+    def epochs_at(self, step: int) -> dict[str, float]: ...
+    def state(self, step: int) -> dict[str, Any]: ...
+    def resume(self, state: dict[str, Any]) -> int: ...
+
+
+def check_batch(global_batch: int, lanes: int) -> None:
+    """Raise UserError, with the nearest settings that go, unless lanes divide the batch."""
+    for name, value in (("global_batch", global_batch), ("lanes", lanes)):
+        if value < 1:
+            raise UserError(f"data.{name}={value} must be at least 1")
+    if global_batch % lanes:
+        near = max(lanes, round(global_batch / lanes) * lanes)
+        raise UserError(
+            f"data.lanes={lanes} does not divide data.global_batch={global_batch}; nearest settings: "
+            f"data.global_batch={near} or data.lanes={nearest_divisor(global_batch, lanes)}"
+        )
+
+
+def resumed_step(state: dict[str, Any], ours: dict[str, Any], other: Collection[str]) -> int:
+    """The step of a saved position; raises UserError where it differs from ours in anything but the `other` names."""
+    for name, value in ours.items():
+        if name not in other and state.get(name) != value:
+            setting = {"manifest": "data.shards", "rows": "data.shards", "seed": "run.seed"}.get(name, f"data.{name}")
+            raise UserError(
+                f"the saved position was made with {name}={state.get(name)!r}, this run has {value!r}; "
+                f"restore {setting} or start without resuming"
+            )
+    step = state.get("step")
+    if type(step) is not int or step < 0:
+        raise UserError(f"the saved position has step={step!r:.40}, which is no step; start without resuming")
+    return step
+
+
+def step_within(row: int, cuts: Sequence[Cut]) -> int:
+    """Step of the epoch that a row of a lane's run is of."""
+    for cut in reversed(cuts):
+        if cut.offset <= row:
+            break
+    return cut.step + (row - cut.offset) // cut.share
+
+
+def steps_within(window: Window, cuts: Sequence[Cut]) -> np.ndarray:
+    """Step of each row of a window, counted from that of its first row; int64 [rows of the window]."""
+    rows = np.arange(window.start, window.stop)
+    steps = np.zeros_like(rows)
+    for cut in cuts:
+        later = slice(max(cut.offset - window.start, 0), None)
+        steps[later] = (rows[later] - cut.offset) // cut.share + cut.step
+    return steps - step_within(window.start, cuts)
+
+
 class Plan:
-    """The order of rows. Cheap: it holds block sizes and two epochs' block orders, never a list of all rows.
+    """The order of rows of one data set. Cheap: it holds block sizes and two epochs' block orders, never a list of
+    all rows.
 
     data: a Manifest (anything with block_rows and digest). global_batch G, lanes L, window W blocks.
     The incomplete last batch of an epoch is dropped: fewer than G rows, different ones every epoch.
@@ -74,15 +161,9 @@ class Plan:
     """
 
     def __init__(self, data: BlockLayout, seed: int, global_batch: int, lanes: int, window: int):
-        for name, value in (("global_batch", global_batch), ("lanes", lanes), ("window", window)):
-            if value < 1:
-                raise UserError(f"data.{name}={value} must be at least 1")
-        if global_batch % lanes:
-            near = max(lanes, round(global_batch / lanes) * lanes)
-            raise UserError(
-                f"data.lanes={lanes} does not divide data.global_batch={global_batch}; nearest settings: "
-                f"data.global_batch={near} or data.lanes={nearest_divisor(global_batch, lanes)}"
-            )
+        check_batch(global_batch, lanes)
+        if window < 1:
+            raise UserError(f"data.window={window} must be at least 1")
         self.block_rows = np.asarray(data.block_rows, dtype=np.int64)
         self.rows = int(self.block_rows.sum())
         if self.rows < global_batch:
@@ -105,14 +186,41 @@ class Plan:
         """(epoch, step within the epoch) of a global step."""
         return divmod(step, self.steps_per_epoch)
 
+    @cached_property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Of an epoch whose steps all take G/L rows of a lane."""
+        return (Cut(0, self.rows_per_lane_step, 0),)
+
+    def parts(self, step: int) -> list[Part]:
+        """What a global step is made of."""
+        epoch, within = self.locate(step)
+        share = self.rows_per_lane_step
+        return [Part(0, self, epoch, within * share, share, self.cuts, within)]
+
+    def laid_out(self, source: int, epoch: int) -> tuple["Plan", tuple[Cut, ...]]:
+        """The plan that an epoch was laid out by, and its cuts into steps."""
+        return self, self.cuts
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """Global row ids of the batch of a global step in position order; int64 [G]."""
+        return self.batch_rows(*self.locate(step))
+
+    def epochs_at(self, step: int) -> dict[str, float]:
+        """Epochs read before a global step."""
+        return {"epoch": step / self.steps_per_epoch}
+
     def lane_rows(self, epoch: int, step: int, lane: int) -> np.ndarray:
         """Global row ids that `lane` contributes to `step` (within the epoch); int64 [G/L], ascending per window."""
-        first = step * self.rows_per_lane_step
-        parts = []
-        for window in self.windows_of(epoch, lane, first, first + self.rows_per_lane_step):
-            rows = self._cached_window(epoch, lane, window)
-            parts.append(rows[max(first - window.start, 0) : first + self.rows_per_lane_step - window.start])
-        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        share = self.rows_per_lane_step
+        return self.part_rows(Part(0, self, epoch, step * share, share, self.cuts, step), lane)
+
+    def part_rows(self, part: Part, lane: int) -> np.ndarray:
+        """Row ids, in this data set, of a part that this plan laid out; int64 [share]."""
+        first, found = part.first, []
+        for window in self.windows_of(part.epoch, lane, first, first + part.share):
+            rows = self._cached_window(part.epoch, lane, window, part.cuts)
+            found.append(rows[max(first - window.start, 0) : first + part.share - window.start])
+        return found[0].copy() if len(found) == 1 else np.concatenate(found)
 
     def batch_rows(self, epoch: int, step: int) -> np.ndarray:
         """Global row ids of one global batch in position order, lane after lane; int64 [G]."""
@@ -127,7 +235,7 @@ class Plan:
             high += 1
         return windows[low : high + 1]
 
-    def window_rows(self, epoch: int, lane: int, window: Window) -> np.ndarray:
+    def window_rows(self, epoch: int, lane: int, window: Window, cuts: tuple[Cut, ...]) -> np.ndarray:
         """Global row ids of a window in reading order; int64 [window.stop - window.start]."""
         order = self._epoch(epoch)
         low = order.start + lane * self.rows_per_lane
@@ -138,8 +246,7 @@ class Plan:
         rows = np.repeat(order.first_row[blocks] - order.begins[blocks], lengths) + np.arange(begin, end)
         rows = rows[np.argsort(mix64(rows.astype(np.uint64) ^ order.row_key))]
         # Sort within each step: reading then visits every block once, from front to back.
-        step = np.arange(window.start, window.stop) // self.rows_per_lane_step - window.start // self.rows_per_lane_step
-        step *= self.rows
+        step = steps_within(window, cuts) * self.rows
         return np.sort(rows + step) - step
 
     def state(self, step: int) -> dict[str, Any]:
@@ -151,19 +258,12 @@ class Plan:
 
     def resume(self, state: dict[str, Any]) -> int:
         """The step to continue from; raises UserError when the state belongs to another order of rows."""
-        for name, value in self.state(0).items():
-            if name != "step" and state.get(name) != value:
-                setting = {"manifest": "data.shards", "rows": "data.shards", "seed": "run.seed"}.get(
-                    name, f"data.{name}"
-                )
-                raise UserError(
-                    f"the saved position was made with {name}={state.get(name)!r}, this run has {value!r}; "
-                    f"restore {setting} or start without resuming"
-                )
-        step = state.get("step")
-        if type(step) is not int or step < 0:
-            raise UserError(f"the saved position has step={step!r:.40}, which is no step; start without resuming")
-        return step
+        if "sources" in state:
+            raise UserError(
+                "the saved position is one in several sources, this run has data.shards; restore data.sources "
+                "or start without resuming"
+            )
+        return resumed_step(state, self.state(0), {"step"})
 
     def _lane_windows(self, epoch: int, lane: int) -> list[Window]:
         """All windows of a lane in an epoch: W blocks each, in the epoch's order, cut at the ends of the lane's run."""
@@ -177,7 +277,7 @@ class Plan:
             begin, last = np.searchsorted(order.ends, [low, high - 1], side="right").tolist()
             edges = [0, *(order.ends[begin + self.window - 1 : last : self.window] - low).tolist(), high - low]
             found = [Window(number, *pair) for number, pair in enumerate(pairwise(edges))]
-            _remember(self._windows, (epoch, lane), found, 2 * self.lanes)
+            remember(self._windows, (epoch, lane), found, 2 * self.lanes)
         return found
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -191,19 +291,19 @@ class Plan:
             sizes = self.block_rows[permuted]
             ends = np.cumsum(sizes)
             found = _Epoch(self.block_starts[permuted], ends - sizes, ends, int(offset) % (spare + 1), row_key)
-            _remember(self._epochs, epoch, found, 2)
+            remember(self._epochs, epoch, found, 2)
         return found
 
-    def _cached_window(self, epoch: int, lane: int, window: Window) -> np.ndarray:
+    def _cached_window(self, epoch: int, lane: int, window: Window, cuts: tuple[Cut, ...]) -> np.ndarray:
         name = (epoch, lane, window.number)
         rows = self._shuffled.get(name)
         if rows is None:
-            rows = self.window_rows(epoch, lane, window)
-            _remember(self._shuffled, name, rows, 2 * self.lanes)
+            rows = self.window_rows(epoch, lane, window, cuts)
+            remember(self._shuffled, name, rows, 2 * self.lanes)
         return rows
 
 
-def _remember(cache: dict, name: Any, value: Any, keep: int) -> None:
+def remember(cache: dict, name: Any, value: Any, keep: int) -> None:
     """Put a value into a cache of at most `keep` entries."""
     cache[name] = value
     for oldest in list(cache)[:-keep]:

@@ -1,25 +1,24 @@
 """The stream: batches of this rank for consecutive global steps, read ahead by threads."""
 
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.labels import unknown_as_none, widened
-from trainer.stream.blocks import BlockRows
 from trainer.stream.config import DataConfig
 from trainer.stream.manifest import STORED_DTYPES, Manifest
-from trainer.stream.plan import Plan, Window
+from trainer.stream.plan import Order
 from trainer.stream.shards import TORCH_DTYPES, from_stored
 from trainer.stream.source import BlockSource
+from trainer.stream.sources import SINGLE, Sources
+from trainer.stream.windows import COLUMNS, Windows
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Batch:
     """B rows of one rank and one global step.
 
     acts [B, D] in the dtype of the shards; concept int64 [B, M], see trainer.labels, with one M for the data set;
-    answer int64 [B], -1 for none; row_ids int64 [B], unique in the data set; positions int64 [B], place in the global
+    answer int64 [B], -1 for none; row_ids int64 [B], unique in the data int64 [B], place in the global
     batch (lane * G/L + i); valid bool [B], False for masked rows (damaged, not finite or outlier), which must weigh
     nothing; outlier bool [B], masked for its norm (data.max_norm); step, the global step.
     """
@@ -72,48 +71,40 @@ class _Buffers:
         return array
 
 
-class _Window(NamedTuple):
-    """A lane's window, opened: everything to copy its rows into batches."""
-
-    columns: np.ndarray  # int64 [4 + M, n]: row id, answer, valid, outlier, then concepts, in reading order
-    within: np.ndarray  # int64 [n] row within its block
-    edges: list[int]  # run r is rows [edges[r], edges[r + 1]): one step, one block
-    takes: list[Callable]  # per run, `take` of the block's activations
-    first_run: list[int]  # step s, counted from the window's first, has the runs [first_run[s], first_run[s + 1])
-
-
 class Stream:
     """Iterator of Batch for the global steps start_step, start_step + 1, ...; it never ends.
 
-    lanes: the run of lanes that this rank owns (`lanes_of_rank`). The batches depend on manifest, plan and lanes alone,
-    not on threads or timing. With `pin` batches arrive in page-locked memory. Raises DataError for damage beyond the
-    budgets.
+    data: the one data set, or all that are mixed. plan: their order. lanes: the run of lanes that this rank owns
+    (`lanes_of_rank`). The batches depend on data, plan and lanes alone, not on threads or timing. With `pin` batches
+    arrive in page-locked memory. Raises DataError for damage beyond the budgets.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        manifest: Manifest,
-        plan: Plan,
+        data: Manifest | Sources,
+        plan: Order,
         lanes: range,
         start_step: int = 0,
         *,
         pin: bool = False,
     ):
-        self.config, self.manifest, self.plan, self.lanes, self.pin = config, manifest, plan, lanes, pin
+        data = data if isinstance(data, Sources) else Sources({SINGLE: data})
+        self.config, self.manifest, self.plan, self.lanes, self.pin = config, data.manifest, plan, lanes, pin
         self.step = start_step  # the next step that is handed out
         self.stall_seconds = 0.0
-        self.source = BlockSource(config, manifest)
         self._ahead = 2 * config.threads
-        shape = (len(lanes) * plan.rows_per_lane_step, manifest.width)
-        self._buffers = _Buffers(shape, STORED_DTYPES[manifest.dtype], keep=self._ahead + 2)
         share = plan.rows_per_lane_step
+        shape = (len(lanes) * share, self.manifest.width)
+        self._buffers = _Buffers(shape, STORED_DTYPES[self.manifest.dtype], keep=self._ahead + 2)
         self._positions = torch.arange(lanes.start * share, lanes.stop * share)
-        self._windows: dict[tuple[int, int, int], Future[_Window]] = {}  # oldest first
-        self._lock = threading.Lock()
         self._queue: deque[Future[Batch]] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader") if config.threads else None
         self._openers = ThreadPoolExecutor(config.threads, "opener") if config.threads else None
+        self.sources = [BlockSource(config.of(name), manifest) for name, manifest in data.manifests.items()]
+        self._windows = [
+            Windows(source, data, number, plan, len(lanes), self._openers) for number, source in enumerate(self.sources)
+        ]
         self._closed = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -142,18 +133,20 @@ class Stream:
 
     def counters(self) -> dict[str, int]:
         """Masked and reread blocks and rows of this process."""
-        return self.source.counters()
+        each = [source.counters() for source in self.sources]
+        return {name: sum(counters[name] for counters in each) for name in each[0]}
 
     def close(self) -> None:
         """Stop the threads and unmap the shards; batches already handed out stay valid."""
         self._closed = True
-        self.source.stop()
+        for source in self.sources:
+            source.stop()
         for pool in (self._readers, self._openers):
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
         self._queue.clear()
-        self._windows.clear()
-        self.source.close()
+        for windows in self._windows:
+            windows.close()
 
     def __enter__(self) -> "Stream":
         return self
@@ -162,7 +155,6 @@ class Stream:
         self.close()
 
     def _assemble(self, step: int) -> Batch:
-        epoch, epoch_step = self.plan.locate(step)
         share = self.plan.rows_per_lane_step
         count = len(self.lanes) * share
         if self.pin:
@@ -172,99 +164,13 @@ class Stream:
         else:
             acts = self._buffers.take()
             tensor = from_stored(acts, self.manifest.dtype)
-        columns = np.empty((4 + self.manifest.concepts_per_row, count), dtype=np.int64)
-        first = epoch_step * share
-        for place, lane in enumerate(self.lanes):
-            for window in self.plan.windows_of(epoch, lane, first, first + share):
-                opened = self._open(epoch, lane, window, first)
-                shift = place * share + window.start - first
-                a, b = max(first, window.start) - window.start, min(first + share, window.stop) - window.start
-                columns[:, a + shift : b + shift] = opened.columns[:, a:b]
-                step_here = epoch_step - window.start // share
-                r, end = opened.first_run[step_here], opened.first_run[step_here + 1]
-                edges = opened.edges[r : end + 1]
-                for low, high, take in zip(edges, edges[1:], opened.takes[r:end], strict=False):
-                    # mode "clip" writes straight into `out`; "raise" would go through a buffer. Indices are in range.
-                    take(opened.within[low:high], 0, acts[low + shift : high + shift], "clip")
-        row_ids, answer, valid, outlier = torch.from_numpy(columns[:4])
-        concept = torch.from_numpy(np.ascontiguousarray(columns[4:].T))
+        columns = np.empty((COLUMNS + self.manifest.concepts_per_row, count), dtype=np.int64)
+        before = 0  # rows of the parts before, in a lane
+        for part in self.plan.parts(step):
+            for place, lane in enumerate(self.lanes):
+                self._windows[part.source].copy(part, lane, acts, columns, place * share + before)
+            before += part.share
+        row_ids, answer, valid, outlier = torch.from_numpy(columns[:COLUMNS])
+        concept = torch.from_numpy(np.ascontiguousarray(columns[COLUMNS:].T))
         batch = Batch(tensor, concept, answer, row_ids, self._positions, valid.bool(), outlier.bool(), step)
         return batch.pin() if self.pin else batch
-
-    def _open(self, epoch: int, lane: int, window: Window, first: int) -> _Window:
-        """The opened window, shared by the threads that need it.
-
-        first: the lane's first row of the step that asks. The step in which a window begins (or the first one after a
-        start in its middle) also has the lane's next window opened in the background.
-        """
-        future = self._windows.get((epoch, lane, window.number))
-        if future is not None and future.done() and window.start < first:
-            return future.result()
-        future, mine = self._claim(epoch, lane, window)
-        if self._openers is not None:
-            self._open_next(epoch, lane, window)
-        if mine:
-            self._fill(future, epoch, lane, window)
-        return future.result()
-
-    def _claim(self, epoch: int, lane: int, window: Window) -> tuple["Future[_Window]", bool]:
-        """The future of a window, and whether the caller is the one to fill it."""
-        name = (epoch, lane, window.number)
-        with self._lock:
-            future = self._windows.get(name)
-            if future is not None:
-                return future, False
-            future = self._windows[name] = Future()
-            if len(self._windows) > 4 * len(self.lanes):
-                del self._windows[next(iter(self._windows))]
-            return future, True
-
-    def _fill(self, future: "Future[_Window]", epoch: int, lane: int, window: Window) -> None:
-        try:
-            opened = self._build(epoch, lane, window)
-        except BaseException as error:
-            future.set_exception(error)
-            return
-        future.set_result(opened)
-
-    def _open_next(self, epoch: int, lane: int, window: Window) -> None:
-        if window.stop < self.plan.rows_per_lane:
-            following = self.plan.windows_of(epoch, lane, window.stop, window.stop + 1)[0]
-        else:
-            epoch += 1
-            following = self.plan.windows_of(epoch, lane, 0, 1)[0]
-        future, mine = self._claim(epoch, lane, following)
-        if mine and self._openers is not None:
-            self._openers.submit(self._fill, future, epoch, lane, following)
-
-    def _build(self, epoch: int, lane: int, window: Window) -> _Window:
-        rows = self.plan.window_rows(epoch, lane, window)
-        starts = self.plan.block_starts
-        numbers = np.searchsorted(starts, rows, side="right") - 1
-        within = rows - starts[numbers]
-        blocks = self.source.many(np.unique(numbers).tolist())
-        ordered = [blocks[number] for number in sorted(blocks)]
-        first_rows = np.cumsum([0, *(len(block.valid) for block in ordered)])
-        place = first_rows[np.searchsorted(sorted(blocks), numbers)] + within
-        concepts = self._concepts(ordered)
-        columns = np.empty((4 + concepts.shape[1], len(rows)), dtype=np.int64)
-        columns[0] = rows
-        for column, name in zip(columns[1:4], ("answer", "valid", "outlier"), strict=True):
-            column[:] = np.concatenate([getattr(block, name) for block in ordered])[place]
-        columns[4:] = concepts[place].T
-        share = self.plan.rows_per_lane_step
-        step = np.arange(window.start, window.stop) // share - window.start // share
-        new_run = np.flatnonzero((np.diff(numbers, prepend=-1) != 0) | (np.diff(step, prepend=-1) != 0))
-        takes = {number: block.acts.take for number, block in blocks.items()}
-        return _Window(
-            columns,
-            within,
-            edges=[*new_run.tolist(), len(rows)],
-            takes=[takes[number] for number in numbers[new_run].tolist()],
-            first_run=np.searchsorted(step[new_run], np.arange(step[-1] + 2)).tolist(),
-        )
-
-    def _concepts(self, blocks: list[BlockRows]) -> np.ndarray:
-        """Labels int32 [n, M] of the rows of these blocks, as training is to take them."""
-        labels = np.concatenate([widened(block.concept, self.manifest.concepts_per_row) for block in blocks])
-        return labels if self.config.unlabelled == "unknown" else unknown_as_none(labels)
