@@ -2,7 +2,7 @@
 
 Per shard: size, sha256, the tar structure with every header and padding byte; per block: crc32, npy headers, label
 ranges, NaN and infinity. Prints one line per problem and exits 2 when there is any. With --rate it measures how fast
-batches are read instead.
+batches are read instead; several folders are then read as sources of equal parts.
 """
 
 import argparse
@@ -15,20 +15,32 @@ from pathlib import Path
 from tqdm import tqdm
 
 from trainer.errors import DataError, UserError
-from trainer.stream import DataConfig, Manifest, Plan, Stream
+from trainer.stream import (
+    DataConfig,
+    Manifest,
+    Mixture,
+    SourceConfig,
+    Sources,
+    Stream,
+    Stretch,
+    lane_rows,
+    load_manifests,
+)
 from trainer.stream.location import is_remote
 from trainer.stream.scan import stray_shards, verify_shard
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `alignsae verify`."""
-    parser.add_argument("folder", help="folder of one split: holds manifest.json and the tars")
+    parser.add_argument(
+        "folders", nargs="+", metavar="folder", help="folder of one split: holds manifest.json and the tars"
+    )
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, help="shards checked at a time (default: cores)"
     )
     parser.add_argument("--rate", action="store_true", help="measure rows per second into batches, epoch by epoch")
     parser.add_argument(
-        "--epochs", type=int, default=3, help="epochs that --rate reads (default 3; the first one checks crc32)"
+        "--epochs", type=int, default=3, help="epochs of the first folder that --rate reads (default 3)"
     )
     for name in ("global_batch", "lanes", "window", "threads"):
         flag = "--reader-threads" if name == "threads" else "--" + name.replace("_", "-")
@@ -39,21 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Verify, or measure."""
-    if is_remote(args.folder):
+    if any(is_remote(folder) for folder in args.folders):
         raise UserError(
             "verify reads local folders; remote blocks are checked against their crc32 whenever they are read"
         )
-    manifest = Manifest.load(args.folder)
     if args.rate:
-        measure(args, manifest)
+        measure(args)
         return
-    folder = Path(args.folder)
+    for folder in args.folders:
+        verify(Path(folder), Manifest.load(folder), args.threads)
+
+
+def verify(folder: Path, manifest: Manifest, threads: int) -> None:
+    """Check one folder. Raises DataError when anything is wrong with it."""
     problems = stray_shards(folder, manifest)
     began = time.perf_counter()
     size = sum(shard.bytes for shard in manifest.shards)
     with (
         tqdm(total=size, unit="B", unit_scale=True, desc="verify") as bar,
-        ThreadPoolExecutor(max(1, args.threads)) as pool,
+        ThreadPoolExecutor(max(1, threads)) as pool,
     ):
         for found in pool.map(lambda shard: list(verify_shard(folder, manifest, shard, bar.update)), manifest.shards):
             problems += found
@@ -71,23 +87,27 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def measure(args: argparse.Namespace, manifest: Manifest) -> None:
+def measure(args: argparse.Namespace) -> None:
     """Read whole epochs into batches and print rows per second of each."""
+    names = [f"folder-{number}" for number in range(len(args.folders))]
     config = DataConfig(
-        shards=args.folder,
+        sources={name: SourceConfig(folder) for name, folder in zip(names, args.folders, strict=True)},
         global_batch=args.global_batch,
         lanes=args.lanes,
         window=args.window,
         threads=args.reader_threads,
     )
     config.validate()
-    plan = Plan(manifest, 0, config.global_batch, config.lanes, config.window)
-    with Stream(config, manifest, plan, range(config.lanes)) as stream:
+    sources = Sources(load_manifests(config))
+    shares = lane_rows(dict.fromkeys(names, 1 / len(names)), names, config.global_batch, config.lanes, "the mix")
+    mixture = Mixture(sources.manifests, 0, config.global_batch, config.lanes, config.window, [Stretch(0, shares)])
+    steps = sources.manifests[names[0]].rows // (shares[names[0]] * config.lanes)
+    row_bytes = sources.manifest.row_bytes
+    with Stream(config, sources, mixture, range(config.lanes)) as stream:
         for epoch in range(args.epochs):
             began = time.perf_counter()
-            for _ in itertools.islice(stream, plan.steps_per_epoch):
+            for _ in itertools.islice(stream, steps):
                 pass
-            rate = plan.steps_per_epoch * plan.global_batch / (time.perf_counter() - began)
-            gigabytes = rate * manifest.width * (4 if manifest.dtype == "float32" else 2) / 1e9
+            rate = steps * config.global_batch / (time.perf_counter() - began)
             note = " (first use: crc32 and finiteness checked)" if epoch == 0 else ""
-            print(f"epoch {epoch}: {rate / 1e6:.2f}M rows/s, {gigabytes:.2f} GB/s{note}")
+            print(f"epoch {epoch}: {rate / 1e6:.2f}M rows/s, {rate * row_bytes / 1e9:.2f} GB/s{note}")
