@@ -21,7 +21,8 @@ HEAD = """# Configuration
 
 Written by `alignsae config --markdown`, from the dataclasses that are configured; a test keeps it so. A configuration
 is a YAML file of these keys (see configs/), `key=value` on the command line wins over it, and an unknown key is refused
-with the nearest known one. `N` counts the stages from 0.
+with the nearest known one. `N` counts the stages from 0,
+`NAME` is one that you choose.
 """
 
 
@@ -76,9 +77,11 @@ def sections() -> Iterator[Section]:
 def _section(prefix: str, kind: Any) -> Iterator[Section]:
     comments, hints, keys, inner = meanings(kind), get_type_hints(kind), [], []
     for field in fields(kind):
-        if is_dataclass(hints[field.name]):
-            inner.append((f"{prefix}.{field.name}", hints[field.name]))
-        else:
+        deeper = next((k for k in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(k)), None)
+        if deeper is not None:
+            name = f"{prefix}.{field.name}"
+            inner.append((name if deeper is hints[field.name] else f"{name}.NAME", deeper))
+        if deeper is not hints[field.name]:
             keys.append(Key(f"{prefix}.{field.name}", shown(field), comments.get(field.name, "")))
     about = " ".join((inspect.getdoc(kind) or "").split())
     yield Section(prefix, about, tuple(keys))

@@ -65,6 +65,13 @@ class Run:
         lanes = lanes_of_rank(self.config.data.lanes, topology.data_rank, topology.data_world)
         return Stream(self.config.data, self.sources, self.plan, lanes, step, pin=topology.device.type == "cuda")
 
+    def labelled_batches(self, step: int) -> int:
+        """Batches from global step `step` on that hold an epoch of every source that names concepts, or WAKE_BATCHES
+        of them."""
+        named = [bool(manifest.concepts) for manifest in self.sources.manifests.values()]
+        lengths = [part.order.rows_per_lane // part.share for part in self.plan.parts(step) if named[part.source]]
+        return min(max(lengths, default=0), WAKE_BATCHES)
+
 
 def train(run: Run) -> int:
     """Train from run.state.step to the end of the curriculum, or until a stop is asked for; save on the way and at the
@@ -170,9 +177,7 @@ def wake_concepts(run: Run) -> int:
     """
     strategy, manifest = run.strategy, run.sources.manifest
     dictionary = strategy.objective.dictionary
-    named = [bool(source.concepts) for source in run.sources.manifests.values()]
-    parts = [part for part in run.plan.parts(run.state.step) if named[part.source]]
-    batches = min(max((part.order.rows_per_lane // part.share for part in parts), default=0), WAKE_BATCHES)
+    batches = run.labelled_batches(run.state.step)
     code = 0
 
     def labelled(stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
@@ -252,7 +257,7 @@ def tally(run: Run, stream: Stream) -> None:
 def measure_gains(run: Run) -> list[float] | None:
     """The gains of the concept slots, over as many rows as they were woken from; None where they sleep."""
     strategy, topology = run.strategy, run.strategy.topology
-    state = strategy.read(CONCEPTS, everywhere=True) if run.state.awake and run.manifest.concepts else None
+    state = strategy.read(CONCEPTS, everywhere=True) if run.state.awake and run.sources.manifest.concepts else None
     if state is None:
         return None
     W_enc, b_enc, W_dec = (state.weights[name].to(topology.device) for name in ("W_enc", "b_enc", "W_dec"))
@@ -260,7 +265,7 @@ def measure_gains(run: Run) -> list[float] | None:
 
     def labelled() -> Iterator[tuple[Tensor, Tensor]]:
         with run.stream(run.state.step) as stream:
-            for _ in range(min(run.plan.steps_per_epoch, WAKE_BATCHES)):
+            for _ in range(run.labelled_batches(run.state.step)):
                 batch = next(stream).to(topology.device)
                 row, column = ((batch.concept >= 0) & batch.valid[:, None]).nonzero(as_tuple=True)
                 yield strategy.objective.dictionary.normalise(batch.acts[row]), batch.concept[row, column]
