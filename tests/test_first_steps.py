@@ -22,6 +22,7 @@ def test_docs_configuration_is_what_the_command_writes(capsys):
 def test_every_key_has_its_default_and_a_meaning(tmp_path):
     keys = {key.name: key for section in sections() for key in section.keys}
     assert [name for name, key in keys.items() if not key.meaning] == []
+    keys = {name: key for name, key in keys.items() if key.default != "{}" and ".NAME." not in name}
     (tmp_path / "least.yaml").write_text("stages: [{name: align, steps: 1}]\ndata: {shards: x}\n")
     config = flatten(load_config(tmp_path / "least.yaml", []))
     config = {name.replace("stages.0.", "stages.N."): value for name, value in config.items()}

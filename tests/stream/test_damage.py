@@ -145,7 +145,7 @@ def test_missing_shard_and_stray_shard_are_named(tmp_path, capsys):
         read_epoch(tmp_path / "d", manifest)
     masked = len(manifest.shards[1].blocks)
     assert read_epoch(tmp_path / "d", manifest, quarantine_budget=masked)[1]["quarantined_blocks"] == masked
-    args = argparse.Namespace(folder=str(tmp_path / "d"), threads=2, rate=False)
+    args = argparse.Namespace(folders=[str(tmp_path / "d")], threads=2, rate=False)
     with pytest.raises(DataError, match="2 problems"):
         verify.run(args)
     printed = capsys.readouterr().out

@@ -141,11 +141,11 @@ def test_cache_serves_a_second_run_and_a_changed_file_is_fetched_again(tmp_path)
     with http_server(tmp_path) as (url, _, _):
         first = epochs(setting(f"{url}/d", tmp_path / "cache"))
         again = epochs(setting(f"{url}/d", tmp_path / "cache"))
-        assert first[2].source.extents.downloads > 0 and again[2].source.extents.downloads == 0
+        assert first[2].sources[0].extents.downloads > 0 and again[2].sources[0].extents.downloads == 0
         assert first[0] == again[0]
         write(tmp_path / "d", 300, overwrite=True, dtype="float16")
         changed = epochs(setting(f"{url}/d", tmp_path / "cache"))
-    assert changed[2].source.extents.downloads > 0 and changed[1][0].acts.dtype == torch.float16
+    assert changed[2].sources[0].extents.downloads > 0 and changed[1][0].acts.dtype == torch.float16
 
 
 def test_cache_stays_within_its_bound_and_evicts_by_last_use(tmp_path):

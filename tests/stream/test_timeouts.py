@@ -100,7 +100,7 @@ def test_one_place_retries_over_http(tmp_path):
             stream.sources[0].extents._key(0, manifest.shards[0].blocks[0], Deadline(9.0))  # the version is known
             counters.share, before = 1.0, len(seen)
             with pytest.raises(DataError, match=r"ClientResponseError 503, 4 attempts failed"):
-                stream.source.rows(0)
+                stream.sources[0].rows(0)
             assert len(seen) - before == 4
         counters.requests = 0
         with pytest.raises(DataError, match=r"3 attempts failed"):
