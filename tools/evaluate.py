@@ -22,7 +22,6 @@ from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
 from trainer.run_folder import RunFolder
-from trainer.stream import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
