@@ -114,7 +114,7 @@ def _peer(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[
             raise UserError(f"--peers-python {setting.peers_python} cannot be run ({error.strerror})") from error
         assert peer.stdin is not None and peer.stdout is not None
         try:
-            with peer.stdin, Stream(config.data, manifest, inputs.plan, lanes) as stream:
+            with peer.stdin, Stream(config.data, inputs.sources, inputs.plan, lanes) as stream:
                 for _ in range(steps):
                     batch = next(stream)
                     x = scaled(batch.acts[batch.valid], manifest)

@@ -140,6 +140,12 @@ class Mixture:
             }
             self._tracks[name] = _Track(plans, shares)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch of the source that the last stretch names first, at its share there."""
+        name, share = next(iter(self._stretches[-1].rows.items()))
+        return self._tracks[name].plans[share].steps_per_epoch
+
     def parts(self, step: int) -> list[Part]:
         """What a global step is made of, in the order of sources."""
         found = []
