@@ -72,8 +72,8 @@ def figures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
             place = tmp_path_factory.mktemp(name)
             assert train_here(place, folder / "train", *overrides, changes=changes) == 0
             dictionary, _ = load_dictionary(place / "run")
-            rows, manifest = rows_of(str(folder / "heldout"), dictionary)
-            yield name, evaluate_split(dictionary, rows, manifest.concepts)
+            rows, sources = rows_of([str(folder / "heldout")], dictionary)
+            yield name, evaluate_split(dictionary, rows, sources.manifest.concepts)
 
     return dict(trained())
 

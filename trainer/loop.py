@@ -136,7 +136,7 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
     parts = [len(part) for part in torch.tensor_split(concept, run.config.optim.accumulate)]
     labels = torch.stack([form.counted(concept).sum(), (answer >= 0).sum()]).float()
     sizes = labels.new_tensor([len(concept), *parts])
-    listed = membership(concept, len(run.manifest.concepts)).sum(dim=0) if form.bind_balance else labels[:0]
+    listed = membership(concept, len(run.sources.manifest.concepts)).sum(dim=0) if form.bind_balance else labels[:0]
     counts = topology.sum_over_data(torch.cat([sizes[:1], labels, sizes[1:], listed.float()]))
     part_rows, positives = counts[3:].split([len(parts), len(listed)])
     return MicroBatch(acts, concept, answer, counts[:3], None, part_rows, positives if form.bind_balance else None)

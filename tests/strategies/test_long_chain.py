@@ -44,8 +44,8 @@ SEEDS = range(5)
 def ended(folder: Path, data: Path) -> dict[str, float]:
     """FVU, L0, diagonal binding and slot accuracy of a run's dictionary on its rows."""
     dictionary, _ = load_dictionary(folder / "run")
-    rows, manifest = rows_of(str(data), dictionary)
-    found = evaluate_split(dictionary, rows, manifest.concepts)
+    rows, sources = rows_of([str(data)], dictionary)
+    found = evaluate_split(dictionary, rows, sources.manifest.concepts)
     names = {"fvu": ("reconstruction", "fvu"), "l0": ("reconstruction", "l0")}
     names |= {"binding": ("binding", "diagonal_accuracy"), "slots": ("binding", "slot_accuracy")}
     return {name: found[part][key] for name, (part, key) in names.items()}
