@@ -54,7 +54,7 @@ def test_sparsity_warms_up_once():
 )
 def test_impossible_stages_are_refused(stages, message):
     with pytest.raises(UserError, match=message):
-        Curriculum(stages, LossConfig(), OptimConfig(), 10)
+        Curriculum(stages, LossConfig(), OptimConfig(), [10] * len(stages))
 
 
 def test_class_means_ignore_unlabelled_rows():
