@@ -175,8 +175,7 @@ class Manifest(ShardSpec):
     """Everything about one split that a reader must know.
 
     mean [D] and scale: x = (h - mean) / scale has mean squared norm 1. rows: of all blocks of all shards.
-    concepts_per_row: M, the most concepts that a row can list; blocks are as wide or narrower. median_norm: of the raw
-    rows, to some percent; None where nobody measured it.
+    concepts_per_row: M, the most concepts that a row can list. median_norm: of raw rows, to some percent, if measured.
     """
 
     mean: list[Mean]
@@ -211,9 +210,9 @@ class Manifest(ShardSpec):
         return self._canonical(set() if self.median_norm is not None else {"median_norm"})
 
     def _canonical(self, left_out: set[str]) -> str:
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         if self.concepts_per_row == 1:  # the digest of a data set must not depend on who knows this field
-            del own["concepts_per_row"]
+            left_out = {*left_out, "concepts_per_row"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return json.dumps(own, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @cached_property
