@@ -46,7 +46,7 @@ def test_keys_by_name(capsys):
 def test_a_beginning_is_a_configuration_that_loads(tmp_path, capsys, config):
     folder = tmp_path / "it's mine"
     assert main(["init", str(folder), "--config", config, "--launch", "zero3", "--data", "s3://b/train"]) == 0
-    found = load_config(folder / "config.yaml", [])
+    found = load_config(folder / "train.yaml", [])
     assert (found.run.dir, found.data.shards) == (str(folder / "run"), "s3://b/train")
     assert (folder / "launch.yaml").read_text() == (ROOT / "launch" / "accelerate" / "zero3.yaml").read_text()
     assert main(["init", str(folder)]) == 2

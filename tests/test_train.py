@@ -74,7 +74,7 @@ def test_run_folder(undisturbed: Path, small_data: Path) -> None:
 def test_what_does_not_count_in_a_stage_is_absent(undisturbed: Path) -> None:
     for step, line in metrics(undisturbed).items():
         found = {name for name in line if name.startswith("loss/")} | ({"binding"} & line.keys())
-        of_align = {"loss/bind", "loss/perp", "loss/val", "binding"}
+        of_align = {"loss/bind", "loss/perp", "loss/val", "loss/sp_concept", "binding"}
         assert found == {"loss/rec", "loss/sp"} | (of_align if step > SWITCH else set()), step
 
 

@@ -1,7 +1,7 @@
-"""Write a configuration and a launch file to begin with -> DIR/config.yaml, DIR/launch.yaml
+"""Write a configuration and a launch file to begin with -> DIR/train.yaml, DIR/launch.yaml
 
   alignsae init mine --data data/mine/layer-06/train
-  alignsae train --launch mine/launch.yaml --config mine/config.yaml
+  alignsae train --launch mine/launch.yaml --config mine/train.yaml
 
 Both are copies of files that come with this program: --config one of configs/, --launch one of launch/accelerate/.
 `alignsae config` says what every key means.
@@ -31,20 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Copy both files, with run.dir inside of DIR and data.shards as asked for."""
     targets = {
-        args.dir / "config.yaml": _text(CONFIGS, args.config, "--config"),
+        args.dir / "train.yaml": _text(CONFIGS, args.config, "--config"),
         args.dir / "launch.yaml": _text(LAUNCHES, args.launch, "--launch"),
     }
     for path in targets:
         if path.exists():
             raise UserError(f"{path} already exists; name another folder")
-    config = _set(targets[args.dir / "config.yaml"], "dir", str(args.dir / "run"))
+    config = _set(targets[args.dir / "train.yaml"], "dir", str(args.dir / "run"))
     if args.data:
         config = _set(config, "shards", args.data)
-    targets[args.dir / "config.yaml"] = config
+    targets[args.dir / "train.yaml"] = config
     for path, text in targets.items():
         write_result(path, text)
         print(f"written: {path}")
-    print(f"next: alignsae train --launch {args.dir / 'launch.yaml'} --config {args.dir / 'config.yaml'}")
+    print(f"next: alignsae train --launch {args.dir / 'launch.yaml'} --config {args.dir / 'train.yaml'}")
 
 
 def _text(folder: Path, name: str, option: str) -> str:

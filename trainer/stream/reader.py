@@ -26,9 +26,9 @@ class Batch:
     """B rows of one rank and one global step.
 
     acts [B, D] in the dtype of the shards; concept int64 [B, M], see trainer.labels, with one M for the data set;
-    answer int64 [B], -1 for none; row_ids int64 [B], unique in the data int64 [B], place in the global
-    batch (lane * G/L + i); valid bool [B], False for masked rows (damaged, not finite or outlier), which must weigh
-    nothing; outlier bool [B], masked for its norm (data.max_norm); step, the global step.
+    answer int64 [B], -1 for none; row_ids int64 [B], unique over the data sets; positions int64 [B], place in the
+    global batch (lane * G/L + i); valid bool [B], False for masked rows (damaged, not finite or outlier), which must
+    weigh nothing; outlier bool [B], masked for its norm (data.max_norm); step, the global step.
     """
 
     acts: Tensor
