@@ -1,6 +1,7 @@
 """Binding, fragmentation and reconstruction against plain numpy on the whole code."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.language_model import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 from trainer.analysis import evaluation
-from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots
+from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots, restored, stored
 from trainer.analysis.evaluation import (
     activation_blocks,
     concept_means,
@@ -53,6 +54,15 @@ def test_unlabelled_rows_are_left_out_and_labels_are_checked():
         confusion_matrix(torch.tensor([0]), torch.tensor([[2]]), 2)
     with pytest.raises(DataError, match="no labelled row"):
         binding(torch.zeros(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("concepts", [3, 300])
+def test_the_matrix_of_many_concepts_is_stored_by_its_cells(concepts):
+    chosen, concept = torch.randint(-1, concepts, (500,)), torch.randint(concepts, (500, 1))
+    confusion = confusion_matrix(chosen, concept, concepts)
+    text = json.dumps(stored(confusion))
+    assert torch.equal(restored(json.loads(text), concepts), confusion)
+    assert len(text) < 20_000
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from trainer.analysis.binding_matrix import restored
 from trainer.losses import TERMS
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#555555"
@@ -56,7 +57,7 @@ def binding_plot(evaluation: Mapping[str, Any]) -> Figure:
     figure, axes = _figure(side * len(splits) + 1, side, len(splits), sharey=True)
     for ax, split in zip(axes, splits, strict=True):
         bound = evaluation[split]["binding"]
-        counts = np.array(bound["confusion"], dtype=float)
+        counts = restored(bound["confusion"], len(names)).numpy()
         total = counts.sum(axis=1, keepdims=True)
         share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
         image = _matrix(ax, share, names, [*names, "none active"])

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.errors import DataError
 
+MOST_WHOLE = 256  # concepts; the matrix of 5,000 is 200 MB of JSON
+
 
 def predicted_slots(concept_code: Tensor) -> Tensor:
     """The concept slot [B] that each row chooses from its code [B, R]; -1 where no concept slot is active.
@@ -45,6 +47,23 @@ def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tenso
     share = 1.0 / (concept >= 0).sum(dim=1)[row].double()
     cells = torch.bincount(truth * (concepts + 1) + chosen, share, minlength=concepts * (concepts + 1))
     return cells.double().reshape(concepts, concepts + 1)
+
+
+def stored(confusion: Tensor) -> list[list[float]] | dict[str, list[float]]:
+    """A confusion matrix [R, R + 1] for a JSON file: its rows, or above MOST_WHOLE concepts the cells that are not 0."""
+    if len(confusion) <= MOST_WHOLE:
+        return confusion.tolist()
+    concept, slot = confusion.nonzero(as_tuple=True)
+    return {"concept": concept.tolist(), "slot": slot.tolist(), "count": confusion[concept, slot].tolist()}
+
+
+def restored(found: list[list[float]] | dict[str, list[float]], concepts: int) -> Tensor:
+    """The matrix [R, R + 1] fp64 that `stored` was given."""
+    if isinstance(found, list):
+        return torch.tensor(found, dtype=torch.float64)
+    matrix = torch.zeros(concepts, concepts + 1, dtype=torch.float64)
+    matrix[found["concept"], found["slot"]] = torch.tensor(found["count"], dtype=torch.float64)
+    return matrix
 
 
 @dataclass

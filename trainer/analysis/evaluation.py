@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots
+from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots, stored
 from trainer.analysis.label_scores import label_figures
 from trainer.analysis.rows import RowSource
 from trainer.dictionary import ConceptDictionary, SlotBank
@@ -213,7 +213,7 @@ def evaluate_split(
             **vars(bound),
             "slots_alive": sum(measured.alive),
             "alive": dict(zip(dictionary.concept_names, measured.alive, strict=True)),
-            "confusion": measured.confusion.tolist(),
+            "confusion": stored(measured.confusion),
         }
         result |= label_figures(dictionary, rows, text)
     return result
