@@ -50,7 +50,7 @@ def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tenso
 
 
 def stored(confusion: Tensor) -> list[list[float]] | dict[str, list[float]]:
-    """A confusion matrix [R, R + 1] for a JSON file: its rows, or above MOST_WHOLE concepts the cells that are not 0."""
+    """A confusion matrix [R, R + 1] for a JSON file: its rows, or above MOST_WHOLE concepts the cells above 0."""
     if len(confusion) <= MOST_WHOLE:
         return confusion.tolist()
     concept, slot = confusion.nonzero(as_tuple=True)
