@@ -126,8 +126,6 @@ def _read_text(path: str | Path) -> str:
 def _refuse_impossible(config: Config) -> None:
     """Raise UserError for what no key can be, whatever it means: numbers that are not finite or beyond 64 bits, texts
     that no file system, log or database takes. Rooms bound their own keys further (`validate`)."""
-    if config.kernel not in KERNELS:
-        raise UserError(f"kernel={config.kernel!r} is unknown; use one of {', '.join(KERNELS)}")
     for key, value in flatten(config).items():
         for part in value if isinstance(value, list | tuple) else [value]:
             if isinstance(part, float) and not math.isfinite(part):
@@ -136,6 +134,8 @@ def _refuse_impossible(config: Config) -> None:
                 raise UserError(f"{key}={float_or_inf(part):.3g} is beyond 64 bits")
             if isinstance(part, str):
                 _check_text(key, part)
+    if config.kernel not in KERNELS:
+        raise UserError(f"kernel={config.kernel!r} is unknown; use one of {', '.join(KERNELS)}")
 
 
 def float_or_inf(value: int) -> float:

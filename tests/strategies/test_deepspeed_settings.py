@@ -50,7 +50,8 @@ def test_shipped_files_train_to_the_numbers_of_a_single_process(path, single, sm
     settings = [f"parallel.strategy={strategy_of(path)}", f"parallel.deepspeed={path}", *SHORT]
     run_ranks(2, train_rank, arguments(tmp_path, small_data, *settings, changes=CURRICULUM))
     for step, ours in metrics(tmp_path).items():
-        for term in (*TERMS, "grad_norm"):
+        assert ours.keys() == single[step].keys()
+        for term in {*TERMS, "grad_norm"} & ours.keys():  # some are of one stage alone
             assert ours[term] == pytest.approx(single[step][term], rel=1e-5), (step, term)
 
 
