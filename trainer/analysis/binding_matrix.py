@@ -62,7 +62,8 @@ def restored(found: list[list[float]] | dict[str, list[float]], concepts: int) -
     if isinstance(found, list):
         return torch.tensor(found, dtype=torch.float64)
     matrix = torch.zeros(concepts, concepts + 1, dtype=torch.float64)
-    matrix[found["concept"], found["slot"]] = torch.tensor(found["count"], dtype=torch.float64)
+    concept, slot = (torch.tensor(found[name], dtype=torch.int64) for name in ("concept", "slot"))
+    matrix[concept, slot] = torch.tensor(found["count"], dtype=torch.float64)
     return matrix
 
 
