@@ -64,10 +64,10 @@ def test_a_dictionary_is_read_while_a_run_replaces_its_checkpoints(root: Path) -
     source, over, made = Path(shutil.copytree(newest(root), root.parent / "source")), threading.Event(), 0
 
     def replace() -> None:
-        """What a run with checkpoint.keep=1 does, without pause."""
+        """What a run with checkpoint.keep=1 and steps of some hundredths of a second does."""
         nonlocal made
         step, before = TOTAL, sorted(root.glob("step-*"))
-        while not over.is_set():
+        while not over.wait(0.03):
             step += 1
             final = root / f"step-{step:08d}"
             Path(shutil.copytree(source, root / f"step-{step:08d}.tmp")).rename(final)
