@@ -78,12 +78,12 @@ def test_a_dictionary_is_read_while_a_run_replaces_its_checkpoints(root: Path) -
     thread = threading.Thread(target=replace)
     thread.start()
     try:
-        for _ in range(60):
+        while made < 20 and thread.is_alive():
             assert load_dictionary(root.parent)[0].concept_names
     finally:
         over.set()
         thread.join()
-    assert made > 10
+    assert made >= 20
 
 
 def test_ranks_share_the_hashing(root: Path) -> None:
