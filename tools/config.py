@@ -65,7 +65,7 @@ def sections() -> Iterator[Section]:
     comments, hints = meanings(Config), get_type_hints(Config)
     top = []
     for field in fields(Config):
-        kind = next((k for k in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(k)), None)
+        kind = _dataclass_in(hints[field.name])
         if kind is None:
             top.append(Key(field.name, shown(field), comments.get(field.name, "")))
         else:
@@ -74,10 +74,15 @@ def sections() -> Iterator[Section]:
     yield Section("", "Keys of the top level.", tuple(top))
 
 
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that a field is, or that a list or dict holds; None where there is none."""
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+
+
 def _section(prefix: str, kind: Any) -> Iterator[Section]:
     comments, hints, keys, inner = meanings(kind), get_type_hints(kind), [], []
     for field in fields(kind):
-        deeper = next((k for k in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(k)), None)
+        deeper = _dataclass_in(hints[field.name])
         if deeper is not None:
             name = f"{prefix}.{field.name}"
             inner.append((name if deeper is hints[field.name] else f"{name}.NAME", deeper))

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import http.server
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from tools.exploring.contexts import Contexts
 from tools.exploring.pages import write
-from trainer.analysis.language_model import load_language_model, read_json_lines
+from trainer.analysis.language_model import block_part, load_language_model, read_json_lines
 from trainer.analysis.lens import decoder_rows, logit_lens, nearest
 from trainer.analysis.survey import BINS, Survey
 from trainer.errors import DataError, UserError
@@ -184,8 +183,9 @@ def slots(
 ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """Line of the table and details of every slot, in order."""
     rows = decoder_rows(trained.dictionary)
-    residual = re.fullmatch(r"blocks\.\d+\.hook_(resid_post|attn_out|mlp_out)", trained.hook_point)
-    written = logit_lens(model, rows, 10) if model is not None and residual else None
+    # Every part of a block writes to the residual stream; of another module nobody knows.
+    lens_fits = model is not None and block_part(trained.hook_point) is not None
+    written = logit_lens(model, rows, 10) if lens_fits else None
     auroc, slot = survey.auroc().tolist(), 0
     with tqdm(total=trained.slots, desc="slots", unit="slot") as bar:
         for neighbours, cosines in nearest(rows, 8):

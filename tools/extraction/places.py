@@ -1,10 +1,9 @@
 """Which hook points `alignsae extract` was asked for, and the folders of their shards."""
 
 import argparse
-import re
 from typing import Any
 
-from trainer.analysis.language_model import check_layers, hook_point, module_at
+from trainer.analysis.language_model import block_part, check_layers, hook_point, module_at
 from trainer.errors import UserError
 
 
@@ -33,5 +32,5 @@ def parse_layers(text: str, model: Any) -> list[int]:
 
 def folder_name(point: str) -> str:
     """layer-06 for blocks.6.hook_resid_post; other hook points name their folder themselves."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", point)
-    return f"layer-{int(found[1]):02d}" if found else point
+    layer, part = block_part(point) or (0, "")
+    return f"layer-{layer:02d}" if part == "resid_post" else point

@@ -173,10 +173,15 @@ def at_most(rows: RowSource, norm: float) -> RowSource:
 
     def kept() -> Iterator[tuple[Tensor, Tensor]]:
         for acts, concept in rows():
-            small = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32) <= norm
+            small = _within(acts, norm)
             yield acts[small], concept[small]
 
     return kept
+
+
+def _within(acts: Tensor, norm: float) -> Tensor:
+    """Which rows [B, D] have a norm that is not above this, bool [B]."""
+    return torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32) <= norm
 
 
 def evaluate_split(
@@ -194,12 +199,20 @@ def evaluate_split(
     has concept slots that sleep: it binds nothing. text: further rows that list no concept, which slots are to tell
     from those of the split.
     """
-    measured = reconstruct(dictionary, rows, progress)
+    kept = 0
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal kept
+        for acts, concept in rows():
+            kept += len(acts) if most_norm is None else int(_within(acts, most_norm).sum())
+            yield acts, concept
+
+    measured = reconstruct(dictionary, counted, progress)
     result: dict[str, Any] = {
         "rows": measured.rows,
         "reconstruction": _fit(measured, dictionary),
     }
-    if most_norm is not None and (kept := sum(len(acts) for acts, _ in at_most(rows, most_norm)())) < measured.rows:
+    if most_norm is not None and kept < measured.rows:
         without = _fit(reconstruct(dictionary, at_most(rows, most_norm)), dictionary) if kept else None
         result["outliers"] = {"rows": measured.rows - kept, "reconstruction_without": without}
     if concepts:

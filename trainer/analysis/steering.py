@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainer.analysis.language_model import Tokens, edit_tokens
-from trainer.dictionary import BankWeights, ConceptDictionary
+from trainer.dictionary import BankWeights, ConceptDictionary, normalisation
 from trainer.errors import UserError
 from trainer.pretrained import Trained
 
@@ -72,7 +72,7 @@ class SlotEdit:
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:
         """Activations z [..., m] fp32 of the chosen slots on raw activations h [..., D]."""
-        x = (h.float() - self._mean) / self._scale
+        x = normalisation.normalise(h, self._mean, self._scale)
         return BankWeights.encode(self._weights, x.flatten(0, -2)).unflatten(0, h.shape[:-1])
 
     @torch.no_grad()

@@ -53,22 +53,16 @@ Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", extra=wrong("{field}={
 Mean = Annotated[
     float, Meta(ge=-float(_FP32.max), le=float(_FP32.max), extra=wrong("{field} must hold finite numbers"))
 ]
-Scale = Annotated[
-    float,
-    Meta(
-        ge=float(_FP32.tiny),
-        le=float(_FP32.max),
-        extra=wrong("scale must be positive and of the finite numbers of fp32, not {value}"),
-    ),
-]
-MedianNorm = Annotated[
-    float,
-    Meta(
-        ge=float(_FP32.tiny),
-        le=float(_FP32.max),
-        extra=wrong("median_norm must be positive and of the finite numbers of fp32, not {value}"),
-    ),
-]
+
+
+def _positive(name: str) -> Meta:
+    """Bounds of a number that is positive in fp32."""
+    text = f"{name} must be positive and of the finite numbers of fp32, not {{value}}"
+    return Meta(ge=float(_FP32.tiny), le=float(_FP32.max), extra=wrong(text))
+
+
+Scale = Annotated[float, _positive("scale")]
+MedianNorm = Annotated[float, _positive("median_norm")]
 Rows = Annotated[int, whole(1, MAX_BYTES)]
 # (offset in the shard, bytes) of an npy payload.
 Span = tuple[Annotated[int, whole(0, MAX_BYTES)], Annotated[int, whole(_LEAST_HEADER, MAX_PAYLOAD)]]

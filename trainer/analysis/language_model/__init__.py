@@ -1,6 +1,7 @@
 """Causal language models: loading, prompts to token batches, residual capture and edits, greedy answers."""
 
 from trainer.analysis.language_model.capture import (
+    block_part,
     capture,
     check_layers,
     find_blocks,
@@ -32,6 +33,7 @@ __all__ = [
     "Span",
     "Tokens",
     "answer_matches",
+    "block_part",
     "capture",
     "check_layers",
     "edit_residual",

@@ -43,6 +43,12 @@ def hook_point(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def block_part(point: str) -> tuple[int, str] | None:
+    """Layer and part (resid_post, attn_out or mlp_out) that `blocks.L.hook_PART` names; None for any other name."""
+    named = _NAMED.match(point)
+    return (int(named[1]), named[2]) if named else None
+
+
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks: the outermost ModuleList with one entry per hidden layer of the configuration."""
     config: Any = model.config
@@ -68,20 +74,19 @@ def module_at(model: nn.Module, point: int | str) -> nn.Module:
     if isinstance(point, int):
         check_layers(model, [point])
         point = hook_point(point)
-    named = _NAMED.match(point)
-    if named:
-        layer = int(named[1])
+    if named := block_part(point):
+        layer, part = named
         check_layers(model, [layer])
         block = find_blocks(model)[layer]
-        if named[2] == "resid_post":
+        if part == "resid_post":
             return block
         children = dict(block.named_children())
-        for name in _PARTS[named[2]]:
+        for name in _PARTS[part]:
             if name in children:
                 return children[name]
         raise UserError(
             f"hook point {point}: the blocks of {type(model).__name__} have no part called "
-            f"{' or '.join(_PARTS[named[2]])}, but {', '.join(children)}; name the module by its path"
+            f"{' or '.join(_PARTS[part])}, but {', '.join(children)}; name the module by its path"
         )
     modules = dict(model.named_modules())
     if point not in modules or not point:

@@ -3,7 +3,6 @@
 B sequences, T tokens of a forward pass, D width at the hook point.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.analysis.language_model.capture import module_at, output_of
+from trainer.analysis.language_model.capture import block_part, module_at, output_of
 from trainer.analysis.language_model.loading import last_token
 from trainer.errors import UserError
 
@@ -123,10 +122,10 @@ def edit_residual(model: Any, point: int | str, edit: Callable[[Tensor], Tensor]
 
 def hook_layer(hook_point: str) -> int:
     """Layer L of a hook point `blocks.L.hook_resid_post`. Raises UserError for any other place."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_point)
-    if not found:
+    layer, part = block_part(hook_point) or (0, "")
+    if part != "resid_post":
         raise UserError(
             f"the activations were taken at {hook_point!r}; only the residual stream after a block "
             "(blocks.L.hook_resid_post) can be edited"
         )
-    return int(found[1])
+    return layer
