@@ -88,7 +88,7 @@ def _ours(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[
     most = manifest.most_norm(inputs.config.data.max_norm)
     for name, split in setting.splits.items():
         rows, _ = rows_of([split], dictionary, match_concepts=False)
-        measured = reconstruct(dictionary, rows if most is None else at_most(rows, most))
+        measured = reconstruct(dictionary, at_most(rows, most))
         found[name] = {"fvu": measured.fvu, "l0": measured.l0, "rows": measured.rows}
     return found
 
@@ -146,5 +146,5 @@ def scaled(acts: Tensor, manifest: Manifest) -> Tensor:
 def _split_rows(split: str, inputs: Inputs) -> Tensor:
     """All rows [N, D] of a split as peers are given them."""
     rows, most = all_rows(split, Manifest.load(split)), inputs.manifest.most_norm(inputs.config.data.max_norm)
-    parts = [acts.float() for acts, _ in (rows if most is None else at_most(rows, most))()]
+    parts = [acts.float() for acts, _ in at_most(rows, most)()]
     return scaled(torch.cat(parts), inputs.manifest)

@@ -168,8 +168,10 @@ def reconstruct(
     )
 
 
-def at_most(rows: RowSource, norm: float) -> RowSource:
-    """The rows whose norm is not above this."""
+def at_most(rows: RowSource, norm: float | None) -> RowSource:
+    """The rows whose norm is not above this; None: all."""
+    if norm is None:
+        return rows
 
     def kept() -> Iterator[tuple[Tensor, Tensor]]:
         for acts, concept in rows():
