@@ -8,7 +8,7 @@ CPP := $(wildcard trainer/kernels/*.cpp trainer/kernels/*.h)
 # Compiled operators belong to this checkout: another one, or a build that was killed elsewhere, cannot get in its way.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: install demo test test-slow test-peers lint format lock clean
+.PHONY: install demo gpu test test-slow test-peers lint format lock clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash configs/demo.sh
 
+# On a machine with a CUDA device, by the Python that has torch there: nothing is installed.
+gpu:
+	@$(or $(wildcard $(BIN)/python),python3) -m tests.gpu.check
+
 # A file's tests stay together: they share folders of runs. Most are one thread, or processes that wait for each other.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
@@ -29,7 +33,7 @@ test: lint
 	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=25
 
 # Round trips with other trainers, which live in an environment of their own: they pin packages that this one does not.
 PEERS := .venv-peers

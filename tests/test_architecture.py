@@ -13,15 +13,18 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors"],
     ["private", "redact", "files", "yaml_reader", "labels"],
-    ["allocator", "topology", "stream", "dictionary", "journal", "run_folder"],
-    ["losses", "following", "autograd", "guard", "interrupt", "agreement", "ownership", "failures"],
-    ["kernels", "binding"],
+    ["allocator", "topology", "stream", "dictionary", "journal", "run_folder", "late", "language_model"],
+    ["losses", "scores", "following", "autograd", "guard", "interrupt", "agreement", "ownership", "failures"],
+    ["kernels", "binding", "extraction"],
+    ["sums", "heads"],
     ["objective", "optimizer"],
-    ["curriculum", "gains", "metrics", "waking"],
-    ["strategies", "tracking"],
+    ["curriculum", "metrics", "waking"],
+    ["gains", "strategies", "tracking"],
+    ["beginning"],
     ["checkpoint", "revival"],
-    ["pretrained"],
+    ["pretrained", "heldout"],
     ["analysis", "config"],
+    ["stepping"],
     ["loop", "inputs"],
     ["assembly"],
     ["train"],
@@ -34,8 +37,8 @@ HOMES = {
     "deepspeed": {"strategies"},
     "mlflow": {"tracking"},
     "triton": {"kernels"},
-    "transformers": {"analysis", "tools"},
-    "trainer.config": {"loop", "inputs", "assembly", "train", "tools"},  # rooms own their configuration
+    "transformers": {"language_model", "tools"},
+    "trainer.config": {"loop", "stepping", "inputs", "assembly", "train", "tools"},  # rooms own their configuration
 }
 LONG, TOO_LONG = 300, 320  # lines
 

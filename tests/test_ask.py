@@ -1,17 +1,22 @@
 """ask and swap --match: what counts as an answer, what the model knows, alpha from other prompts."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from tests.support.language_model import tiny_prompts, tiny_tokenizer
-from tools import ask, swap
+from tools import ask
 from tools.cli import main
+from tools.swapping import trial
+from tools.swapping.choice import choose_swaps
 from trainer.analysis.interventions import swap_pairs
-from trainer.analysis.language_model import RULES, Prompt, matcher, read_prompts, suggested_rule
 from trainer.analysis.statistics import mean_by_subject
+from trainer.errors import UserError
+from trainer.language_model import RULES, SPLITS, Prompt, answer_matches, matcher, read_prompts, suggested_rule
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,28 @@ def test_the_suggested_rule_is_the_strictest_that_does() -> None:
     assert suggested_rule({"exact": 0.0, "prefix": 0.3, "first": 0.4}) == "prefix"
     assert suggested_rule({"exact": 0.0, "prefix": 0.0, "first": 0.4}) == "first"
     assert suggested_rule(dict.fromkeys(RULES, 0.0)) == ""
+
+
+def test_chats_become_the_tokens_of_the_template(tmp_path: Path) -> None:
+    tokenizer, path = tiny_tokenizer(), tmp_path / "chats.jsonl"
+    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}major"
+    tokenizer.add_special_tokens({"bos_token": "Q"})
+    chat = {"messages": [{"role": "which", "content": "ann"}], "answer": "law", "concept": "major"}
+    path.write_text(json.dumps(chat) + '\n{"prompt": "Q bob"}\n')
+    first, second = read_prompts(path, tokenizer)
+    assert (first, second) == (Prompt("Q which ann major", "law", "major"), Prompt("Q bob"))
+    with pytest.raises(UserError, match="no field 'prompt'"):
+        read_prompts(path)
+    begins = processors.TemplateProcessing(single="Q $A", special_tokens=[("Q", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    (first, _) = read_prompts(path, tokenizer)  # the tokenizer puts it there
+    assert first.prompt == " which ann major"
+    tokenizer.chat_template = "major"
+    with pytest.raises(UserError, match=r"chats.jsonl:1: the tokenizer adds special tokens"):
+        read_prompts(path, tokenizer)
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(UserError, match="messages is empty"):
+        read_prompts(path, tokenizer)
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, module: Any, answers: dict[str, str]) -> None:
@@ -79,25 +106,41 @@ def test_swap_takes_alpha_from_other_prompts(
 ) -> None:
     prompts, out = tiny_run / "prompts.jsonl", tmp_path / "swap.json"
     tried: list[set[str]] = []
-    generate = swap.generate_edited
+    generate = trial.generate_edited
 
     def recorded(model: Any, tokenizer: Any, layer: int, swaps: Any, *rest: Any, **options: Any) -> list[str]:
         tried.append({s.prompt for s in swaps})
         return generate(model, tokenizer, layer, swaps, *rest, **options)
 
-    monkeypatch.setattr(swap, "generate_edited", recorded)
+    monkeypatch.setattr(trial, "generate_edited", recorded)
     for split, on in (("heldout", "training templates"), ("all", "other subjects")):
         tried.clear()
-        assert swapped(tiny_run, prompts, out, "--split", split) == 0
+        assert swapped(tiny_run, prompts, out, "--split", split, "--rivals", "none") == 0
         assert "answers 0.0% of" in capsys.readouterr().err or json.loads(out.read_text())["unedited_accuracy"] >= 0.1
         result = json.loads(out.read_text())
         assert result["validation"]["on"] == on
-        assert len(tried) == 6 and not tried[0] & tried[2]  # per method both alphas, then the chosen one
-        assert tried[2] == tried[5] and tried[0] == tried[1] == tried[3] == tried[4]
+        # Per method both alphas, then the chosen one, then suppression.
+        assert len(tried) == 8 and not tried[0] & tried[2]
+        assert tried[2] == tried[6] and tried[0] == tried[1] == tried[4] == tried[5]
+        assert tried[3] == tried[7] <= tried[2]
         for method in ("slots", "mean_difference"):
             best = max(result[method]["alphas"], key=lambda entry: (entry["success"], -entry["alpha"]))
             assert result[method]["best_alpha"] == best["alpha"]
             assert sum(map(sum, result[method]["matrix"]["swaps"])) == result["pairs"]
+
+
+def test_validation_prompts_choose_alpha_and_training_prompts_teach() -> None:
+    facts = {"city": "rome", "major": "law"}
+    records = [
+        Prompt(f"{split} {concept}", answer, concept, split=split, subject=split)
+        for split in SPLITS
+        for concept, answer in facts.items()
+    ]
+    args = argparse.Namespace(pairs=10, seed=0, split="heldout", prompts=Path("p"))
+    choice = choose_swaps(args, records, [*facts], answer_matches)
+    parts = (choice.learning, choice.validation, choice.reported, choice.questions)
+    found = [{one.prompt.split()[0] for one in part} for part in parts]
+    assert found == [{"train"}, {"validation"}, {"heldout"}, {"heldout"}] and choice.on == "validation prompts"
 
 
 def test_swap_with_one_subject_says_what_is_missing(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,6 +1,7 @@
 """The synthetic benchmark: entity lists, questions, biographies, determinism, bad arguments."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from tools.biographies import people
 from tools.cli import main
 from tools.synthetic.entities import DEFAULT_SIZES, company_cities, names
 from tools.synthetic.sentences import QUESTIONS, RELATIONS, SENTENCES
+from tools.synthetic.two_hop import ATTRIBUTES, RELATIVES, TWO_HOP_RELATIONS, TWO_HOP_SENTENCES
+from trainer.analysis.interventions import swap_pairs
 from trainer.errors import UserError
+from trainer.language_model import read_prompts
 
 PAPER = {
     "first_names": 411,
@@ -120,6 +124,7 @@ def test_wordings_are_distinct_and_name_the_person() -> None:
         (["--persons", "0"], "--persons 0"),
         (["--variants", "0"], "--variants 0"),
         (["--majors", "9999"], "--majors 9999"),
+        (["--persons", "3", "--hops", "2"], "--hops 2 needs at least 4"),
         (["--persons", "3", "--first-names", "1", "--middle-names", "1", "--last-names", "2"], "between 1 and 2"),
     ],
 )
@@ -138,3 +143,61 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.Ca
     assert main(["biographies", "--out", str(out), "--persons", "3"]) == 2
     assert "not empty" in capsys.readouterr().err
     assert (out / "questions.jsonl").read_bytes() == before
+
+
+def test_two_hop_answers_follow_the_relations_that_the_texts_state(tmp_path: Path) -> None:
+    out = generate(tmp_path / "b", "--hops", "2")
+    texts = [row for row in lines(out / "biographies.jsonl") if row["variant"] == 0]
+    stated: dict[tuple[str, str], str] = {}
+    for row in texts:
+        for relation, sentences in TWO_HOP_SENTENCES.items():
+            wordings = (
+                re.escape(s.format(name=row["subject"], value="*")).replace(r"\*", "([^.]+)") for s in sentences
+            )
+            (value,) = (found[1] for w in wordings if (found := re.search(rf"(?:^|\. ){w}", row["text"])))
+            stated[row["subject"], relation] = value
+    assert len(stated) == 9 * 20 == 9 * len(TWO_HOP_RELATIONS)
+    for relation in RELATIVES:  # a cycle: everybody is reached, nobody by themselves
+        assert {stated[row["subject"], relation] for row in texts} == {row["subject"] for row in texts}
+        assert all(stated[row["subject"], relation] != row["subject"] for row in texts)
+    asked = lines(out / "first_hop.jsonl")
+    for row in asked:
+        name, attribute = row["subject"].split(": ")
+        bridge = stated[name, row["concept"]]
+        assert row["answer"] == f"{bridge}; {stated[bridge, attribute]}"
+        wording = RELATIVES[row["concept"]][row["template"]].format(name=name)
+        assert row["prompt"] == f"Q: {ATTRIBUTES[attribute][row['template']].format(name=wording)}\nA:"
+    for first, second in zip(asked, lines(out / "second_hop.jsonl"), strict=True):
+        assert second["answer"] == stated[second["subject"], second["concept"]]
+        assert f"{first['prompt']} {first['answer']}" == f"{second['prompt']} {second['answer']}"
+        assert first["split"] == second["split"] == ("train" if first["template"] < 2 else "heldout")
+
+
+def test_two_hop_questions_bind_ten_relations_at_each_step(tmp_path: Path) -> None:
+    out = generate(tmp_path / "b", "--hops", "2")
+    first, second, both = (lines(out / f"{name}.jsonl") for name in ("first_hop", "second_hop", "questions"))
+    assert list(dict.fromkeys(row["concept"] for row in both)) == list(TWO_HOP_RELATIONS)
+    assert {row["concept"] for row in first} == set(RELATIVES)
+    assert {row["concept"] for row in second} == set(ATTRIBUTES)
+    assert len({row["prompt"] for row in both}) == len(both) == 2 * 9 * 10 * 3 * 4
+    assert sorted(map(str, both)) == sorted(map(str, first + second))
+    # What a swap asks for instead must be one answer.
+    for rows in (first, second):
+        assert len({(r["subject"], r["concept"], r["answer"]) for r in rows}) == len(
+            {(r["subject"], r["concept"]) for r in rows}
+        )
+    again = generate(tmp_path / "again", "--hops", "2")
+    assert all(path.read_bytes() == (again / path.name).read_bytes() for path in out.iterdir())
+    assert json.loads((out / "meta.json").read_text())["relations"] == list(TWO_HOP_RELATIONS)
+
+
+def test_two_hop_swaps_stay_within_a_step_and_ask_for_the_other_chain(tmp_path: Path) -> None:
+    out = generate(tmp_path / "b", "--hops", "2")
+    chains = {(r["subject"], r["concept"]): r["answer"] for r in lines(out / "questions.jsonl")}
+    for table, slots in (("first_hop", range(10)), ("second_hop", range(10, 20))):
+        prompts = read_prompts(out / f"{table}.jsonl")
+        swaps = swap_pairs(prompts, TWO_HOP_RELATIONS, split="heldout", pairs=200, seed=0)
+        assert len(swaps) == 200 and {s.source for s in swaps} == {s.target for s in swaps} == set(slots)
+        for swap in swaps:
+            assert swap.source_answer == chains[swap.subject, TWO_HOP_RELATIONS[swap.source]]
+            assert swap.target_answer == chains[swap.subject, TWO_HOP_RELATIONS[swap.target]]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.runs import TOTAL, assert_same, edit_json, outcome, tensors, train_here
 from trainer.checkpoint import find, load_dictionary, read_state, refuse_later, saver, verify
-from trainer.checkpoint.saver import clean
+from trainer.checkpoint.files import clean
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
 
@@ -311,10 +311,11 @@ def test_a_failed_save_stops_the_run_where_asked(
     with monkeypatch.context() as patch:
         original = saver.Saver.save
 
-        def save(self, state, last=False):
+        def save(self, state, **rest):
             if state.step == 20:
+                self.wait()  # step 10's file is whole
                 failing(patch, 99)
-            original(self, state, last)
+            original(self, state, **rest)
 
         patch.setattr(saver.Saver, "save", save)
         assert train_here(tmp_path, small_data, *settings) == 2

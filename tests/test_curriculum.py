@@ -8,7 +8,7 @@ from trainer.errors import UserError
 from trainer.losses import LossConfig, StageWeights
 from trainer.optimizer import OptimConfig
 from trainer.topology import Topology
-from trainer.waking import ClassMeans, class_means, concept_weights
+from trainer.waking import QUIET, ClassMeans, class_means, concept_weights, exclusive_weights, lowering
 
 
 def curriculum(warmup=0, decay=0.0, **loss):
@@ -96,3 +96,39 @@ def test_slots_wake_up_alive_on_their_own_concept():
     )
     assert not weights["W_dec"].any()  # what free slots reconstruct already is not added again
     assert (weights["W_enc"][4] == 0).all() and weights["b_enc"][4] == 0
+
+
+@pytest.mark.parametrize("concepts,apart", [(5, 4.0), (200, 0.3)])
+def test_slots_of_classes_that_lie_close_wake_up_quiet(concepts, apart):
+    """Biases are lowered as far as that needs and no further, by as much for all, which a softmax does not see."""
+    generator = torch.Generator().manual_seed(0)
+    concept = torch.arange(2000)[:, None] % concepts
+    centres = apart * torch.randn(concepts, 32, generator=generator)
+    x = centres[concept[:, 0]] + torch.randn(2000, 32, generator=generator)
+    concept[::7] = -1
+    batches = [(x[:700], concept[:700]), (x[700:], concept[700:])]
+    weights = concept_weights(class_means(batches, concepts, 32, Topology()))
+    pre = (x @ weights["W_enc"].T + weights["b_enc"])[concept[:, 0] >= 0]
+    down = lowering(weights, batches, Topology())
+    active = [float((pre > by).sum(dim=1).double().mean()) for by in (0.0, down, down - 0.1)]
+    assert active[1] <= QUIET
+    assert (down == 0.0 and active[0] <= QUIET) if concepts == 5 else min(active[0], active[2]) > QUIET
+
+
+def test_classes_that_lie_close_are_told_by_what_varies_least_within_them():
+    """Rows scatter most where the classes do not differ, as prompts do over templates."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.cat([torch.full((8,), 8.0), torch.full((24,), 0.3)])
+    concept = torch.arange(6000)[:, None] % 60
+    centres = torch.randn(60, 32, generator=generator) * (spread < 1.0)
+    x = centres[concept[:, 0]] + spread * torch.randn(6000, 32, generator=generator)
+    batches = [(x[:700], concept[:700]), (x[700:], concept[700:])]
+    classes = class_means(batches, 60, 32, Topology())
+
+    def right(weights):
+        pre = x @ weights["W_enc"].T + weights["b_enc"]
+        return float((pre.argmax(dim=1) == concept[:, 0]).double().mean()), float((pre > 0).sum(dim=1).double().mean())
+
+    plain, _ = right(concept_weights(classes))
+    woken, active = right(exclusive_weights(classes, lambda: iter(batches), Topology()))
+    assert plain < 0.9 < 0.99 < woken and active <= QUIET

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights, orthogonality
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import OptimConfig
 from trainer.strategies.local import LocalStrategy
+from trainer.sums import MicroBatch
 from trainer.topology import Topology
 
 CONCEPTS, COPIES, INDEPENDENT, ROWS, STEPS = 4, 4, 60, 256, 1000
@@ -66,8 +67,8 @@ def test_slots_that_are_independent_are_left_alone_and_copies_lose_their_correla
         counts = torch.tensor([ROWS, ROWS, 0.0])
         loss, _ = strategy.forward(MicroBatch(rows, concept, torch.full((ROWS,), -1), counts), alone, True, step)
         strategy.backward(loss, last=True)
-        strategy.update(config.lr, config.clip)
-        objective.take_up()
+        strategy.update(config.lr, config.clip, torch.tensor(True))
+        objective.take_up(torch.tensor(True))
 
     concept_code, after = codes(made, x)
     independent = (before[:, COPIES:] > 0).sum(dim=0), (after[:, COPIES:] > 0).sum(dim=0)

@@ -128,7 +128,7 @@ def test_the_threshold_follows_the_count_of_active_entries():
     start = float(theta)
     for l0, grows in ((40.0, True), (20.0, False), (10.0, None)):
         before = float(theta)
-        bank.gate.follow(bank, l0, 20.0)
+        bank.gate.follow({"theta": theta}, torch.tensor(l0), 20.0)
         assert (float(theta) > before, float(theta) < before) == (grows is True, grows is None)
         assert abs(math.log(float(theta) / before)) <= 0.2 + 1e-6
     threshold = bank.weights().threshold

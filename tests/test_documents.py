@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 120
-CODE = {".py", ".cpp", ".h", ".sh", ".toml"}
+CODE = {".py", ".cpp", ".h", ".sh", ".toml", ".html", ".css", ".js"}
 EXEMPT = {"requirements.lock"}  # written by pip
 NOT_OURS = {".venv", "data", "runs", "models"}  # at the top, and whatever hides behind a dot anywhere
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.language_model import CONCEPTS, WIDTH, exact_dictionary, random_dictionary
 from trainer.analysis import evaluation
-from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots, restored, stored
+from trainer.analysis.binding_matrix import binding, confusion_matrix, restored, stored
 from trainer.analysis.evaluation import (
     activation_blocks,
     concept_means,
@@ -22,6 +22,7 @@ from trainer.analysis.evaluation import (
 )
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
+from trainer.scores import predicted_slots
 
 
 def rows_of(acts, concept, batch=7):

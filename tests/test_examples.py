@@ -1,12 +1,22 @@
 """The scripts of examples/ run, and from nothing to steered text it is no more than eight lines."""
 
 import ast
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tools import ask
+from tools.cli import main
+from tools.lm_training.models import build_model, build_tokenizer
+from trainer.language_model import SPLITS, read_prompts
+from trainer.train import main as train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -33,6 +43,85 @@ def test_read(tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "12 rows" in out and "city: active on" in out
 
 
+def test_spans_by_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["Say “so it is” to PNG 2.0", "call f() or --help in /etc/x", "nothing", "nothing"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run("label_spans.py", tmp_path / "texts.jsonl", tmp_path / "rows.jsonl", monkeypatch=monkeypatch)
+    assert "3 texts, 10 spans" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = {(row["text"][s["start"] : s["end"]], s["concept"]) for row in rows for s in row["spans"]}
+    numbers, words = {("2.0", "version"), ("2.0", "number")}, {("PNG", "acronym"), ("“so it is”", "quotation")}
+    code = {("f()", "call"), ("--help", "option"), ("/etc/x", "path")}
+    assert found == numbers | words | code | {(text, "code") for text, _ in code}
+
+
+def test_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("relations.py", tmp_path / "prompts.jsonl", monkeypatch=monkeypatch)
+    assert "14 relations" in capsys.readouterr().out
+    rows = read_prompts(tmp_path / "prompts.jsonl")
+    facts = {(row.subject, row.concept): row.answer for row in rows}
+    for known in [("Peru", "capital", "Lima"), ("gold", "symbol", "Au"), ("mouse", "plural", "mice")]:
+        assert facts[known[:2]] == known[2]
+    assert len({row.prompt for row in rows}) == len(rows)
+    for split in SPLITS:
+        part = [row for row in rows if row.split == split]
+        others = [row for row in rows if row.split != split]
+        assert {row.concept for row in part} == {row.concept for row in rows}
+        assert not {row.subject for row in part} & {row.subject for row in others}
+        assert not {(row.concept, row.template) for row in part} & {(row.concept, row.template) for row in others}
+    assert len({(row.concept, row.template) for row in rows}) == 14 * 9
+    shown = [row.prompt.partition("\n")[0] for row in rows]
+    assert len({*shown}) == 15 * 9  # first_letter is asked in two tables
+    assert not any(example.endswith(f" {row.answer}.") for example, row in zip(shown, rows, strict=True))
+
+
+RECORD = '#!/bin/sh\nfor word in "${0##*/}" "$@"; do echo "$word"; done >> RECORD\necho >> RECORD\n'
+SHORT = {
+    "train": ["stages.0.steps=2", "stages.1.steps=2", "dictionary.free_slots=64", "tracking.uri=off"],
+    "swap": ["--pairs", "8", "--alphas", "1", "--learn-steps", "1"],
+}
+
+
+@pytest.mark.slow
+def test_relations_from_facts_to_swaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command of relations.sh on a tiny model that is taken to know every third fact."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("alignsae", "python"):
+        (tmp_path / name).write_text(RECORD)
+        (tmp_path / name).chmod(0o755)
+    texts = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(texts, 280)
+    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=256).save_pretrained("lm")
+    tokenizer.save_pretrained("lm")
+    script = ["bash", str(EXAMPLES / "relations.sh"), "lm", "texts.jsonl", "0,1"]
+    subprocess.run(script, check=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    commands = [block.splitlines() for block in Path("RECORD").read_text().strip().split("\n\n")]
+
+    def told(model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> list[str]:
+        facts = {row.prompt: row.answer for row in read_prompts(Path("data/facts/prompts.jsonl"))}
+        return [facts[prompt] if len(prompt) % 3 == 0 else "" for prompt in prompts]
+
+    monkeypatch.setattr(ask, "generate_answers", told)
+    for program, name, *arguments in commands:
+        more = SHORT.get(name, [])
+        if program == "python":
+            run(Path(name).name, *arguments, monkeypatch=monkeypatch)
+        else:  # the launcher of `alignsae train` has tests of its own
+            ended = train([*arguments[2:], *more]) if name == "train" else main([name, *arguments, *more])
+            assert ended == 0, capsys.readouterr().err
+    for layer in ("layer-00", "layer-01"):
+        folder = Path("runs") / f"relations-{layer}"
+        validation, heldout, swap = (
+            json.loads((folder / name).read_text()) for name in ("validation.json", "evaluation.json", "swap.json")
+        )
+        assert validation["heldout"]["labels"] != heldout["heldout"]["labels"]
+        assert swap["validation"]["on"] == "validation prompts" and swap["split"] == "heldout"
+
+
 def test_every_example_is_run() -> None:
     tests = Path(__file__).read_text()
-    assert all(f'"{path.name}"' in tests for path in EXAMPLES.glob("*.py"))
+    assert all(f'"{path.name}"' in tests for path in EXAMPLES.iterdir() if path.is_file())

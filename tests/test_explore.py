@@ -16,7 +16,7 @@ from tools import explore
 from tools.cli import main
 from tools.exploring.pages import PART, script
 from trainer import load
-from trainer.analysis.lens import decoder_rows, logit_lens, nearest
+from trainer.analysis.lens import decoder_rows, logit_lens, nearest, outermost
 from trainer.analysis.survey import BINS, Survey, bin_of
 from trainer.labels import NONE, UNKNOWN
 from trainer.stream import ShardSpec, ShardWriter
@@ -96,6 +96,13 @@ def test_the_lens_is_the_logits_that_a_direction_adds() -> None:
     assert near[7].tolist() == expected.topk(3).indices.tolist() and cosine[7, 0] < 1
 
 
+def test_the_outermost_of_many_are_those_of_all() -> None:
+    scores = torch.randn(5, 5003).bfloat16()  # with ties, and more places than groups hold
+    for largest in (True, False):
+        found = scores.gather(1, outermost(scores, 32, largest)).sort(dim=1).values
+        assert torch.equal(found, scores.topk(32, dim=1, largest=largest).values.sort(dim=1).values)
+
+
 def write_tokens(folder: Path, rows: int = 120) -> Path:
     """Shards whose rows say which tokens they are of: documents of 20 tokens, one of them a piece of markup."""
     generator = torch.Generator().manual_seed(1)
@@ -115,7 +122,7 @@ def test_pages_of_a_run(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     command = ["explore", "--run", str(tiny_run / "aligned"), "--out", str(out)]
     asked = ["--shards", str(shards), "--model", str(tiny_run / "lm"), "--contexts", "4", "--window", "3"]
     assert main([*command, *asked]) == 0
-    assert {p.name for p in out.iterdir()} == {"index.html", "explore.css", "explore.js", "data"}
+    assert {p.name for p in out.iterdir()} == {"index.html", "base.css", "explore.css", "explore.js", "data"}
     lines, details = parts(out, "lines"), parts(out, "details")
     dictionary = load(tiny_run / "aligned")
     assert len(lines) == len(details) == dictionary.slots

@@ -10,7 +10,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.stream.faulty_server import HubHandler, http_server
+from tests.support.hub import ModelHub
 from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary
+from tests.support.modes import private_files
 from tools.cli import main
 from tools.export import compare
 from trainer import load
@@ -34,6 +36,13 @@ def test_folded_weights_take_raw_activations(decoder_norm, mean_norm):
     torch.testing.assert_close(decoded, dictionary.decode(dictionary.encode(h)), rtol=1e-4, atol=100 * tolerance)
 
 
+def test_runs_shards_and_exports_are_readable_as_the_umask_has_it(tiny_run, tmp_path):
+    assert {"lm", "data", "aligned"} <= {path.name for path in tiny_run.iterdir()}
+    command = ["export", "--run", str(tiny_run / "aligned"), "--out", str(tmp_path / "out"), "--format", "safetensors"]
+    assert main(command) == 0
+    assert private_files(tiny_run / "data") == private_files(tiny_run / "aligned") == private_files(tmp_path) == []
+
+
 @pytest.mark.parametrize("layout", ["saelens", "safetensors", "huggingface"])
 def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):
     out = tmp_path / "out"
@@ -42,6 +51,7 @@ def test_exported_files_hold_the_trained_dictionary(tiny_run, tmp_path, layout):
     named = json.loads((out / "concepts.json").read_text())
     assert named["concepts"] == CONCEPTS
     assert named["trained_on"] == manifest.digest
+    assert named["token_position"] == "last prompt token"
     assert not list(tmp_path.glob("*.partial"))
     h = torch.randn(9, WIDTH)
     if layout == "safetensors":
@@ -109,8 +119,13 @@ def test_a_card_says_what_the_run_measured(tiny_run, tmp_path, capsys):
     assert "--format huggingface" in capsys.readouterr().err
 
 
-def test_an_export_is_loaded_from_a_hub(tiny_run, tmp_path, monkeypatch):
-    pytest.importorskip("huggingface_hub", reason="needs the extra `remote`")
+@pytest.fixture
+def online(monkeypatch):
+    """Whatever HF_HUB_OFFLINE says: the hub is on loopback."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_an_export_is_loaded_from_a_hub(tiny_run, tmp_path, monkeypatch, online):
     command = ["export", "--run", str(tiny_run / "aligned"), "--out", str(tmp_path / "d"), "--format", "huggingface"]
     assert main(command) == 0
     with http_server(tmp_path, kind=HubHandler) as (server, _, _):
@@ -126,3 +141,27 @@ def test_an_export_is_loaded_from_a_hub(tiny_run, tmp_path, monkeypatch):
     for loaded in (found, other):
         assert loaded.concepts == CONCEPTS and loaded.gains == run.gains and loaded.hook_point == run.hook_point
         torch.testing.assert_close(loaded.encode(h), run.encode(h), rtol=1e-4, atol=1e-4)
+
+
+def test_an_export_is_pushed_to_a_hub_and_loaded_back(tiny_run, tmp_path, monkeypatch, capsys, online):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    command = ["export", "--run", str(tiny_run / "aligned"), "--format", "huggingface"]
+    with http_server(tmp_path / "hub", kind=ModelHub) as (server, _, seen):
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": server})
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
+        assert main([*command, "--out", str(tmp_path / "d"), "--push-to-hub", "me/dict"]) == 0
+        found = load("hf://me/dict")
+        fsspec.get_filesystem_class("hf").clear_instance_cache()
+        assert f"pushed: {server}/me/dict" in capsys.readouterr().out
+        assert {p.name for p in (tmp_path / "hub/me/dict").iterdir()} >= {p.name for p in (tmp_path / "d").iterdir()}
+        made = next(json.loads(line) for line in seen if line.startswith("{"))
+        assert made["name"] == "dict" and (made.get("private") or made.get("visibility") == "private")
+        assert main([*command, "--out", str(tmp_path / "e"), "--push-to-hub", "me/other"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "is written, but the hub did not take it" in said and "hf_secret" not in said
+    assert 'load("hf://me/dict")' in (tmp_path / "d" / "README.md").read_text() and (tmp_path / "e").is_dir()
+    h = torch.randn(5, WIDTH)
+    torch.testing.assert_close(found.encode(h), load(tiny_run / "aligned").encode(h), rtol=1e-4, atol=1e-4)
+    for wrong in (["--push-to-hub", "a/b/c"], ["--public"], ["--push-to-hub", "me/dict", "--format", "saelens"]):
+        assert main([*command, "--out", str(tmp_path / "f"), *wrong]) == 2
+    assert not (tmp_path / "f").exists()

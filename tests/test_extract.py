@@ -12,7 +12,7 @@ import webdataset
 
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
-from trainer.analysis.language_model import capture, encode_prompts, load_language_model, read_prompts
+from trainer.language_model import SPLITS, capture, encode_prompts, load_language_model, read_prompts
 from trainer.stream import Manifest
 
 TEXTS = ["Ada works in Oslo.", "Ben was born.", "Cem studied law in Lima and in Rome for years.", "Dan."]
@@ -107,11 +107,13 @@ def test_several_layers_take_one_pass_and_no_later_block_runs(
     assert len(runs) == 2 * 2 and len(set(runs)) == 2  # two splits of one batch each, two blocks of three
 
 
-def test_the_held_out_split_is_normalised_like_the_training_split(
-    model_folder: Path, prompts: Path, tmp_path: Path
-) -> None:
-    assert extract(model_folder, tmp_path, "--prompts", str(prompts), "--layers", "1") == 0
-    train, heldout = (Manifest.load(tmp_path / "layer-01" / split) for split in ("train", "heldout"))
+def test_other_splits_are_normalised_like_the_training_split(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(prompts.read_text() + '{"prompt": "Q: where?", "concept": "city", "split": "validation"}\n')
+    assert extract(model_folder, tmp_path, "--prompts", str(path), "--layers", "1") == 0
+    train, validation, heldout = (Manifest.load(tmp_path / "layer-01" / split) for split in SPLITS)
+    assert validation.rows == 1 and heldout.rows < train.rows < 37
+    assert (validation.mean, validation.scale) == (train.mean, train.scale)
     acts = samples(tmp_path / "layer-01/train")["acts"].astype(np.float64)
     np.testing.assert_allclose(train.mean, acts.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(train.scale**2, ((acts - acts.mean(axis=0)) ** 2).sum(axis=1).mean())

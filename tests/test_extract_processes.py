@@ -13,7 +13,7 @@ import torch
 from tests.support.ranks import Ranks, run_ranks
 from tools.cli import main
 from tools.extract import deal
-from tools.extraction.units import Extractor
+from tools.extracting.units import UnitWriter
 from tools.lm_training.models import build_model, build_tokenizer
 
 SENTENCE = "Ada works in Oslo, Ben was born in Lima, Cem studied law. "
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def dying(arguments: list[str]) -> int:
     """The command, in which rank 1 is killed in its third unit."""
-    write, count = Extractor.write, 0
+    write, count = UnitWriter.write, 0
 
     def counted(self: Any, *rest: Any) -> None:
         nonlocal count
@@ -53,7 +53,7 @@ def dying(arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, *rest)
 
-    Extractor.write = counted  # type: ignore[method-assign, assignment]
+    UnitWriter.write = counted  # type: ignore[method-assign, assignment]
     return main(arguments)
 
 

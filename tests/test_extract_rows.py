@@ -11,7 +11,7 @@ import webdataset
 
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
-from trainer.analysis.language_model import capture, load_language_model
+from trainer.language_model import capture, load_language_model
 from trainer.stream import Manifest, ShardSpec, ShardWriter
 from trainer.stream.norms import RowNorms
 
@@ -112,6 +112,7 @@ def test_labels_of_prompts_chats_and_texts(model_folder: Path, tmp_path: Path) -
     rome = [(token, 4, place) for place, token in enumerate(tokenizer("Rome")["input_ids"])]
     assert [tuple(row) for row in np.array(found["token"]).tolist()] == ends + rome
     assert (manifest.concepts, manifest.answers) == (["city", "place"], ["Oslo", "Rome"])
+    assert manifest.extra["token_position"] == "every token of a text; last prompt token"
     labels = np.array(found["concept"]).reshape(len(ends + rome), -1)[:, 0].tolist()
     assert labels == [0, 1, -1, -2, *[0] * len(rome)]
     assert np.array(found["answer"]).tolist() == [0, -1, -1, -1, *[1] * len(rome)]
@@ -158,6 +159,7 @@ def test_hook_points_by_name(model_folder: Path, tmp_path: Path, capsys: Any) ->
     folders = [tmp_path / "out" / name / "train" for name in ("layer-01", *hooks[1:])]
     assert [Manifest.load(folder).hook_point for folder in folders] == hooks
     assert [Manifest.load(folder).width for folder in folders] == [16, 16, 64]
+    assert Manifest.load(folders[0]).extra["token_position"] == "every token of a text"
     assert extract(model_folder, tmp_path / "out", rows, "--hooks", "layer-06") == 2
     assert extract(model_folder, tmp_path / "out", rows) == 2
     assert "give --layers 6 or --hooks" in capsys.readouterr().err.splitlines()[-1]

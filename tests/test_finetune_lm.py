@@ -16,7 +16,7 @@ from tools.lm_training import checkpoint
 from tools.lm_training.batches import Example, Shuffled, collate, encode_question, encode_text
 from tools.lm_training.models import build_model, build_tokenizer
 from tools.lm_training.score import answer_accuracy, known_answers, predicted_logits
-from trainer.analysis.language_model import Prompt, answer_matches, generate_answers, load_language_model, read_prompts
+from trainer.language_model import Prompt, answer_matches, generate_answers, load_language_model, read_prompts
 
 TINY = [
     *("--layers", "2", "--width", "32", "--heads", "2", "--vocabulary", "500"),

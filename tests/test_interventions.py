@@ -24,14 +24,13 @@ from trainer.analysis.interventions import (
     answer_sets,
     generate_edited,
     loss_recovered,
-    mean_difference_swap,
     score_swaps,
-    slot_swap,
     swap_pairs,
 )
-from trainer.analysis.language_model import Prompt, hook_layer
+from trainer.analysis.rivals import MeanDifference, Slots, TrainingRows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import UserError
+from trainer.language_model import Prompt, hook_layer
 
 LAYER = 1  # the last block: what is written there alone decides the next token
 
@@ -88,24 +87,22 @@ def test_slot_swap_writes_back_the_changed_code(decoder_norm):
         swapped[row, target[row]] = strength[target[row]]
     decoded = dictionary.decode(swapped)
     torch.testing.assert_close(
-        slot_swap(dictionary, source, target, strength, "replace")(h), decoded, rtol=1e-4, atol=1e-4
+        Slots(dictionary, range(3), strength / 2, "replace").swap(source, target, 2.0)(h), decoded, rtol=1e-4, atol=1e-4
     )
     expected = h + decoded - dictionary.decode(z)
     torch.testing.assert_close(
-        slot_swap(dictionary, source, target, strength, "add")(h), expected, rtol=1e-4, atol=1e-4
+        Slots(dictionary, range(3), strength / 2).swap(source, target, 2.0)(h), expected, rtol=1e-4, atol=1e-4
     )
+    z[torch.arange(4), source] = 0
+    silent = h + dictionary.decode(z) - dictionary.decode(dictionary.encode(h))
+    torch.testing.assert_close(Slots(dictionary, range(3), strength).suppress(source)(h), silent, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_difference_formula():
     means, h = torch.randn(3, WIDTH), torch.randn(2, WIDTH)
-    edit = mean_difference_swap(means, torch.tensor([0, 2]), torch.tensor([1, 0]), 1.5)
+    method = MeanDifference(TrainingRows(means, torch.eye(3, dtype=torch.bool)))
+    edit = method.swap(torch.tensor([0, 2]), torch.tensor([1, 0]), 1.5)
     torch.testing.assert_close(edit(h), h + 1.5 * torch.stack([means[1] - means[0], means[0] - means[2]]))
-
-
-def test_edits_keep_the_dtype_of_the_model():
-    h, one, two = torch.randn(2, WIDTH, dtype=torch.bfloat16), torch.tensor([0, 1]), torch.tensor([1, 2])
-    assert slot_swap(random_dictionary(), one, two, torch.ones(3))(h).dtype == torch.bfloat16
-    assert mean_difference_swap(torch.randn(3, WIDTH), one, two, 1.0)(h).dtype == h.dtype
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 256])
@@ -113,13 +110,13 @@ def test_each_row_gets_its_own_swap(batch_size):
     dictionary = writing_dictionary()
     pairs = swap_pairs(tiny_prompts(), CONCEPTS, split="heldout", pairs=24, seed=0)
     # Strength 1 leaves the other always-active slot at 1 too: 2 makes the target win.
-    strength = torch.full((3,), 2.0)
+    method = Slots(dictionary, range(3), torch.ones(3))
     texts = generate_edited(
         tiny_model(),
         tiny_tokenizer(),
         LAYER,
         pairs,
-        lambda s, t: slot_swap(dictionary, s, t, strength),
+        lambda s, t: method.swap(s, t, 2.0),
         max_new_tokens=1,
         batch_size=batch_size,
     )

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.language_model import WIDTH, random_dictionary
-from trainer import labels
-from trainer.analysis import label_scores
-from trainer.analysis.binding_matrix import confusion_matrix, predicted_slots
+from trainer import labels, scores
+from trainer.analysis.binding_matrix import confusion_matrix
 from trainer.analysis.evaluation import activation_blocks, evaluate_split
-from trainer.analysis.label_scores import auroc, average_precision, label_figures
+from trainer.analysis.label_scores import figures_of, probe_figures, slot_scores
+from trainer.scores import auroc, average_precision, predicted_slots
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda values: torch.tensor(values).float())
 LISTED = [[0], [1, 2], [-2], [-1], [2, 0], [1], [0, 1, 2], [2]]  # what rows say, over and over
@@ -60,9 +60,9 @@ def test_nothing_to_rank_is_no_number():
 @pytest.mark.parametrize("held", [1, 5 * (50 + TEXT) * 2, 1 << 30])  # bytes: one slot at a time, two, all
 def test_figures_are_those_of_rows_taken_one_by_one(sample, monkeypatch, held):
     acts, concept, text = sample
-    monkeypatch.setattr(label_scores, "SCORES_BYTES", held)
+    monkeypatch.setattr(scores, "SCORES_BYTES", held)
     dictionary = random_dictionary()
-    found = label_figures(dictionary, batches(acts, concept), unlabelled(text))
+    found = figures_of(slot_scores(dictionary), dictionary.concept_names, batches(acts, concept), unlabelled(text))
     pre = dictionary.concepts.weights().pre_activations(dictionary.normalise(torch.cat([acts, text]))).detach()
     said = [*(set(row) - {-1} for row in concept.tolist()), *(set() for _ in text)]
     assert found["labels"]["rows"] == {
@@ -85,6 +85,7 @@ def test_figures_are_those_of_rows_taken_one_by_one(sample, monkeypatch, held):
     assert found["text"]["rows"] == quiet.sum()
     assert found["text"]["concept_firing_rate"] == pytest.approx((code[quiet] > 0).float().mean().item())
     assert found["text"]["any_concept_firing_rate"] == pytest.approx((code[quiet] > 0).any(1).float().mean().item())
+    assert found["text"]["concept_activation"] == pytest.approx(code[quiet].mean().item(), rel=1e-5)
     per = found["labels"]["per_concept"].values()
     for whole, name in (("auroc", "auroc"), ("mean_average_precision", "average_precision")):
         assert found["labels"][whole] == pytest.approx(np.mean([one[name] for one in per]))
@@ -110,3 +111,16 @@ def test_a_row_of_several_concepts_is_right_where_its_slot_is_one_of_them(sample
     means = torch.cat(list(activation_blocks(dictionary, batches(acts, concept), 3)), dim=1)
     expected = torch.stack([code[member[:, r]].mean(dim=0) for r in range(3)])
     torch.testing.assert_close(means.float(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_probe_is_measured_as_the_slots_are(sample):
+    acts, concept, text = sample
+    dictionary = random_dictionary()
+    score, names = slot_scores(dictionary), dictionary.concept_names
+    ours = figures_of(score, names, batches(acts, concept), unlabelled(text))
+    found = probe_figures(score, names, batches(acts, concept), unlabelled(text))
+    assert found["auroc"] == ours["labels"]["auroc"] and found["auroc_against_text"] == ours["text"]["auroc"]
+    assert found["mean_average_precision"] == ours["labels"]["mean_average_precision"]
+    best, listed = score(acts).argmax(dim=1).tolist(), [set(row) - {-1, -2} for row in concept.tolist()]
+    right = [chosen in row for chosen, row in zip(best, listed, strict=True) if row]
+    assert found["slot_accuracy"] == pytest.approx(sum(right) / len(right))

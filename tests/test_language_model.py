@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tools.lm_training.models import build_model, build_tokenizer
-from trainer.analysis.language_model import (
+from trainer.errors import UserError
+from trainer.language_model import (
     answer_matches,
     capture,
     edit_residual,
@@ -29,7 +30,6 @@ from trainer.analysis.language_model import (
     read_prompts,
     read_texts,
 )
-from trainer.errors import UserError
 
 PROMPTS = ["Q: Who?\nA:", "Q: Where does Ada work today?\nA:", "Q: a\nA:", "Q: What did Ben Ash study?\nA:"]
 LAYERS = 3
@@ -227,7 +227,7 @@ def test_prompts_keep_order_and_ignore_other_fields(tmp_path: Path) -> None:
         (GOOD + GOOD.replace('"b"', '"  "'), ":2: answer is empty"),
         (GOOD.replace('"Q: a\\nA:"', '""'), ":1: prompt is empty"),
         (GOOD.replace('"prompt"', '"text"'), "no field 'prompt'; found answer, concept, note, text"),
-        (GOOD.replace('"note": 1', '"split": "test"'), "split 'test' is neither"),
+        (GOOD.replace('"note": 1', '"split": "test"'), "split 'test' is not train, validation or heldout"),
         (GOOD.replace('"b"', "7"), ":1: answer is empty or no text"),
         ("[1]\n", "expected a JSON object"),
         ("{\n", "not UTF-8 JSON lines"),

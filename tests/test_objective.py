@@ -11,14 +11,15 @@ from trainer import following, labels, losses
 from trainer.dictionary import BankWeights, ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
 from trainer.metrics import batch_means
-from trainer.objective import SUMS, AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
+from trainer.sums import SUMS, MicroBatch
 from trainer.topology import Topology
 
 
 def make(D, R, K, bank, answers=5, decoder_norm="free", **options):
     torch.manual_seed(D * 100 + R)
     names = [f"c{i}" for i in range(R)]
-    config = DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7)
+    config = DictionaryConfig(K, bank, decoder_norm=decoder_norm, value_hidden=7, gate=options.pop("gate", "relu"))
     dictionary = ConceptDictionary(config.form(D, names, answers))
     with torch.no_grad():
         for parameter in dictionary.parameters():
@@ -44,8 +45,11 @@ def oracle(objective, batch, weights, align):
         torch.cat([bank.W_enc for bank in banks]),
         torch.cat([bank.b_enc for bank in banks]),
         torch.cat([bank.W_dec for bank in banks]),
+        None if banks[0].threshold is None else torch.cat([bank.threshold for bank in banks]),
         decoder_norm=d.form.decoder_norm,
         perp_weight=torch.cat([following.perp_weight(bank.dependence) for bank in d.free_banks()]),
+        bandwidth=objective.form.bandwidth,
+        dead=torch.cat([bank.last_fired == 0 for bank in d.free_banks()]) if weights.pull else None,
     )
     plain = losses.PlainDictionary(free, d.concepts.weights(), d.output.b_dec, d.value_head)
     x = d.normalise(batch.acts)
@@ -71,7 +75,7 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     loss, sums = objective(batch, weights, align, step=1)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    objective.take_up()
+    objective.take_up(torch.tensor(True))
     dependence = [bank.dependence for bank in objective.dictionary.free_banks()]
     assert all(torch.equal(a, b) for a, b in zip(before, dependence, strict=True)) == (not align or not R or B < 2)
     for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
@@ -85,7 +89,38 @@ def test_value_and_gradient_equal_the_oracle(shape, align, decoder_norm, bind_on
     assert total["perp"] == pytest.approx(float(terms["perp"]), rel=1e-4, abs=1e-6)
 
 
-FORMS = [{"binding": "softmax"}, {"binding": "sigmoid"}, {"binding": "sigmoid", "bind_balance": True}]
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("decoder_norm,kernel", [("free", "dense"), ("unit", "sparse"), ("free", "sparse")])
+def test_thresholds_that_are_trained_equal_the_oracle(align, decoder_norm, kernel):
+    objective = make(16, 3, 50, 20, decoder_norm=decoder_norm, kernel=kernel, gate="jumprelu", bandwidth=0.4)
+    batch = make_batch(40, 16, 3)
+    with torch.no_grad():
+        for number, bank in enumerate(objective.dictionary.free_banks()):
+            bank.level.copy_(bank.gate.tensors_at(torch.empty(bank.slots).uniform_(0.05, 1.0))["level"])
+            bank.last_fired[number::2] = 6
+    weights = LossWeights(rec=1.0, sp=0.3, pull=0.5, bind=0.7, perp=0.2, val=0.4)
+    parameters = dict(objective.named_parameters())
+    expected, terms = oracle(objective, batch, weights, align)
+    grads = torch.autograd.grad(expected, list(parameters.values()), allow_unused=True)
+    objective.dead_after = 5
+    loss, sums = objective(batch, weights, align, step=7)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for (name, parameter), grad in zip(parameters.items(), grads, strict=True):
+        want = torch.zeros_like(parameter) if grad is None else grad
+        torch.testing.assert_close(parameter.grad, want, rtol=2e-4, atol=2e-5, msg=name)
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    assert total["sp"] == total["active"] > 0
+    assert total["pull"] / 40 == pytest.approx(float(terms["pull"]), rel=1e-4) and total["pull"] > 0
+
+
+FORMS = [
+    {"binding": "softmax"},
+    {"binding": "sigmoid"},
+    {"binding": "sigmoid", "bind_balance": True},
+    {"binding": "squares"},
+    {"binding": "squares", "bind_on": "code"},
+]
 
 
 def labelled_batch(B, D, R, M, form):
@@ -103,7 +138,7 @@ def labelled_batch(B, D, R, M, form):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form.values())))
-@pytest.mark.parametrize("B,R,M", [(1, 1, 1), (2, 3, 2), (40, 6, 1), (41, 6, 3), (30, 70, 5)])
+@pytest.mark.parametrize("B,R,M", [(1, 1, 1), (3, 3, 2), (40, 6, 1), (41, 6, 3), (30, 70, 5)])
 def test_labels_of_every_kind_equal_the_oracle(B, R, M, form):
     objective = make(9, R, 20, 8, **form)
     batch = labelled_batch(B, 9, R, M, objective.form)
@@ -119,7 +154,7 @@ def test_labels_of_every_kind_equal_the_oracle(B, R, M, form):
     total = dict(zip(SUMS, sums.tolist(), strict=True))
     assert total["listing"] == labels.listing(batch.concept).sum() and total["labelled"] == batch.counts[1]
     logits = objective.dictionary.concepts.weights().pre_activations(objective.dictionary.normalise(batch.acts))
-    top = logits.argmax(dim=1).tolist()
+    top = (logits.relu() if objective.form.bind_on == "code" else logits).argmax(dim=1).tolist()
     assert total["bound"] == sum(top[row] in batch.concept[row].tolist() for row in range(B))
     # Micro-batches add up to the batch, whatever labels they hold.
     objective.zero_grad()
@@ -142,6 +177,8 @@ def test_independent_concepts_by_hand():
     assert float(losses.independent(logits, concept, False)) == pytest.approx(plain, rel=1e-6)
     halves = sum(with_it) / 2 / 2 + without_it / 2
     assert float(losses.independent(logits, concept, True)) == pytest.approx(halves, rel=1e-6)
+    # The row that has none is to be 0, the others 1.
+    assert float(losses.squares(logits, concept)) == pytest.approx((0.0 + 1.0 + 1.0) / 3)
     # Softmax counts what is listed alone, one half for each of two.
     logits, concept = torch.tensor([[1.0, 3.0, 0.0], [9.0, 0.0, 0.0]]), torch.tensor([[0, 1], [-2, -1]])
     assert float(losses.binding(logits, concept)) == pytest.approx(
@@ -270,14 +307,16 @@ def test_every_term_is_known_wherever_terms_are():
     assert [field.name for field in dataclasses.fields(losses.StageWeights)] == names
     assert {term.mean_over for term in losses.TERMS} <= {*losses.COUNTS, "steps"}
     assert set(names) <= set(SUMS)
-    objective, batch = make(6, 3, 10, 4), make_batch(9, 6, 3, unlabelled=0.0)
+    objective, batch = make(6, 3, 10, 4, gate="jumprelu"), make_batch(9, 6, 3, unlabelled=0.0)
+    with torch.no_grad():
+        next(objective.dictionary.free_banks()).level.fill_(0.1)  # slots that never fire
     _, plain = oracle(objective, batch, LossWeights(), True)
     assert list(plain) == names
     for term in losses.TERMS:
         weights = LossWeights(**{name: float(name == term.name) for name in names})
         for align in (False, True):
             stage = "align" if align else "pretrain"
-            loss, sums = objective(batch, weights, align, 1)
+            loss, sums = objective(batch, weights, align, 9)
             means = batch_means(dict(zip(SUMS, sums.tolist(), strict=True)))
             assert losses.weighted(means, weights) == pytest.approx(float(loss.detach()), rel=1e-5)
             assert (float(loss.detach()) != 0) == term.counts_in(stage), (term, stage)

@@ -1,5 +1,6 @@
 """`alignsae plan`: its memory and traffic against measurements, and what it prints."""
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tools.parsers.plan
 from tests.support.commands import ROOT, launch, program, torchrun
 from tools import plan
 from tools.cli import main
+from tools.planning import seconds
 from tools.planning.estimate import Estimate
 from trainer.dictionary import DictionaryConfig
 from trainer.errors import UserError
@@ -199,3 +202,43 @@ def test_sizes():
 def test_scaling_document_holds_the_table_of_the_command(capsys):
     assert main(["plan", "--scaling"]) == 0
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "scaling.md").read_text()
+
+
+def test_seconds_follow_from_bytes_and_operations(capsys):
+    """The issue of 100,006 slots on one H100, by hand: product 1.26 TFLOP, AdamW 28 bytes a parameter."""
+    form = DictionaryConfig(100_000).form(768, [str(i) for i in range(6)], 10)
+    work = plan.Workload(form, 8192, True)
+    alone = plan.estimate(work, "single", 1)
+    assert alone is not None
+    device = seconds.DEVICES["h100"]
+    each = {kernel.name: kernel for kernel in seconds.kernels(work, "single", 1, 64.0)}
+    assert each["encoder product and bits"].operations == pytest.approx(2 * 8192 * 100_000 * 768)
+    assert each["AdamW"].bytes == pytest.approx(28 * (work.free() + work.shared))
+    found = seconds.step(work, alone, device, 64.0)
+    product, adam = 1.258e12 / (0.7 * 989e12), 28 * 153.7e6 / (0.85 * 3.35e12)
+    assert found.floor == pytest.approx(product + adam, rel=0.01)
+    assert found.sent == 0 and found.uncached > found.total == found.kernels > found.floor
+    again = each["pre-activations again, in fp32"]
+    entries, width = 8192 * 64.0, 768 * 4
+    by_hand = width * 100_000 / (0.85 * 3.35e12) + width * entries / 5.5e12
+    assert again.seconds(device) == pytest.approx(by_hand)  # 25 MB of rows, half of the cache holds 26
+    # With more rows than the cache holds they come from memory.
+    twice = seconds.kernels(plan.Workload(form, 16384, True), "single", 1, 64.0)[3]
+    assert twice.seconds(device) == pytest.approx(width * (100_000 + 2 * entries) / (0.85 * 3.35e12))
+    # More devices: less to compute each, something to send.
+    for strategy in ("ddp", "dictionary", "zero3"):
+        many = plan.estimate(work, strategy, 8)
+        assert many is not None
+        shared = seconds.step(work, many, device, 64.0)
+        assert shared.kernels < found.kernels and shared.sent > 0
+    arguments = ["--config", str(ROOT / "configs" / "large.yaml"), "--width", "768", "--device", "h100"]
+    assert main(["plan", *arguments]) == 0
+    assert "| AdamW |" in capsys.readouterr().out
+    assert main(["plan", *arguments, "--l0", "0"]) == 2
+
+
+def test_every_device_of_the_parser_has_figures():
+    parser = argparse.ArgumentParser()
+    tools.parsers.plan.add_arguments(parser)
+    choices = next(action.choices for action in parser._actions if action.dest == "device_name")
+    assert set(choices or ()) == set(seconds.DEVICES)

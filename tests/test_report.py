@@ -14,7 +14,11 @@ import torch
 from tests.support.language_model import CONCEPTS
 from tools import plots
 from tools.cli import main
+from tools.reporting.oddities import oddities
 from tools.summary import collect, compare, read_bars
+from tools.swapping import plots as swap_plots
+from tools.swapping.table import methods_of
+from trainer.analysis.evaluation import density
 from trainer.analysis.results import read_metrics
 from trainer.errors import UserError
 from trainer.files import write_result
@@ -49,7 +53,9 @@ def finished(tiny_run, tmp_path_factory):
     model_and_prompts = ["--model", model, "--prompts", prompts]
     plain = ["--unsupervised", str(folder / "plain")]
     assert main(["evaluate", "--run", run, "--train", train, *plain, *model_and_prompts]) == 0
-    assert main(["swap", "--run", run, *model_and_prompts, "--alphas", "1,2", "--pairs", "12"]) == 0
+    assert (
+        main(["swap", "--run", run, *model_and_prompts, "--alphas", "1,2", "--pairs", "12", "--learn-steps", "3"]) == 0
+    )
     assert main(["report", "--run", run]) == 0
     return folder
 
@@ -63,6 +69,7 @@ def test_evaluation_holds_both_splits_and_the_unsupervised_run(finished):
         assert found[split]["reconstruction"]["fvu"] < 0.1
         assert sum(map(sum, found[split]["binding"]["confusion"])) == 12
         assert found[split]["fragmentation"]["concept_slots"]["efffeat"] < 1.2
+        assert found[split]["probe"]["slot_accuracy"] == found[split]["probe"]["auroc"] == 1
         assert found["unsupervised"][split]["binding"]["slots_alive"] == 0
     assert found["unsupervised"]["train"]["fragmentation"]["all"]["efffeat"] > 2
     assert 0.5 < found["loss_recovered"]["recovered_over_mean"] <= 1.1
@@ -80,9 +87,26 @@ def test_text_beside_the_splits_is_what_slots_are_to_be_silent_on(finished, tmp_
     assert main([*command, str(tmp_path / "text")]) == 0
     found = json.loads(out.read_text())["heldout"]
     assert found["text"]["rows"] == found["labels"]["rows"]["unknown"] == 5 and found["labels"]["rows"]["listing"] == 12
-    assert "of 5 rows without a concept, a slot fires on a share of" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of 5 rows without a concept, a slot fires on a share of" in shown
+    assert f"of the probe {found['probe']['auroc_against_text']:.4f}" in shown
     assert main([*command, str(tmp_path / "foreign")]) != 0
     assert "concepts other are not among" in capsys.readouterr().err
+
+
+def test_loss_recovered_on_text_and_what_stands_on_little(finished, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Q where ann city rome"}\n{"text": "bob law"}\n')
+    train, out = str(finished / "data" / "train"), tmp_path / "evaluation.json"
+    command = ["evaluate", "--run", str(finished / "aligned" / "checkpoints" / "latest"), "--train", train]
+    given = ["--model", str(finished / "lm"), "--texts", str(tmp_path / "texts.jsonl"), "--out", str(out)]
+    assert main([*command, *given]) == 0
+    found = json.loads(out.read_text())
+    assert found["text_loss_recovered"]["tokens"] == 5 and found["text_loss_recovered"]["texts"] == 2
+    said = capsys.readouterr().out
+    assert "text: cross-entropy" in said and "note: The loss recovered on text stands on 5 tokens." in said
+    assert found["notes"][0] == "FVU and L0 of training rows stand on 12 rows."
+    assert main([*command, "--texts", str(tmp_path / "texts.jsonl")]) == 2
+    assert "needs --model" in capsys.readouterr().err
 
 
 def test_swap_file_has_every_alpha_both_methods_and_a_full_matrix(finished):
@@ -96,6 +120,21 @@ def test_swap_file_has_every_alpha_both_methods_and_a_full_matrix(finished):
         assert failures + sum(map(sum, part["matrix"]["successes"])) == found["pairs"] == 12
         for group in part["failures"].values():
             assert all(set(e) == {"prompt", "source", "target", "expected", "answered"} for e in group["examples"])
+
+
+def test_swap_file_says_of_every_method_what_it_left_alone(finished):
+    found = json.loads((finished / "aligned" / "swap.json").read_text())
+    assert found["bystanders"] == {"questions": found["bystanders"]["questions"], "texts": 0}
+    for name, part in methods_of(found).items():
+        assert set(part["forms"]) == {"always", "when"}
+        for form in part["forms"].values():
+            assert form["text_kl"] is form["fluency"] is None  # without --texts
+            shares = [form[key] for key in ("success", "isolation", "quiet", "joint") if form[key] is not None]
+            assert all(0 <= share <= 1 for share in shares)
+        assert part["forms"]["always"]["success"] == part["best_success"]
+        assert (name == "slots") == ("slots_over" not in part)
+    page = (finished / "aligned" / "report.html").read_text()
+    assert "where read" in page and "das_3" in page
 
 
 class _Page(HTMLParser):
@@ -117,8 +156,10 @@ def test_report_is_one_file_with_every_plot_inside(finished):
     page = _Page()
     page.feed((finished / "aligned" / "report.html").read_text())
     plots = {p.stem: p.read_bytes() for p in (finished / "aligned" / "plots").iterdir()}
-    assert set(plots) == {"binding", "fragmentation", "swap", "swap_matrix", "losses", "training"}
-    assert page.links == []
+    training = {"losses", "training", "heldout"}
+    swaps = {"swap", "swap_forms", "swap_matrix"}
+    assert set(plots) == {"binding", "density", "fragmentation", *swaps, *training}
+    assert all(link.startswith(("#", "data:,")) for link in page.links)
     prefix = "data:image/png;base64,"
     assert all(src.startswith(prefix) for src in page.images)
     inside = {base64.b64decode(src.removeprefix(prefix)) for src in page.images}
@@ -145,7 +186,7 @@ def test_report_of_a_run_that_was_not_evaluated(tiny_run, tmp_path):
     for name in ("metrics.jsonl", "config.yaml"):
         shutil.copy(tiny_run / "aligned" / name, run)
     assert main(["report", "--run", str(run)]) == 0
-    assert {p.name for p in (run / "plots").iterdir()} == {"losses.png", "training.png"}
+    assert {p.name for p in (run / "plots").iterdir()} == {"losses.png", "training.png", "heldout.png"}
 
 
 def test_report_of_a_dictionary_without_concepts(finished, tmp_path):
@@ -200,7 +241,7 @@ def test_evaluate_refuses_shards_of_other_concepts(finished, tmp_path, capsys):
 
 def test_evaluate_without_a_model_for_its_prompts_is_refused(finished, capsys):
     assert main(["evaluate", "--run", str(finished / "aligned"), "--prompts", "p.jsonl"]) == 2
-    assert "--model and --prompts belong together" in capsys.readouterr().err
+    assert "the loss recovered needs --model" in capsys.readouterr().err
 
 
 def test_summary_has_the_agreed_keys_and_exits_1_on_a_missed_bar(finished, tmp_path, capsys):
@@ -280,6 +321,17 @@ def test_results_are_never_half_written(tmp_path):
         write_result(tmp_path / "file" / "x.json", {"a": 1})
 
 
+def test_plots_show_the_held_out_rows_that_were_evaluated(finished):
+    metrics = read_metrics(finished / "aligned")
+    figure = plots.training_plot(metrics)
+    assert [len(ax.lines) for ax in figure.axes] == [3, 3, 2, 3]  # training, held out, switch of stages
+    assert np.asarray(figure.axes[0].lines[1].get_xdata()).tolist() == [30, 60, 90, 120, 150, 170]
+    labels = plots.heldout_plot(metrics)
+    assert labels is not None and [len(ax.lines) for ax in labels.axes] == [2]  # no text
+    without = [{name: value for name, value in line.items() if "heldout" not in name} for line in metrics]
+    assert plots.heldout_plot(without) is None and len(plots.training_plot(without).axes[0].lines) == 2
+
+
 def test_plots_of_many_concepts_and_of_a_silent_one(finished):
     evaluation = json.loads((finished / "aligned" / "evaluation.json").read_text())
     names = [f"concept {i}" for i in range(40)]
@@ -299,7 +351,47 @@ def test_plots_of_many_concepts_and_of_a_silent_one(finished):
 
 def test_swap_plot_takes_alpha_zero(finished):
     swap = json.loads((finished / "aligned" / "swap.json").read_text())
-    for method in ("slots", "mean_difference"):
-        swap[method]["alphas"].insert(0, {"alpha": 0.0, "success": 0.0, "category_kept": 0.0})
-    lines = plots.swap_plot(swap).axes[0].lines
-    assert [np.asarray(line.get_xdata()).tolist() for line in lines] == [[0, 1, 2]] * 4
+    methods = methods_of(swap)
+    assert [*methods] == ["slots", "mean_difference", "probe", "erasure", "das_1", "das_3", "slots_learned"]
+    for part in methods.values():
+        part["alphas"].insert(0, {"alpha": 0.0, "success": 0.0, "category_kept": 0.0})
+    lines = swap_plots.swap_plot(swap).axes[0].lines
+    assert [np.asarray(line.get_xdata()).tolist() for line in lines] == [[0, 1, 2]] * 9
+
+
+def test_what_is_odd_is_said():
+    lines = [{"step": step, "loss/rec": 1.0 + step % 2 * 0.1} for step in range(20)]
+    assert oddities(lines, None, {"status": "finished"}) == []
+    lines[15]["loss/rec"] = 9.0
+    lines[-1] |= {"skipped_updates": 2, "nonfinite_rows": 1}
+    said = oddities(lines, None, {"status": "interrupted"})
+    assert [sentence.split()[0] for sentence in said] == ["Training", "2", "1", "The"]
+    assert "1 of 20 lines" in said[-1] and "8.6 times" in said[-1] and "at step 15" in said[-1]
+    assert "no outcome.json" in oddities([], None, None)[0]
+    fit = {"fvu": 0.1, "l0": 8.0, "dead": 0.0, "density": [5] * 22 + [0, 0]}
+    split = {"reconstruction": fit, "binding": {"alive": {"a": True, "b": True}}}
+    ended = {"status": "finished"}
+    assert oddities([], {"train": split, "heldout": split}, ended) == []
+    worse = {
+        "reconstruction": {**fit, "fvu": 0.2, "dead": 0.5, "density": [0] * 23 + [4]},
+        "binding": {"alive": {"a": True, "b": False}},
+        "outliers": {"rows": 3},
+    }
+    plain = {"heldout": {"reconstruction": {**fit, "fvu": 0.15}}}
+    said = oddities([], {"train": split, "heldout": worse, "unsupervised": plain}, ended)
+    expected = (
+        "50.0% of the slots",
+        "4 free slots",
+        "2.00 times",
+        "0.2000 instead of 0.1500",
+        "row: b.",
+        "giant norms",
+    )
+    assert len(said) == len(expected) and all(part in sentence for part, sentence in zip(expected, said, strict=True))
+
+
+def test_the_density_of_slots():
+    share = torch.tensor([0.0, 1e-9, 10**-5.9, 0.09, 0.11, 1.0]).double()
+    counts = density(share)
+    assert len(counts) == 24 and sum(counts) == 5
+    assert {place: count for place, count in enumerate(counts) if count} == {0: 2, 19: 1, 20: 1, 23: 1}

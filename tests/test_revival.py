@@ -4,24 +4,25 @@ import pytest
 import torch
 
 from trainer import revival
-from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.dictionary import GATES, ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import OptimConfig
 from trainer.revival import RevivalConfig
 from trainer.strategies.local import LocalStrategy
+from trainer.sums import MicroBatch
 from trainer.topology import Topology
 
 WIDTH, SLOTS, ROWS = 16, 60, 400
 
 
-def trained(steps: int = 30) -> tuple[LocalStrategy, torch.Tensor]:
+def trained(steps: int = 30, gate: str = "relu") -> tuple[LocalStrategy, torch.Tensor]:
     """A strategy whose dictionary has taken some steps, then had the first 20 slots of its first bank silenced; and
     rows."""
     generator = torch.Generator().manual_seed(0)
     codes = (torch.rand(ROWS, 40, generator=generator) < 0.1) * torch.rand(ROWS, 40, generator=generator)
     rows = codes @ torch.randn(40, WIDTH, generator=generator)
-    dictionary = ConceptDictionary(DictionaryConfig(SLOTS, 32).form(WIDTH))
+    dictionary = ConceptDictionary(DictionaryConfig(SLOTS, 32, gate=gate).form(WIDTH))
     dictionary.set_normalisation(rows.mean(dim=0).tolist(), float(rows.norm(dim=1).square().mean().sqrt()))
     strategy = LocalStrategy(Topology())
     strategy.prepare(AlignObjective(dictionary, Topology(), kernel="dense"), OptimConfig(), 0)
@@ -40,7 +41,7 @@ def take_step(strategy: LocalStrategy, rows: torch.Tensor, step: int) -> float:
     counts = torch.tensor([float(len(rows)), 0.0, 0.0])
     loss, _ = strategy.forward(MicroBatch(rows, none[:, None], none, counts), LossWeights(sp=0.01), False, step)
     strategy.backward(loss, last=True)
-    strategy.update(3e-3, 1.0)
+    strategy.update(3e-3, 1.0, torch.tensor(True))
     return float(loss.detach())
 
 
@@ -48,8 +49,9 @@ def revived(strategy: LocalStrategy, rows: torch.Tensor, step: int = 31) -> int:
     return revival.resample(strategy, rows, False, step, dead_after=10, seed=0)
 
 
-def test_revived_slots_differ_and_fire_on_few_rows():
-    strategy, rows = trained()
+@pytest.mark.parametrize("gate", GATES)
+def test_revived_slots_differ_and_fire_on_few_rows(gate):
+    strategy, rows = trained(gate=gate)
     assert revived(strategy, rows) == 20
     bank = next(strategy.objective.dictionary.free_banks())
     directions = bank.W_dec.detach()[:20]
@@ -65,14 +67,27 @@ def test_revived_slots_differ_and_fire_on_few_rows():
         assert not state.exp_avg[name][:20].any()
 
 
-def test_reconstruction_is_not_shaken():
-    strategy, rows = trained()
-    x, before = strategy.objective.reconstruct(rows, False)
+@pytest.mark.parametrize("gate", GATES)
+def test_reconstruction_is_not_shaken(gate):
+    strategy, rows = trained(gate=gate)
+    x, before, *_ = strategy.objective.look(rows, False)
     revived(strategy, rows)
-    _, after = strategy.objective.reconstruct(rows, False)
+    _, after, *_ = strategy.objective.look(rows, False)
     assert (x - after).square().sum() <= 1.05 * (x - before).square().sum()
     losses = [take_step(strategy, rows, step) for step in range(32, 60)]
     assert max(losses) <= 1.2 * losses[0]
+
+
+def test_no_more_slots_come_back_than_can_fire_together():
+    """Rows that lack the same make new slots that lie along each other; above a threshold each adds that at least."""
+    strategy, rows = trained(gate="batch_topk")
+    rows = rows + 20.0 * torch.nn.functional.one_hot(torch.tensor(3), WIDTH)
+    for bank in strategy.objective.dictionary.free_banks():
+        bank.get_buffer("theta").fill_(1.0)
+    x, before, *_ = strategy.objective.look(rows, False)
+    assert 0 < revived(strategy, rows) < 20
+    _, after, *_ = strategy.objective.look(rows, False)
+    assert (x - after).square().sum() < (x - before).square().sum()
 
 
 def test_equal_rows_give_one_slot():
@@ -104,6 +119,6 @@ def test_rows_without_a_residual_revive_nothing():
 
 def test_periods_scale_with_the_run():
     config = RevivalConfig()
-    assert config.period(5000) == 100 and config.patience(5000) == 100 and config.period(10) == 1
-    assert [s for s in range(1000) if config.due(s, 1000)][:2] == [20, 40]
+    assert config.period(5000) == 100 and config.patience(5000) == 100 and config.period(10) == 25
+    assert [s for s in range(2000) if config.due(s, 2000)][:2] == [40, 80]
     assert RevivalConfig(every=7).patience(1000) == 7

@@ -19,6 +19,19 @@ def spelled(text: str) -> set[str]:
     return NAMES & {string.rpartition("/")[2] for string in strings if " " not in string}
 
 
+def test_a_checkpoint_is_in_its_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, found in (
+        ("r", "r"),
+        ("r/checkpoints/best", "r"),
+        ("r/checkpoints/step-00000001", "r"),
+        ("r/x/y", "r/x/y"),
+    ):
+        assert RunFolder.around(tmp_path / path).path == tmp_path / found
+    (tmp_path / "r/checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "r/checkpoints")
+    assert RunFolder.around(Path("best")).path == tmp_path / "r"
+
+
 def test_all_names_are_known() -> None:
     assert {"config.yaml", "metrics.jsonl", "outcome.json", "evaluation.json", "checkpoints", "plots"} <= NAMES
 

@@ -5,23 +5,25 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, GPT2LMHeadModel
 
-from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary, tiny_tokenizer
+from tests.support.language_model import CONCEPTS, WIDTH, random_dictionary, tiny_model, tiny_tokenizer
 from tools.cli import main
 from tools.lm_training.models import build_model
 from trainer import Trained, load, steer
 from trainer.analysis.evaluation import concept_slot_means
-from trainer.analysis.language_model import capture, encode_prompts, find_blocks, last_token, load_language_model
 from trainer.analysis.results import rows_of
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError, UserError
-from trainer.gains import concept_gains
+from trainer.gains import measure_concepts
+from trainer.language_model import capture, encode_prompts, find_blocks, last_token, load_language_model
 from trainer.pretrained import Facts
 from trainer.topology import Topology
 
@@ -118,6 +120,23 @@ def test_the_trace_is_the_code_of_the_layer(model: Any) -> None:
     row = torch.arange(len(PROMPTS))
     assert bool((s.steered["city"][row, last_token(mask)] == GAINS["city"]).all())
     assert torch.equal(s.steered["work"].nan_to_num(), s.trace["work"].nan_to_num())
+
+
+class Renamed(GPT2LMHeadModel):
+    """Takes its cache under the name that some versions of transformers have for it."""
+
+    def forward(self, input_ids: Tensor, cache: DynamicCache, **options: Any) -> Any:
+        return super().forward(input_ids, past_key_values=cache, **options)
+
+
+def test_a_cache_is_known_whatever_it_is_called() -> None:
+    model = Renamed(tiny_model().config).eval()
+    ids, cache = torch.arange(5)[None], DynamicCache()
+    with torch.no_grad(), steer(model, trained(), {"city": 1.0}) as s:
+        for part in ids.split([3, 1, 1], dim=1):
+            model(input_ids=part, cache=cache)
+    assert s.trace["city"].shape == (1, 5)
+    assert (s.trace["city"] != s.steered["city"]).nonzero().tolist() == [[0, 2]]
 
 
 def test_without_a_cache_the_same_is_generated(model: Any) -> None:
@@ -283,8 +302,8 @@ def test_the_command_charts_and_samples(tiny_run: Any, tmp_path: Any, capsys: py
     assert "--top-p" in capsys.readouterr().err
 
 
-def test_gains_are_means_over_the_rows_of_a_concept_or_none_where_rows_cannot_be_read() -> None:
-    dictionary, x, concept = random_dictionary(), torch.randn(40, WIDTH), torch.randint(2, (40,))
+def test_slots_are_measured_on_the_rows_of_their_concepts_or_not_at_all_where_rows_cannot_be_read() -> None:
+    dictionary, x, concept = random_dictionary(), torch.randn(40, WIDTH), torch.randint(2, (40, 1))
     weights = dictionary.requires_grad_(False).concepts.weights()
     z = weights.encode(x)
 
@@ -292,10 +311,15 @@ def test_gains_are_means_over_the_rows_of_a_concept_or_none_where_rows_cannot_be
         yield x, concept
         raise DataError("gone")
 
-    expected = [float(z[concept == number, number].mean()) for number in range(2)]
-    found = concept_gains(weights, [(x[:9], concept[:9]), (x[9:], concept[9:])], Topology())
-    assert found == pytest.approx([*expected, 0.0], rel=1e-5)
-    assert concept_gains(weights, damaged(), Topology()) is None
+    own = [concept[:, 0] == number for number in range(2)]
+    expected = [float(z[rows, number].mean()) for number, rows in enumerate(own)]
+    found = measure_concepts(weights, [(x[:9], concept[:9]), (x[9:], concept[9:])], Topology(), "softmax")
+    assert found is not None and found.gains == pytest.approx([*expected, 0.0], rel=1e-5)
+    # At its gain a slot writes what its concept has and the mean of the concepts has not; one without rows nothing.
+    means = torch.stack([x[rows].mean(dim=0) for rows in own])
+    torch.testing.assert_close(found.written[:2] * torch.tensor(expected)[:, None], means - means.mean(dim=0))
+    assert not found.written[2].any()
+    assert measure_concepts(weights, damaged(), Topology(), "softmax") is None
 
 
 def test_importing_the_library_is_cheap() -> None:
@@ -310,3 +334,12 @@ def test_gains_are_refused_where_they_are_no_numbers(tiny_run: Any, tmp_path: An
     named["gains"] = {"city": "2", "major": -1.0, "work": 3}
     (out / "concepts.json").write_text(json.dumps(named))
     assert load(out).gains == {"work": 3.0}
+
+
+def test_the_time_of_a_token_is_said(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["steer", "--run", str(tiny_run / "aligned"), "--model", str(tiny_run / "lm"), "--prompt", "Q where"]
+    assert main([*command, "--max-new-tokens", "3", "--where", "all", "city=2", "--time", "2"]) == 0
+    assert re.search(
+        r"of a generated token: [\d.]+ ms, steered [\d.]+ ms \([+-][\d.]+%; medians", capsys.readouterr().out
+    )
+    assert main([*command, "city=2", "--time", "0"]) == 2

@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 
 from tests.support.runs import write_config
 from tools.cli import main
+from trainer.tracking import TrackingConfig, open_parent
 
 
 @pytest.fixture
@@ -43,6 +44,24 @@ def test_grid_is_trained_and_tabulated(config, tmp_path, capsys):
         "loss.sp=0.3",
     }
     assert client.get_run(parent).info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(parent)] == ["sweep.json"]
+
+
+def test_the_run_of_all_points_ends_as_they_do_and_keeps_no_credentials(tmp_path):
+    said = {"set": ["tracking.uri=http://user:Pa55word@host:5000"]}
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with pytest.raises(KeyboardInterrupt), open_parent(tmp_path, TrackingConfig(uri=store), said) as parent:
+        parent.add({"fvu": 0.5}, 32, 1.0)
+        parent.add({"fvu": 0.5}, 32, 1.0)
+        raise KeyboardInterrupt
+    assert parent.settings == [f"tracking.parent={(tmp_path / 'mlflow_run_id').read_text().strip()}"]
+    client = MlflowClient(tracking_uri=store)
+    run = client.get_run(parent.settings[0].removeprefix("tracking.parent="))
+    assert run.info.status == "KILLED" and "Pa55word" not in str(run.data) and "***@host:5000" in str(run.data)
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "fvu")] == [(32, 0.5)]
+    with open_parent(tmp_path / "off", TrackingConfig(uri="off"), {}) as parent:
+        parent.add({"fvu": 0.5}, 32, 1.0)
+    assert parent.settings == [] and not (tmp_path / "off").exists()
 
 
 @pytest.mark.parametrize("grid,message", [("loss.sp", "KEY=V1"), ("loss.spp=1", "'loss.sp'")])

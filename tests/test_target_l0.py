@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.runs import TOTAL, assert_same, metrics, tensors, train_here
 from trainer.following import LEAST_SPARSITY, MOST_SPARSITY, SPARSITY_RATE, followed_sparsity
@@ -18,13 +19,19 @@ CHANGES = {
 }
 
 
+def followed(factor: float, l0: float, target: float) -> float:
+    return float(
+        followed_sparsity(torch.tensor(factor, dtype=torch.float64), torch.tensor(l0, dtype=torch.float64), target)
+    )
+
+
 def test_the_factor_rises_above_the_target_and_falls_below_it() -> None:
-    assert followed_sparsity(2.0, 32.0, 32.0) == 2.0
-    assert followed_sparsity(2.0, 40.0, 32.0) == pytest.approx(2.0 * math.exp(SPARSITY_RATE * 0.25))
-    assert followed_sparsity(2.0, 0.0, 32.0) == pytest.approx(2.0 * math.exp(-SPARSITY_RATE))
-    assert followed_sparsity(2.0, 500.0, 32.0) == pytest.approx(2.0 * math.exp(SPARSITY_RATE))  # by no more a step
-    assert followed_sparsity(MOST_SPARSITY, 500.0, 32.0) == MOST_SPARSITY
-    assert followed_sparsity(LEAST_SPARSITY, 0.0, 32.0) == LEAST_SPARSITY
+    assert followed(2.0, 32.0, 32.0) == 2.0
+    assert followed(2.0, 40.0, 32.0) == pytest.approx(2.0 * math.exp(SPARSITY_RATE * 0.25))
+    assert followed(2.0, 0.0, 32.0) == pytest.approx(2.0 * math.exp(-SPARSITY_RATE))
+    assert followed(2.0, 500.0, 32.0) == pytest.approx(2.0 * math.exp(SPARSITY_RATE))  # by no more a step
+    assert followed(MOST_SPARSITY, 500.0, 32.0) == MOST_SPARSITY
+    assert followed(LEAST_SPARSITY, 0.0, 32.0) == LEAST_SPARSITY
 
 
 def test_the_weight_of_each_step_is_that_of_the_steps_before_it(small_data: Path, tmp_path: Path) -> None:
@@ -33,7 +40,7 @@ def test_the_weight_of_each_step_is_that_of_the_steps_before_it(small_data: Path
     for step, line in lines.items():
         assert line["sp_weight"] == pytest.approx(WEIGHT * factor, rel=1e-12)
         left = max(0.0, 1.0 - (step - 1) / 8)
-        factor = followed_sparsity(factor, line["l0"], TARGET * (BEGUN / TARGET) ** left)
+        factor = followed(factor, line["l0"], TARGET * (BEGUN / TARGET) ** left)
     assert len({line["sp_weight"] for line in lines.values()}) > TOTAL / 2
     state = json.loads((tmp_path / "run/checkpoints" / f"step-{TOTAL:08d}" / "state.json").read_text())
     assert state["sparsity"] == pytest.approx(factor, rel=1e-12)

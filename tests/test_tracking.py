@@ -6,6 +6,7 @@ import resource
 import shutil
 import socket
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +22,7 @@ from tests.tracking_server import Gate, Server, eventually, free_port, history
 from tools.cli import main
 from trainer.errors import UserError
 from trainer.journal import Journal
-from trainer.tracking import DatasetInput, Tracker, TrackingConfig, add_artifacts, connect, mirror
+from trainer.tracking import DatasetInput, Tracker, TrackingConfig, add_artifacts, add_figures, connect, mirror
 from trainer.tracking.points import MAX_METRICS, Backlog
 
 ALL = ["tracking.uri=null"]
@@ -259,6 +260,39 @@ def test_away_at_the_end_then_track(
     run = client.get_run(run_id_of(run_dir))
     assert run.info.end_time == int((run_dir / "outcome.json").stat().st_mtime * 1000)
     assert "outcome.json" in {a.path for a in connect(server.uri, run_dir).list_artifacts(run.info.run_id)}
+
+
+def test_two_runs_are_compared_by_what_was_measured_of_each(server: Server, tmp_path: Path) -> None:
+    """Over the REST interface that the pages of MLflow ask."""
+    name = TrackingConfig(uri=server.uri, experiment="compared")
+    figures = {"a": (0.5, 0.75, 0.875), "b": (0.25, 1.0, 0.5)}
+    for run, (accuracy, success, recovered) in figures.items():
+        folder = tmp_path / run
+        folder.mkdir()
+        tracker = Tracker(folder, name, {"dictionary.k": len(run)}, {}, 0)
+        log_steps(tracker, range(1, 4))
+        tracker.close(patience=30)
+        held_out = {"heldout": {"binding": {"slot_accuracy": accuracy}}}
+        lost = {"loss_recovered": {"recovered_over_mean": recovered}}
+        (folder / "evaluation.json").write_text(json.dumps(held_out | lost))
+        (folder / "swap.json").write_text(json.dumps({"slots": {"best_success": success, "best_alpha": 1.5}}))
+        assert add_figures(folder)
+
+    def asked(address: str, **said: Any) -> Any:
+        body = json.dumps(said).encode()
+        request = urllib.request.Request(server.uri + address, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
+
+    experiment = connect(server.uri, tmp_path).get_experiment_by_name("compared").experiment_id
+    found = asked("/api/2.0/mlflow/runs/search", experiment_ids=[experiment])["runs"]
+    shown = {
+        run["info"]["run_name"]: {m["key"]: (m["step"], m["value"]) for m in run["data"]["metrics"]} for run in found
+    }
+    for run, values in figures.items():
+        for key, value in zip(("heldout/slot_accuracy", "swap/slots", "loss_recovered"), values, strict=True):
+            assert shown[run][key] == (3, value)
+        assert shown[run]["loss/rec"] == (3, 3.0)
 
 
 def test_a_resumed_run_fills_in_what_its_earlier_attempts_missed(run_dir: Path, impatient: None) -> None:

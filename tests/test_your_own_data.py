@@ -11,6 +11,7 @@ import torch
 
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
+from trainer import load
 from trainer.stream import Manifest
 from trainer.train import main as train
 
@@ -33,10 +34,11 @@ def test_the_example_runs_from_text_to_steering(tmp_path: Path, monkeypatch: Any
     build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=64).save_pretrained(tmp_path / "models/mine")
     tokenizer.save_pretrained(tmp_path / "models/mine")
     (tmp_path / "rows.jsonl").write_text(lines * 20)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    assert [words[1] for words in commands] == ["extract", "verify", "train", "evaluate", "steer"]
+    assert [words[1] for words in commands] == [
+        *("extract", "verify", "init", "train", "evaluate", "steer", "explore", "report", "export"),
+    ]
     for program, name, *arguments in commands:
         assert program == "alignsae"
         # The launcher of `alignsae train` has tests of its own.
@@ -47,3 +49,5 @@ def test_the_example_runs_from_text_to_steering(tmp_path: Path, monkeypatch: Any
     result = json.loads((tmp_path / "runs/own/evaluation.json").read_text())
     assert {"train", "heldout"} <= set(result)
     assert "'The train leaves'" in capsys.readouterr().out
+    assert (tmp_path / "runs/own/slot-pages/index.html").is_file() and (tmp_path / "runs/own/report.html").is_file()
+    assert load(tmp_path / "exported/own").concepts == ["place", "month"]

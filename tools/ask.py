@@ -1,42 +1,25 @@
-"""Ask a language model, as it is, what its prompts ask, and keep what it knows.
-
-  alignsae ask --model M --prompts questions.jsonl --out known.jsonl
-
-Prints the share of prompts that it answers, per concept and template, by three rules (exact, prefix, first token), and
-suggests one for `alignsae swap --match`. --out receives the lines of the prompts that are answered by --match, as they
-were. A swap can only be judged on answers that the model has. Prompts without an answer are passed over.
-"""
+"""What `alignsae ask` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.analysis.language_model import (
+from trainer.errors import UserError
+from trainer.files import write_result
+from trainer.language_model import (
     RULES,
     Prompt,
     encode_answer,
     generate_answers,
     load_language_model,
+    load_tokenizer,
     matcher,
     read_json_lines,
     read_prompts,
     suggested_rule,
 )
-from trainer.errors import UserError
-from trainer.files import write_result
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae ask`."""
-    parser.add_argument("--model", required=True, help="save_pretrained folder or hub name")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL with prompt, answer, concept, template")
-    parser.add_argument("--out", type=Path, help="where the lines of the answered prompts go")
-    parser.add_argument("--match", choices=RULES, help="rule of --out (default: the one that is suggested)")
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts per forward pass (default: 64)")
-    parser.add_argument("--device", default="cpu", help="device of the model (default: cpu)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,7 +27,11 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
     lines = [row for _, row in read_json_lines(args.prompts)]
-    asked = [(p, row) for p, row in zip(read_prompts(args.prompts), lines, strict=True) if p.answer]
+    asked = [
+        (p, row)
+        for p, row in zip(read_prompts(args.prompts, load_tokenizer(args.model)), lines, strict=True)
+        if p.answer
+    ]
     if not asked:
         raise UserError(f"{args.prompts}: no prompt has an answer to compare with")
     prompts = [prompt for prompt, _ in asked]

@@ -1,14 +1,4 @@
-"""Time the training step against its floor and against dense autograd, on synthetic rows.
-
-The floor is what no step can avoid: one encoder product (bf16, or fp32 on a CPU that emulates bf16) and one pass of
-fused AdamW, measured in the same process on the same shapes. Timed steps are whole ones (forward, backward, clipping,
-AdamW with learning rate 0) through the objective and strategy that training uses. Repetitions are interleaved and
-medians are reported, so that a busy machine disturbs all subjects alike; the floor and our sparse step take turns
-first, then the dense steps, whose gigabytes of temporary memory would slow down what runs between them. The mean L0 is
-set through the encoder bias, or the threshold of --gate batch_topk: one value for all free slots, chosen on the rows.
-Weights and rows are Gaussian, so activity is spread evenly over slots. Peak memory is the growth of resident memory in
-a process of its own.
-"""
+"""What `alignsae bench` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
@@ -23,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tools.parsers.bench import AXES
 from tools.timing.baselines import DenseStep, EncoderProduct
 from tools.timing.memory import peak_growth
 from tools.timing.ours import FloorAdamW, OurStep
@@ -33,46 +24,8 @@ from trainer.allocator import keep_freed_memory
 from trainer.errors import UserError
 from trainer.kernels import usable_precision
 
-AXES = ("slots", "rows", "l0", "concepts")
 # What one measurement of all subjects holds at a time: training states, and fp32 [B, S] blocks of the dense baseline.
 DENSE_COPIES, DENSE_BLOCKS = 2, 5
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes, sweeps and what to compare with."""
-    d = Setting()
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few repetitions: does it work at all")
-    parser.add_argument("--width", type=int, default=d.width, help="model width D (default %(default)s)")
-    parser.add_argument("--slots", type=int, default=d.slots, help="free slots K (default %(default)s)")
-    parser.add_argument("--bank-slots", type=int, default=d.bank_slots, help="slots of a bank (default %(default)s)")
-    parser.add_argument("--concepts", type=int, default=d.concepts, help="concept slots R (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=d.rows, help="rows B of a step (default %(default)s)")
-    parser.add_argument("--l0", type=float, default=d.l0, help="mean active free slots per row (default %(default)s)")
-    parser.add_argument(
-        "--gate", choices=("relu", "batch_topk"), default=d.gate, help="gate of the free slots (default %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="timed repetitions of each subject (default %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: what torch chooses)")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count CPU seconds instead of wall seconds, on one thread: for a busy machine",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    for axis in AXES:
-        kind = float if axis == "l0" else int
-        parser.add_argument(
-            f"--sweep-{axis}", type=kind, nargs="+", default=[], metavar="N", help=f"also time our step at these {axis}"
-        )
-    parser.add_argument("--compile", action="store_true", help="also time the dense bf16 step under torch.compile")
-    parser.add_argument("--no-memory", action="store_true", help="skip the measurements of peak memory")
-    parser.add_argument("--peers", action="store_true", help="also time SAELens and sparsify (needs --peers-python)")
-    parser.add_argument(
-        "--peers-python", metavar="PYTHON", help="interpreter of the environment that has them installed"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         fast = fast_kernel(setting)
         kinds = [f"{fast}/pretrain", f"{fast}/align", "dense/pretrain", f"dense_{precisions(setting)[0]}"]
         peaks = {kind: peak_growth(kind, setting) for kind in kinds}
-    found = base_figures(setting, rounds, args.compile)
+    gates = gate_figures(setting, args.gates, rounds)
+    found = base_figures(setting, rounds, args.compile) | {"gates_s": gates}
     if peaks:
         found["peak_bytes"] = peaks
     if args.peers:
@@ -173,6 +127,17 @@ def light_figures(setting: Setting, rounds: Rounds, ours: OurStep) -> dict[str, 
         "page_faults": {name: statistics.median(timed.faults) for name, timed in steps.items()},
         "mean_l0": ours.l0,
     }
+
+
+def gate_figures(setting: Setting, gates: list[str], rounds: Rounds) -> dict[str, float]:
+    """Median seconds of our step with each of these gates, taking turns."""
+    fast, subjects = fast_kernel(setting), {}
+    if refusal := setting.refuse(len(gates), 1):
+        raise UserError(f"--gates: {describe(setting)} {refusal}")
+    for gate in gates:
+        ours = OurStep(replace(setting, gate=gate))
+        subjects[gate] = Subject(partial(ours.step, False), partial(ours.prepare, fast, sparse=True))
+    return {gate: timed.median for gate, timed in rounds.measure(subjects, setting.device).items()}
 
 
 def base_figures(setting: Setting, rounds: Rounds, compiled: bool) -> dict[str, Any]:

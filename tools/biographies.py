@@ -1,29 +1,18 @@
-"""Generate the synthetic biography benchmark of arXiv 2512.02004 with invented entities.
-
-Every person has a birth date, a birth city, a university, a major and an employer; the employer's city is the work
-city. OUT receives
-  questions.jsonl    one line per person, relation and question template: prompt, answer, concept (relation), template
-                     (0..3), split (train | heldout, by template), subject
-  biographies.jsonl  one line per person and variant: text, subject, variant
-  meta.json          seed, sizes, relations in slot order, templates
-  README.md          dataset card, so that `datasets.load_dataset(OUT, "questions")` works
-
-A prompt is `Q: {question}\\nA:` without a trailing space; an answer is stored without a leading space and is tokenised
-as one space followed by the answer. The same arguments give the same bytes.
-"""
+"""What `alignsae biographies` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
 import random
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
 
 from tools.synthetic.entities import DEFAULT_SIZES, company_cities, names
-from tools.synthetic.sentences import QUESTIONS, RELATIONS, SENTENCES, TRAIN_TEMPLATES
+from tools.synthetic.sentences import QUESTIONS, RELATIONS, SENTENCES, TRAIN_TEMPLATES, as_prompt, split_of
+from tools.synthetic.two_hop import ATTRIBUTES, RELATIVES, TWO_HOP_RELATIONS, TWO_HOP_SENTENCES, steps, with_relatives
 from trainer.errors import UserError
 
 MONTHS = [
@@ -43,29 +32,13 @@ MONTHS = [
 YEARS = range(1940, 2005)
 CARD = """---
 configs:
-- config_name: questions
-  data_files: questions.jsonl
-- config_name: biographies
-  data_files: biographies.jsonl
+{configs}
 ---
 # Synthetic biographies
 
-{persons} invented persons, {variants} biography texts each, {relations} relations, four question templates per relation
+{persons} invented persons, {variants} biography texts each, {relations} relations, four question templates per {what}
 (templates 0 and 1 in split `train`, 2 and 3 in split `heldout`). Seed {seed}. Written by `alignsae biographies`.
 """
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, help="folder to create")
-    parser.add_argument("--persons", type=int, default=1000, help="number of persons (default: %(default)s)")
-    parser.add_argument("--variants", type=int, default=5, help="biography texts per person (default: %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of names, attributes and texts (default: %(default)s)"
-    )
-    for kind, size in DEFAULT_SIZES.items():
-        parser.add_argument(
-            f"--{kind.replace('_', '-')}", type=int, default=size, help="length of that list (default: %(default)s)"
-        )
 
 
 def people(count: int, seed: int, sizes: dict[str, int]) -> list[dict[str, str]]:
@@ -102,19 +75,30 @@ def questions(person: dict[str, str]) -> Iterator[dict[str, Any]]:
     for relation in RELATIONS:
         for template, question in enumerate(QUESTIONS[relation]):
             yield {
-                "prompt": f"Q: {question.format(name=person['name'])}\nA:",
+                "prompt": as_prompt(question.format(name=person["name"])),
                 "answer": person[relation],
                 "concept": relation,
                 "template": template,
-                "split": "train" if template in TRAIN_TEMPLATES else "heldout",
+                "split": split_of(template),
                 "subject": person["name"],
             }
 
 
-def biography(person: dict[str, str], rng: random.Random) -> str:
+def biography(person: dict[str, str], sentences: Mapping[str, Sequence[str]], rng: random.Random) -> str:
     """One text that states every relation once, in random order and wording."""
-    order = rng.sample(RELATIONS, len(RELATIONS))
-    return " ".join(rng.choice(SENTENCES[r]).format(name=person["name"], value=person[r]) for r in order)
+    order = rng.sample([*sentences], len(sentences))
+    return " ".join(rng.choice(sentences[r]).format(name=person["name"], value=person[r]) for r in order)
+
+
+def asked(persons: Sequence[dict[str, str]], hops: int) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """For each person the rows of every file of prompts, by its name."""
+    by_name = {person["name"]: person for person in persons}
+    for index, person in enumerate(persons):
+        if hops == 1:
+            yield {"questions": [*questions(person)]}
+        else:
+            first, second = steps(index, by_name, person["name"])
+            yield {"questions": first + second, "first_hop": first, "second_hop": second}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,34 +108,53 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out} exists and is not empty: choose another --out or delete it")
     sizes = {kind: getattr(args, kind) for kind in DEFAULT_SIZES}
     persons = people(args.persons, args.seed, sizes)
+    relations, sentences = RELATIONS, SENTENCES
+    templates: dict[str, tuple[str, ...]] = dict(QUESTIONS)
+    tables = ["questions"]
+    if args.hops == 2:
+        persons = with_relatives(persons, args.seed)
+        relations, sentences, templates = TWO_HOP_RELATIONS, TWO_HOP_SENTENCES, {**RELATIVES, **ATTRIBUTES}
+        tables += ["first_hop", "second_hop"]
+    rows = dict.fromkeys(tables, 0)
     partial = args.out.with_name(f"{args.out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with (
-            (partial / "questions.jsonl").open("w", encoding="utf-8") as asked,
-            (partial / "biographies.jsonl").open("w", encoding="utf-8") as told,
-        ):
-            for index, person in enumerate(tqdm(persons, desc="persons", unit="person")):
-                asked.writelines(json.dumps(row) + "\n" for row in questions(person))
+        with ExitStack() as stack:
+            files = {
+                table: stack.enter_context((partial / f"{table}.jsonl").open("w", encoding="utf-8"))
+                for table in (*tables, "biographies")
+            }
+            both = zip(persons, asked(persons, args.hops), strict=True)
+            for index, (person, found) in enumerate(tqdm(both, desc="persons", total=len(persons), unit="person")):
+                for table, prompts in found.items():
+                    files[table].writelines(json.dumps(row) + "\n" for row in prompts)
+                    rows[table] += len(prompts)
                 for variant in range(args.variants):
-                    text = biography(person, random.Random(f"{args.seed} {index} {variant}"))
+                    text = biography(person, sentences, random.Random(f"{args.seed} {index} {variant}"))
                     row = {"text": text, "subject": person["name"], "variant": variant}
-                    told.write(json.dumps(row) + "\n")
+                    files["biographies"].write(json.dumps(row) + "\n")
         meta = {
             "seed": args.seed,
             "persons": args.persons,
             "variants": args.variants,
             "sizes": sizes,
-            "relations": list(RELATIONS),
-            "templates": {relation: list(QUESTIONS[relation]) for relation in RELATIONS},
+            "relations": list(relations),
+            "templates": {relation: list(templates[relation]) for relation in relations},
             "train_templates": list(TRAIN_TEMPLATES),
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        card = CARD.format(persons=args.persons, variants=args.variants, relations=len(RELATIONS), seed=args.seed)
+        card = CARD.format(
+            configs="\n".join(f"- config_name: {t}\n  data_files: {t}.jsonl" for t in files),
+            persons=args.persons,
+            variants=args.variants,
+            relations=len(relations),
+            what="relation" if args.hops == 1 else "pair of relations",
+            seed=args.seed,
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
         partial.rename(args.out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {args.out}: {error.strerror or error}") from error
-    print(f"{args.out}: {args.persons} persons, {args.persons * len(RELATIONS) * 4} questions")
+    print(f"{args.out}: {args.persons} persons, {rows['questions']} questions")
     return 0

@@ -1,4 +1,5 @@
-"""Entry point of the `alignsae` command. A tool is a module with HELP, add_arguments(parser) and run(args)."""
+"""Entry point of the `alignsae` command. A tool is two modules of one name: tools/parsers/NAME.py holds its help and
+add_arguments(parser), tools/NAME.py holds run(args) and is imported when it runs: help needs no torch."""
 
 import argparse
 import difflib
@@ -12,32 +13,35 @@ from typing import NoReturn
 from trainer.errors import UserError
 from trainer.redact import redact
 
-# Subcommand -> module; modules are imported only when called, so that --help stays fast.
+# Subcommand -> module in tools/ and tools/parsers/, line of the help.
 TOOLS = {
-    "biographies": ("tools.biographies", "generate the synthetic biography benchmark"),
-    "finetune-lm": ("tools.finetune_lm", "train or fine-tune a causal language model on prompts and texts"),
-    "ask": ("tools.ask", "what a language model knows: score its answers, keep the prompts that it answers"),
-    "extract": ("tools.extract", "write activations of a language model as tar shards"),
-    "import": ("tools.import_dictionary", "bring a dictionary that was trained elsewhere"),
-    "gate": ("tools.gate", "a threshold and a gain for a relu dictionary, without training"),
-    "index": ("tools.index", "build a manifest for shards written elsewhere"),
-    "repack": ("tools.repack", "turn one-vector WebDataset samples into blocks"),
-    "verify": ("tools.verify", "check every byte of a shard folder"),
-    "evaluate": ("tools.evaluate", "binding, fragmentation and reconstruction of a dictionary"),
-    "swap": ("tools.swap", "replace one concept by another in a running language model"),
-    "steer": ("tools.steer", "generate text with chosen concept slots set by hand"),
-    "explore": ("tools.explore", "pages about every slot: contexts, histogram, tokens, neighbours"),
-    "report": ("tools.report", "plots and one self-contained HTML page for a run"),
-    "summary": ("tools.summary", "collect a run's figures into summary.json and compare them with the bars"),
-    "export": ("tools.export", "write a dictionary for other programs, normalisation folded in"),
-    "plan": ("tools.plan", "memory and traffic per rank for a configuration, before anything is launched"),
-    "bench": ("tools.bench", "time the objective against its floor and against dense baselines"),
-    "track": ("tools.track", "bring MLflow level with the metrics.jsonl of runs"),
-    "init": ("tools.init", "write a configuration and a launch file to begin with"),
-    "config": ("tools.config", "every key of a configuration with its default and meaning"),
-    "train": ("tools.train", "train a dictionary on the ranks of a launch file"),
-    "frontier": ("tools.frontier", "FVU over L0 of gates and sparsities, with other trainers beside them"),
-    "sweep": ("tools.sweep", "run a grid of configurations and tabulate the results"),
+    "demo": ("demo", "the whole result in small, in ten minutes, in this folder"),
+    "biographies": ("biographies", "generate the synthetic biography benchmark"),
+    "ontology": ("ontology", "labelled prompts of a thousand concepts, from WordNet's nouns"),
+    "finetune-lm": ("finetune_lm", "train or fine-tune a causal language model on prompts and texts"),
+    "ask": ("ask", "what a language model knows: score its answers, keep the prompts that it answers"),
+    "extract": ("extract", "write activations of a language model as tar shards"),
+    "import": ("import_dictionary", "bring a dictionary that was trained elsewhere"),
+    "gate": ("gate", "a threshold and a gain for a relu dictionary, without training"),
+    "index": ("index", "build a manifest for shards written elsewhere"),
+    "repack": ("repack", "turn one-vector WebDataset samples into blocks"),
+    "verify": ("verify", "check every byte of a shard folder"),
+    "evaluate": ("evaluate", "binding, fragmentation and reconstruction of a dictionary"),
+    "swap": ("swap", "replace one concept by another in a running language model"),
+    "steer": ("steer", "generate text with chosen concept slots set by hand"),
+    "explore": ("explore", "pages about every slot: contexts, histogram, tokens, neighbours"),
+    "report": ("report", "plots and one self-contained HTML page for a run"),
+    "summary": ("summary", "collect a run's figures into summary.json and compare them with the bars"),
+    "export": ("export", "write a dictionary for other programs, normalisation folded in"),
+    "plan": ("plan", "memory and traffic per rank for a configuration, before anything is launched"),
+    "bench": ("bench", "time the objective against its floor and against dense baselines"),
+    "track": ("track", "bring MLflow level with the metrics.jsonl of runs"),
+    "init": ("init", "write a configuration and a launch file to begin with"),
+    "config": ("config", "every key of a configuration with its default and meaning"),
+    "train": ("train", "train a dictionary on the ranks of a launch file"),
+    "frontier": ("frontier", "FVU over L0 of gates and sparsities, with other trainers beside them"),
+    "reproduce": ("reproduce", "a published experiment from its data to its tables, stage by stage"),
+    "sweep": ("sweep", "run a grid of configurations and tabulate the results"),
 }
 
 
@@ -58,7 +62,7 @@ def version() -> str:
 
 
 def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
-    """Parser of all subcommands; only `selected` gets its arguments (and its imports)."""
+    """Parser of all subcommands; only `selected` gets its arguments."""
     parser = Parser(
         prog="alignsae",
         description="Concept-aligned sparse autoencoders: data, evaluation and interventions. "
@@ -70,27 +74,30 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
         if name != selected:
             commands.add_parser(name, help=help_line, add_help=False)
             continue
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(f"tools.parsers.{module_name}")
         sub = commands.add_parser(
             name, help=help_line, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
     return parser
 
 
-def check_device(name: str | None) -> None:
-    """Raise UserError for a --device that torch does not know or that this machine does not have."""
-    if name in (None, "cpu"):
-        return
+def chosen_device(name: str | None) -> str:
+    """The --device of a tool; None: CUDA where there is one, else the CPU. Raises UserError for one that torch does not
+    know or that this machine does not have."""
+    if name == "cpu":
+        return name
     import torch
 
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError(f"--device {name} cannot be used here ({reason:.150}); use --device cpu") from error
+    return name
 
 
 def check_run(folder: Path | None) -> None:
@@ -121,9 +128,11 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(selected, TOOLS, n=1, cutoff=0.0)[0]
             raise UserError(f"there is no command {selected!r}; the nearest is {near!r}, `alignsae --help` lists all")
         args = build_parser(selected).parse_args(argv)
-        check_device(getattr(args, "device", None))
+        if "device" in args:
+            args.device = chosen_device(args.device)
         check_run(getattr(args, "run_dir", None))
-        return int(args.run(args) or 0)
+        tool = importlib.import_module(f"tools.{TOOLS[args.command][0]}")
+        return int(tool.run(args) or 0)
     except UserError as error:
         if not said_by_main(error):
             print(f"alignsae: error: {redact(str(error))}", file=sys.stderr)

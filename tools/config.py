@@ -1,9 +1,4 @@
-"""Every key of a configuration with its default and its meaning, read from the code that uses it.
-
-alignsae config                  all sections
-alignsae config data optim.lr    what begins with these names
-alignsae config --markdown       the text of docs/configuration.md
-"""
+"""What `alignsae config` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import inspect
@@ -12,7 +7,7 @@ import textwrap
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trainer.config import Config
 from trainer.errors import UserError
@@ -42,12 +37,6 @@ class Section:
     name: str
     about: str
     keys: tuple[Key, ...]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae config`."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only keys that begin so (default: all)")
-    parser.add_argument("--markdown", action="store_true", help="as a document")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,7 +74,7 @@ def _section(prefix: str, kind: Any) -> Iterator[Section]:
         deeper = _dataclass_in(hints[field.name])
         if deeper is not None:
             name = f"{prefix}.{field.name}"
-            inner.append((name if deeper is hints[field.name] else f"{name}.NAME", deeper))
+            inner.append((f"{name}.NAME" if get_origin(hints[field.name]) is dict else name, deeper))
         if deeper is not hints[field.name]:
             keys.append(Key(f"{prefix}.{field.name}", shown(field), comments.get(field.name, "")))
     about = " ".join((inspect.getdoc(kind) or "").split())

@@ -1,12 +1,4 @@
-"""Binding, fragmentation and reconstruction of a trained dictionary -> RUN/evaluation.json
-
-  alignsae evaluate --run runs/demo --train data/demo/layer-01/train --heldout data/demo/layer-01/heldout
-
-Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a
-dictionary that was trained without the align stage, for the comparison of fragmentation. --text adds rows of ordinary
-text, on which concept slots are to be silent. --model and --prompts add the loss recovered: the language model's
-cross-entropy on the held-out answers when the reconstruction replaces the activation.
-"""
+"""What `alignsae evaluate` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 from pathlib import Path
@@ -14,41 +6,31 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trainer.analysis.evaluation import evaluate_split
+from trainer.analysis.evaluation import at_most, evaluate_split
+from trainer.analysis.evidence import notes
 from trainer.analysis.interventions import loss_recovered
-from trainer.analysis.language_model import hook_layer, load_language_model, read_prompts
-from trainer.analysis.results import most_norm, rows_of, run_shards
+from trainer.analysis.label_scores import probe_figures
+from trainer.analysis.results import documents_of, most_norm, rows_of, run_heldout, run_shards
+from trainer.analysis.rivals import fit_probe, training_rows
+from trainer.analysis.text_loss import text_loss_recovered, text_windows
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
+from trainer.language_model import Prompt, hook_layer, load_language_model, read_prompts, read_texts
 from trainer.run_folder import RunFolder
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae evaluate`."""
-    parser.add_argument(
-        "--run", dest="run_dir", type=Path, required=True, help="run folder (its newest checkpoint is read)"
-    )
-    parser.add_argument("--train", help="shards of the seen templates (default: the shards in RUN/config.yaml)")
-    parser.add_argument(
-        "--heldout", help="shards of the unseen templates (default: `heldout` beside --train, if there)"
-    )
-    parser.add_argument("--text", help="shards of ordinary text: rows without concepts beside those of each split")
-    parser.add_argument("--unsupervised", type=Path, help="run folder of a dictionary without the align stage")
-    parser.add_argument("--model", help="language model folder, for the loss recovered (needs --prompts)")
-    parser.add_argument("--prompts", type=Path, help="prompts JSONL with the answers, for the loss recovered")
-    parser.add_argument(
-        "--device", default="cpu", help="device of the language model and the dictionary (default: cpu)"
-    )
-    parser.add_argument("--out", type=Path, help="where to write (default: RUN/evaluation.json)")
+from trainer.tracking import add_figures
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and write the JSON file."""
-    if (args.model is None) != (args.prompts is None):
-        raise UserError("--model and --prompts belong together: give both for the loss recovered, or neither")
-    splits = _splits(args)
+    if (args.model is None) != (args.prompts is None and args.texts is None):
+        raise UserError("the loss recovered needs --model and, for answers, --prompts or, for text, --texts")
+    for name in ("context", "tokens"):
+        if getattr(args, name) < 2:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 2")
+    splits, text = _splits(args)
     dictionary, trained_on = load_dictionary(args.run_dir)
+    bound = most_norm(args.run_dir, trained_on)
     dictionary.to(args.device)
     result: dict[str, Any] = {
         "run": str(args.run_dir),
@@ -56,57 +38,102 @@ def run(args: argparse.Namespace) -> None:
         "concepts": dictionary.concept_names,
         "width": dictionary.width,
         "trained_on": trained_on.digest,
-        **_measure(dictionary, splits, args.text, most_norm=most_norm(args.run_dir, trained_on)),
+        **_measure(dictionary, splits, text, most_norm=bound),
     }
+    for split, figures in _probe(dictionary, result, splits, text, bound).items():
+        result[split]["probe"] = figures
+    if "labels" in result.get("heldout", {}):
+        result["heldout"]["labels"]["documents"] = documents_of(splits["heldout"], dictionary.concept_names)
     if args.unsupervised:
         plain, _ = load_dictionary(args.unsupervised)
         plain.to(args.device)
         result["unsupervised"] = {
             "run": str(args.unsupervised),
             "slots": plain.slots,
-            **_measure(plain, splits, None, aligned=False),
+            **_measure(plain, splits, [], aligned=False),
         }
+    records = read_prompts(args.prompts) if args.prompts else []
     if args.model:
-        model, tokenizer = load_language_model(args.model, args.device)
-        records = [r for r in read_prompts(args.prompts) if r.answer]
-        if not records:
-            raise UserError(f"{args.prompts}: no prompt has an answer, so there is no loss to recover")
-        chosen = [r for r in records if r.split == "heldout"] or records
-        with tqdm(total=4 * len(chosen), desc="loss recovered", unit="prompt") as bar:
-            result["loss_recovered"] = loss_recovered(
-                model, tokenizer, chosen, hook_layer(trained_on.hook_point), dictionary, bar.update
-            )
-    out = args.out or RunFolder(args.run_dir).evaluation
+        result |= _losses(args, dictionary, hook_layer(trained_on.hook_point), records, bound)
+    templates = {split: len({r.template for r in records if r.split == split}) for split in splits}
+    result["notes"] = notes(result, templates)
+    out = args.out or RunFolder.around(args.run_dir).evaluation
     write_result(out, result)
     _show(result)
-    print(f"written: {out}")
+    tracked = args.out is None and add_figures(args.run_dir)
+    print(f"written: {out}" + (", figures added to the MLflow run" if tracked else ""))
 
 
-def _splits(args: argparse.Namespace) -> dict[str, list[str]]:
+def _losses(
+    args: argparse.Namespace, dictionary: Any, layer: int, records: list[Prompt], bound: float | None
+) -> dict[str, Any]:
+    """Loss recovered on the answers of prompts, and on text."""
+    model, tokenizer = load_language_model(args.model, args.device)
+    found = {}
+    if args.prompts:
+        answered = [r for r in records if r.answer]
+        if not answered:
+            raise UserError(f"{args.prompts}: no prompt has an answer, so there is no loss to recover")
+        chosen = [r for r in answered if r.split == "heldout"] or answered
+        with tqdm(total=4 * len(chosen), desc="loss recovered", unit="prompt") as bar:
+            losses = loss_recovered(model, tokenizer, chosen, layer, dictionary, bar.update)
+        found["loss_recovered"] = {"prompts": len(chosen), **losses}
+    if args.texts:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", args.context)
+        context = min(args.context, longest)
+        windows, texts = text_windows(tokenizer, read_texts(args.texts, args.field), context, args.tokens)
+        with tqdm(total=4 * sum(map(len, windows)), desc="loss recovered on text", unit="token") as bar:
+            losses = text_loss_recovered(model, windows, layer, dictionary, bound, bar.update)
+        found["text_loss_recovered"] = {"texts": texts, **losses}
+    return found
+
+
+def _splits(args: argparse.Namespace) -> tuple[dict[str, list[str]], list[str]]:
+    """Shard folders of each split, and those of ordinary text."""
     train = [args.train] if args.train else run_shards(args.run_dir)
-    heldout = args.heldout
-    if heldout is None and len(train) == 1:
-        beside = Path(train[0]).parent / "heldout"
-        heldout = str(beside) if beside.is_dir() and beside != Path(train[0]) else None
-    return {"train": train, **({"heldout": [heldout]} if heldout else {})}
+    heldout, text = [args.heldout] if args.heldout else [], [args.text] if args.text else []
+    if not args.train and not args.heldout:  # the folders of the run go together
+        heldout, beside_them = run_heldout(args.run_dir)
+        text = text or beside_them
+    beside = Path(train[0]).parent / "heldout"
+    if not heldout and len(train) == 1 and beside.is_dir() and beside != Path(train[0]):
+        heldout = [str(beside)]
+    return {"train": train, **({"heldout": heldout} if heldout else {})}, text
 
 
 def _measure(
     dictionary: Any,
     splits: dict[str, list[str]],
-    text: str | None,
+    text: list[str],
     *,
     aligned: bool = True,
     most_norm: float | None = None,
 ) -> dict[str, Any]:
     measured = {}
-    beside = rows_of([text], dictionary)[0] if text else None
+    beside = rows_of(text, dictionary)[0] if text else None
     for split, folders in splits.items():
         rows, sources = rows_of(folders, dictionary, match_concepts=aligned)
         concepts = dictionary.concept_names if aligned and sources.manifest.concepts else sources.manifest.concepts
         with tqdm(total=sources.rows, desc=split, unit="row") as bar:
             measured[split] = evaluate_split(dictionary, rows, concepts, bar.update, most_norm, beside)
     return measured
+
+
+def _probe(
+    dictionary: Any, result: dict[str, Any], splits: dict[str, list[str]], text: list[str], bound: float | None
+) -> dict[str, Any]:
+    """A logistic probe of the training rows on every split; none where a concept has no row to learn from."""
+    names, labels = dictionary.concept_names, result["train"].get("labels", {"per_concept": {}})["per_concept"]
+    if not labels or not all(found["rows"] for found in labels.values()):
+        return {}
+    source, _ = rows_of(splits["train"], dictionary)
+    probe = fit_probe(training_rows(at_most(source, bound), len(names)))
+    beside = rows_of(text, dictionary)[0] if text else None
+    return {
+        split: {"l2": probe.l2, **probe_figures(probe.scores, names, rows_of(folders, dictionary)[0], beside)}
+        for split, folders in splits.items()
+        if "labels" in result[split]
+    }
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -134,14 +161,32 @@ def _show(result: dict[str, Any]) -> None:
                 f"{split}: EffFeat over concept slots {_text(spread['concept_slots']['efffeat'])}, "
                 f"over all slots {_text(spread['all']['efffeat'])}"
             )
+        if probe := part.get("probe"):
+            labels = part["labels"]
+            print(
+                f"{split}: slots and logistic probe: accuracy {_text(part['binding']['slot_accuracy'])} and "
+                f"{_text(probe['slot_accuracy'])}, AUROC {_text(labels['auroc'])} and {_text(probe['auroc'])}, mean "
+                f"average precision {_text(labels['mean_average_precision'])} and "
+                f"{_text(probe['mean_average_precision'])}"
+            )
         if text := part.get("text"):
+            beside = part.get("probe", {}).get("auroc_against_text")
             print(
                 f"{split}: of {text['rows']:,} rows without a concept, a slot fires on a share of "
                 f"{_text(text['concept_firing_rate'])}, any slot on {_text(text['any_concept_firing_rate'])}; AUROC of "
                 f"rows with a concept against them {_text(text['auroc'])}"
+                + (f", of the probe {_text(beside)}" if beside else "")
             )
-    if "loss_recovered" in result:
-        print(f"loss recovered over the mean ablation: {_text(result['loss_recovered']['recovered_over_mean'])}")
+    for key, where in (("loss_recovered", "answers"), ("text_loss_recovered", "text")):
+        if losses := result.get(key):
+            print(
+                f"{where}: cross-entropy {losses['cross_entropy_original']:.3f}, with the reconstruction "
+                f"{losses['cross_entropy_reconstruction']:.3f}; loss recovered {_text(losses['recovered_over_mean'])} "
+                f"over the mean, {_text(losses['recovered_over_zero'])} over zero"
+                + (f"; {giant} activations of giant norm stayed" if (giant := losses.get("left_alone")) else "")
+            )
+    for note in result["notes"]:
+        print(f"note: {note}")
 
 
 def _text(value: float | None) -> str:

@@ -1,42 +1,33 @@
-"""Pages about every slot of a dictionary -> DIR/index.html, which a browser opens from the folder or from --serve
-
-  alignsae explore --run runs/demo --shards data/demo/layer-01/heldout --out runs/demo/slots --model models/demo
-  alignsae explore --run runs/demo --out runs/demo/slots --serve        look at pages that are there
-
-Per slot: the rows that activate it most, with the tokens around them where the shards say which tokens rows are of,
-a histogram, how often it is active, and the slots that write nearly the same; with --model the tokens that its decoder
-row promotes and suppresses; for concept slots AUROC, false firings and misses on rows whose concepts are known. The
-table of all slots can be searched and sorted. One pass over the rows; what is held grows with the slots, not with them.
-"""
+"""What `alignsae explore` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import contextlib
 import functools
 import http.server
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from tools.exploring.contexts import Contexts
 from tools.exploring.pages import write
-from trainer.analysis.language_model import block_part, load_language_model, read_json_lines
-from trainer.analysis.lens import decoder_rows, logit_lens, nearest
-from trainer.analysis.survey import BINS, Survey
+from tools.exploring.slots import slots
+from trainer.analysis.survey import Survey
 from trainer.errors import DataError, UserError
 from trainer.labels import widened
+from trainer.language_model import load_language_model, read_json_lines
 from trainer.pretrained import Trained, read_trained
+from trainer.run_folder import RunFolder
 from trainer.stream import DataConfig, Manifest
 from trainer.stream.shards import from_stored
 from trainer.stream.source import BlockSource
 
 BATCH = 1024  # rows at a time: their codes of one bank stay near the processor
+POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 COLUMNS = [
     (0, "slot", "number of the slot"),
     (1, "concept", "the concept that the slot is bound to"),
@@ -51,25 +42,9 @@ COLUMNS = [
 ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae explore`."""
-    parser.add_argument(
-        "--run", dest="run_dir", type=Path, required=True, help="folder of a run, a checkpoint, an export or an import"
-    )
-    parser.add_argument("--shards", help="rows to look at: a shard folder or URL")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--model", help="the language model: texts of tokens, and what decoder rows promote")
-    parser.add_argument("--prompts", type=Path, help="the JSONL that was extracted, for rows at the end of a prompt")
-    parser.add_argument("--rows", type=int, help="look at the first N rows (default: all)")
-    parser.add_argument("--contexts", type=int, default=8, help="rows shown of a slot (default: 8)")
-    parser.add_argument("--window", type=int, default=8, help="tokens shown on either side (default: 8)")
-    parser.add_argument("--serve", action="store_true", help="then serve the folder on this machine until Ctrl-C")
-    parser.add_argument("--port", type=int, default=8000, help="of --serve; 0: any that is free (default: 8000)")
-    parser.add_argument("--device", default="cpu", help="device of dictionary and model (default: cpu)")
-
-
 def run(args: argparse.Namespace) -> None:
     """Survey the rows, write the pages, and serve them."""
+    args.out = args.out or RunFolder(args.run_dir).slot_pages
     page = args.out / "index.html"
     if args.shards is None and not (args.serve and page.is_file()):
         raise UserError(f"{page} is not there to be served; give the rows to look at with --shards")
@@ -177,83 +152,9 @@ def about(
     }
 
 
-@torch.no_grad()
-def slots(
-    trained: Trained, survey: Survey, contexts: Contexts, model: Any
-) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Line of the table and details of every slot, in order."""
-    rows = decoder_rows(trained.dictionary)
-    # Every part of a block writes to the residual stream; of another module nobody knows.
-    lens_fits = model is not None and block_part(trained.hook_point) is not None
-    written = logit_lens(model, rows, 10) if lens_fits else None
-    auroc, slot = survey.auroc().tolist(), 0
-    with tqdm(total=trained.slots, desc="slots", unit="slot") as bar:
-        for neighbours, cosines in nearest(rows, 8):
-            lens = next(written) if written is not None else None
-            for place in range(len(neighbours)):
-                detail = _details(survey, contexts, slot)
-                alive = [n for n, c in zip(neighbours[place].tolist(), cosines[place].tolist(), strict=True) if c > 0]
-                detail["n"] = [[n, round(float(c), 3)] for n, c in zip(alive, cosines[place], strict=False)]
-                if lens is not None and bool(rows[slot].any()):
-                    detail["u"] = _tokens(contexts, lens.up[place], lens.up_logits[place])
-                    detail["s"] = _tokens(contexts, lens.down[place], lens.down_logits[place])
-                promoted = detail["u"][0][0] if "u" in detail else ""
-                yield [*_line(trained, survey, contexts, slot, auroc), promoted], detail
-                slot += 1
-            bar.update(len(neighbours))
-
-
-def _line(trained: Trained, survey: Survey, contexts: Contexts, slot: int, auroc: list[float]) -> list[Any]:
-    fired = int(survey.fired[slot])
-    own: list[Any] = [None, None, None]
-    if slot < survey.concepts:
-        positive, negative = int(survey.positives[slot]), int(survey.negatives[slot])
-        own = [
-            round(auroc[slot], 5) if positive and negative else None,
-            _ratio(int(survey.false[slot]), negative),
-            _ratio(int(survey.missed[slot]), positive),
-        ]
-    return [
-        slot,
-        trained.concepts[slot] if slot < len(trained.concepts) else None,
-        fired / max(survey.rows, 1),
-        round(float(survey.total[slot]) / fired, 4) if fired else 0.0,
-        round(float(survey.most[slot]), 4),
-        *own,
-        contexts.peak(int(survey.top.row[slot, 0])),
-    ]
-
-
-def _details(survey: Survey, contexts: Contexts, slot: int) -> dict[str, Any]:
-    detail: dict[str, Any] = {"i": slot}
-    most = float(survey.most[slot])
-    if most > 0:
-        detail["h"] = survey.histogram.view(-1, BINS)[slot].tolist()
-        detail["c"] = _shown(contexts, survey.top.value[slot], survey.top.row[slot], survey.top.window[slot], most)
-    if slot < survey.concepts:
-        counts = {"p": survey.positives, "n": survey.negatives, "f": survey.false, "m": survey.missed}
-        detail["k"] = {name: int(count[slot]) for name, count in counts.items()}
-        wrong, silent = survey.wrong, survey.silent
-        detail["w"] = _shown(contexts, wrong.value[slot], wrong.row[slot], wrong.window[slot], most)
-        detail["m"] = [contexts.show(row, 0.0, None, most) for row in silent.row[slot].tolist() if row >= 0]
-    return detail
-
-
-def _shown(contexts: Contexts, value: Tensor, row: Tensor, window: Tensor, most: float) -> list[dict[str, Any]]:
-    return [contexts.show(int(r), float(v), w, most) for v, r, w in zip(value, row, window, strict=True) if int(r) >= 0]
-
-
-def _tokens(contexts: Contexts, ids: Tensor, logits: Tensor) -> list[list[Any]]:
-    return [[contexts.text(token), round(x, 3)] for token, x in zip(ids.tolist(), logits.tolist(), strict=True)]
-
-
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
-
-
 def serve(folder: Path, port: int) -> None:
     """Serve a folder on loopback until Ctrl-C."""
-    handler = functools.partial(_Handler, directory=str(folder))
+    handler = functools.partial(PageHandler, directory=str(folder))
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
@@ -263,11 +164,11 @@ def serve(folder: Path, port: int) -> None:
         server.serve_forever()
 
 
-class _Handler(http.server.SimpleHTTPRequestHandler):
+class PageHandler(http.server.SimpleHTTPRequestHandler):
     """Files of the folder alone; a script that got in could load nothing from elsewhere."""
 
     def end_headers(self) -> None:
-        self.send_header("Content-Security-Policy", "default-src 'self'; style-src 'self' 'unsafe-inline'")
+        self.send_header("Content-Security-Policy", POLICY)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -1,20 +1,4 @@
-"""Write a dictionary for other programs: raw activations in, raw activations out, normalisation folded into the
-weights.
-
-  alignsae export --run runs/demo --out exported/demo --format saelens
-
-saelens      cfg.json and sae_weights.safetensors for SAELens 6 and later (SAE.load_from_disk(OUT)), of architecture
-             `standard`, or `jumprelu` for the gates batch_topk and jumprelu: W_enc [D, S], b_enc [S], W_dec [S, D],
-             b_dec [D], threshold [S]
-safetensors  dictionary.safetensors: W_enc [S, D], b_enc [S], W_dec [S, D], b_dec [D], threshold [S] (0 where there is
-             none); pre = h W_enc^T + b_enc, z = pre where pre > threshold and 0 elsewhere, h_hat = z W_dec + b_dec
-huggingface  what saelens writes, with a model card (README.md) from the figures in RUN: a folder to upload with
-             `hf upload OWNER/NAME OUT`, from where `load("hf://OWNER/NAME")` reads it
-
-All come with concepts.json, which names the first R slots, with the mean activation of each on its own concept (the
-unit of `alignsae steer`), and says where the activations were taken. What was written is read again and compared with
-the dictionary before OUT gets its name.
-"""
+"""What `alignsae export` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
@@ -26,68 +10,91 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tools.exporting.card import card
+from tools.exporting.push import check_name, push
 from trainer.dictionary import BankWeights, ConceptDictionary
 from trainer.errors import UserError
 from trainer.files import allow_as_umask, write_result
-from trainer.pretrained import Trained, fold, gains, named, read_trained, saelens_config, trainer_name
+from trainer.pretrained import (
+    Trained,
+    fold,
+    gains,
+    named,
+    read_trained,
+    saelens_config,
+    trainer_name,
+    written,
+)
+from trainer.pretrained.formats import WRITTEN
+from trainer.tracking import log_model, save_model
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
-WEIGHTS["huggingface"] = WEIGHTS["saelens"]
+WEIGHTS |= {"huggingface": WEIGHTS["saelens"], "mlflow": WEIGHTS["safetensors"]}
+LOADER = "trainer.pretrained.scoring"
 TOLERANCE = 1e-4  # of pre-activations and reconstructions, relative to their norm: fp32 in another order of operations
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae export`."""
-    parser.add_argument(
-        "--run", dest="run_dir", type=Path, required=True, help="folder of a run, a checkpoint, an import or an export"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--format", choices=tuple(WEIGHTS), default="saelens", help="layout (default: saelens)")
-    parser.add_argument(
-        "--unit-norm", action="store_true", help="decoder rows at norm 1; codes are multiplied by the norms instead"
-    )
-    parser.add_argument(
-        "--license",
-        default="",
-        metavar="NAME",
-        help="of the model card, as the hub spells it (default: none is stated)",
-    )
-
-
 def run(args: argparse.Namespace) -> None:
-    """Fold, write, read back, compare, rename."""
-    if args.license and args.format != "huggingface":
-        raise UserError("--license is of the model card; add --format huggingface")
-    if not re.fullmatch(r"[a-z0-9.\-]*", args.license):
-        raise UserError(f"--license {args.license!r} is no identifier such as mit or apache-2.0")
-    if args.out.exists():
-        raise UserError(f"{args.out} already exists; name a folder that does not")
+    """Fold, write, read back, compare, rename; then what was asked for beside the folder."""
+    check(args)
     trained = read_trained(args.run_dir)
-    dictionary = trained.dictionary
     partial = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        tensors = fold(dictionary, args.unit_norm)
-        if WEIGHTS[args.format] == WEIGHTS["saelens"]:
-            tensors["W_enc"] = tensors["W_enc"].T.contiguous()
-            write_result(partial / "cfg.json", saelens_config(dictionary, trained.facts, "threshold" in tensors))
-        write_result(partial / "concepts.json", concepts(trained, args.unit_norm))
-        if args.format == "huggingface":
-            write_result(partial / "README.md", card(trained, args.run_dir, args.license))
-        save_file(tensors, partial / WEIGHTS[args.format])
-        difference = compare(dictionary, partial)
-        allow_as_umask(partial)
-        partial.rename(args.out)
+        difference = write(args, trained, partial)
+        whole = partial
+        if args.format == "mlflow":
+            whole = partial.with_name(partial.name + ".model")
+            shutil.rmtree(whole, ignore_errors=True)
+            save_model(whole, partial, LOADER, probe(trained.dictionary)[:2].numpy(), trained.slots)
+        allow_as_umask(whole)
+        whole.rename(args.out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {args.out}: {error}; free some space or choose another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(
-        f"written: {args.out} ({args.format}, {dictionary.slots} slots); read back, largest difference {difference:.1e}"
-    )
+    print(f"written: {args.out} ({args.format}, {trained.slots} slots); read back, largest difference {difference:.1e}")
+    if args.push_to_hub:
+        print(f"pushed: {push(args.out, args.push_to_hub, args.public)}")
+    if args.log_model:
+        print(f"logged: {log_model(args.run_dir, args.out, args.run_dir.resolve().name)}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for what cannot be together, or is no name."""
+    for given, name, needed in (
+        (args.license, "--license", "huggingface"),
+        (args.push_to_hub, "--push-to-hub", "huggingface"),
+        (args.log_model, "--log-model", "mlflow"),
+    ):
+        if given and args.format != needed:
+            raise UserError(f"{name} is of another format; add --format {needed}")
+    if args.public and not args.push_to_hub:
+        raise UserError("--public is of --push-to-hub, which is missing")
+    if args.push_to_hub:
+        check_name(args.push_to_hub)
+    if not re.fullmatch(r"[a-z0-9.\-]*", args.license):
+        raise UserError(f"--license {args.license!r} is no identifier such as mit or apache-2.0")
+    if args.out.exists():
+        raise UserError(f"{args.out} already exists; name a folder that does not")
+
+
+def write(args: argparse.Namespace, trained: Trained, folder: Path) -> float:
+    """The files of a dictionary; returns by how much what is read back differs."""
+    tensors = fold(trained.dictionary, args.unit_norm)
+    if WEIGHTS[args.format] == WEIGHTS["saelens"]:
+        tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+        write_result(folder / "cfg.json", saelens_config(trained.dictionary, trained.facts, "threshold" in tensors))
+    write_result(folder / "concepts.json", concepts(trained, args.unit_norm))
+    if args.format == "huggingface":
+        write_result(folder / "README.md", card(trained, args.run_dir, args.license, args.push_to_hub or "OWNER/NAME"))
+    save_file(tensors, folder / WEIGHTS[args.format])
+    if (apart := written(trained.dictionary, args.unit_norm)) is not None:
+        save_file({"W_write": apart.contiguous()}, folder / WRITTEN)
+    return compare(trained.dictionary, folder)
 
 
 def concepts(trained: Trained, unit_norm: bool) -> dict[str, Any]:
@@ -104,6 +111,12 @@ def concepts(trained: Trained, unit_norm: bool) -> dict[str, Any]:
     }
 
 
+def probe(dictionary: ConceptDictionary) -> Tensor:
+    """Random activations [64, D] of the training data's mean and scale."""
+    noise = torch.randn(64, dictionary.width, generator=torch.Generator().manual_seed(0)) / dictionary.width**0.5
+    return dictionary.denormalise(noise)
+
+
 @torch.no_grad()
 def compare(dictionary: ConceptDictionary, folder: Path) -> float:
     """Largest relative difference of pre-activations and reconstructions between the exported files and the
@@ -118,8 +131,7 @@ def compare(dictionary: ConceptDictionary, folder: Path) -> float:
     # With --unit-norm the codes are in other units: those of the decoder rows.
     norms = [t["W_dec"].norm(dim=1) for t in (expected, tensors)]
     gain = torch.where(norms[1] > 0, norms[0] / norms[1].clamp_min(1e-30), 1.0)
-    noise = torch.randn(64, dictionary.width, generator=torch.Generator().manual_seed(0)) / dictionary.width**0.5
-    h = dictionary.denormalise(noise)
+    h = probe(dictionary)
     x = dictionary.normalise(h)
     pre = torch.cat([bank(BankWeights.pre_activations, x) for bank in dictionary.all_banks()], dim=1)
     code = dictionary.encode(h)

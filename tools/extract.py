@@ -1,95 +1,37 @@
-"""Write activations of a causal language model as tar shards, several hook points in one pass.
-
-  alignsae extract --model M --prompts questions.jsonl --layers 1,2 --out data/demo
-  alignsae extract --model M --texts corpus.jsonl --field text --layers 12 --out data/corpus
-  accelerate launch --multi_gpu --num_processes 8 -m tools.cli extract --model M --texts corpus --layers 12 --out data/c
-
-Layer L is the residual stream after the block with 0-based index L, `blocks.L.hook_resid_post`; it is written to
-OUT/layer-L/{train,heldout}. --hooks names other places: blocks.L.hook_attn_out, blocks.L.hook_mlp_out or the path of
-any module; each is written to OUT/NAME.
-
---prompts reads JSONL rows of three kinds. `prompt` (text) or `messages` (a chat, for the tokenizer's template) give one
-row each, the activation at the last token. `text` gives a row per token: with `spans: [{start, end, concept}]` the
-tokens that overlap these characters carry the concept, and --outside says what the others are; else all tokens carry
-the label of the row. `concept` or `concepts` label a row; without them it is unlabelled, with an empty list it has
-explicitly none. `answer` and `split` (train or heldout) may be absent. --texts reads unlabelled text, a row per token.
-
-Concepts are the names in order of first appearance (or --concepts; rows of other concepts become unlabelled). Rows keep
-the order of the input. The held-out split carries the normalisation of the training split.
-
-Work is divided into units of --unit-kb of text, which any number of processes deal among themselves: the shards are
-the same, byte for byte, on the same kind of device (on CPUs with the same OMP_NUM_THREADS). All processes must see OUT.
-Nothing appears under its final name before it is complete; after an interruption the same command goes on with the
-units and splits that are not finished. A unit is held in memory at all its hook points: lower --unit-kb where that is
-too much.
-"""
+"""What `alignsae extract` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from tools.extraction.documents import SPLITS, Documents, open_documents
-from tools.extraction.identity import identity, units_name
-from tools.extraction.places import chosen_points, folder_name
-from tools.extraction.units import Clock, Extractor, is_finished, joined
-from tools.extraction.windows import OUTSIDE, Windows
+from tools.extracting.places import chosen_points, folder_name
+from tools.extracting.units import UnitWriter, is_finished, joined, units_name
 from trainer.agreement import decide, require_agreement
-from trainer.analysis.language_model import load_language_model
 from trainer.errors import UserError
+from trainer.extraction import (
+    COMPUTE,
+    Clock,
+    Documents,
+    Extractor,
+    Settings,
+    Windows,
+    identity,
+    open_documents,
+    unit_name,
+)
+from trainer.language_model import SPLITS, load_language_model
 from trainer.stream import Manifest, ShardSpec
 from trainer.stream.manifest import FILE_NAME as MANIFEST_NAME
 from trainer.stream.normalisation import MAX_NORM
 from trainer.stream.parts import join_parts
 from trainer.topology import Topology, launched_world
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PATIENCE = 7 * 24 * 3600.0  # seconds that a process waits for the others, which may have a unit more to do
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae extract`."""
-    parser.add_argument("--model", required=True, help="save_pretrained folder or hub name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, help="JSONL of labelled rows: prompts, chats, texts")
-    source.add_argument("--texts", type=Path, help="JSONL file or datasets folder of unlabelled text")
-    parser.add_argument("--layers", help="comma-separated block indices, 0-based, or `all`")
-    parser.add_argument("--hooks", help="comma-separated hook points, blocks.3.hook_mlp_out or a module's path")
-    parser.add_argument("--out", required=True, type=Path, help="folder that receives layer-LL/{train,heldout}")
-    parser.add_argument("--concepts", help="comma-separated concept names in slot order (default: as they appear)")
-    parser.add_argument(
-        "--outside",
-        choices=OUTSIDE,
-        default="none",
-        help="tokens outside of all spans are (default: %(default)s)",
-    )
-    parser.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
-    parser.add_argument(
-        "--context", type=int, default=512, help="longest window of a text, tokens (default: %(default)s)"
-    )
-    parser.add_argument("--skip-first", type=int, default=0, help="drop the first N tokens of each window of a text")
-    parser.add_argument("--drop-special", action="store_true", help="drop special tokens of a text")
-    parser.add_argument(
-        "--heldout", type=int, default=0, metavar="N", help="every N-th row without a split is held out (0 = none)"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences per forward pass (default: %(default)s)")
-    parser.add_argument("--unit-kb", type=int, default=256, help="KiB of text per unit of work (default: %(default)s)")
-    parser.add_argument(
-        "--precision", choices=COMPUTE, default="fp32", help="of the forward pass (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=["float16", "float32", "bfloat16"], default="float16", help="as stored")
-    parser.add_argument("--rows-per-block", type=int, default=4096, help="rows per tar sample (default: %(default)s)")
-    parser.add_argument("--shard-mb", type=int, default=512, help="most MiB per tar file (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--device-map", choices=["auto"], help="spread a model that is larger than a device over all of them"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace finished splits in OUT")
 
 
 @dataclass
@@ -98,7 +40,7 @@ class Job:
 
     args: argparse.Namespace
     documents: Documents
-    extractor: Extractor
+    writer: UnitWriter
     points: list[str]
     made_from: dict[str, Any]
     missing: dict[str, list[str]]
@@ -109,7 +51,7 @@ class Job:
 
     def unit(self, point: str, split: str, number: int) -> Path:
         """Where a unit waits for the others."""
-        return self.folder(point, split) / units_name(self.args, self.made_from) / f"{number:06d}"
+        return self.folder(point, split) / units_name(self.made_from, self.args.batch_size) / f"{number:06d}"
 
 
 def prepare(args: argparse.Namespace, topology: Topology) -> Job:
@@ -122,13 +64,14 @@ def prepare(args: argparse.Namespace, topology: Topology) -> Job:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must not be negative")
     if args.device_map and topology.world > 1:
         raise UserError("--device-map auto takes all devices: start one process")
-    documents = open_documents(args)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    documents = open_documents(settings)
     own_device = args.device == "cuda" and topology.world > 1
     model, tokenizer = load_language_model(
         args.model, topology.device if own_device else args.device, COMPUTE[args.precision], args.device_map
     )
     points = chosen_points(args, model)
-    made_from = identity(args, model)
+    made_from = identity(settings, model) | {name: getattr(args, name) for name in ("rows_per_block", "shard_mb")}
 
     def spec(point: str, width: int) -> ShardSpec:
         return ShardSpec(
@@ -141,8 +84,9 @@ def prepare(args: argparse.Namespace, topology: Topology) -> Job:
             extra=made_from,
         )
 
-    extractor = Extractor(args, model, Windows(args, documents, tokenizer), tokenizer.pad_token_id, spec)
-    job = Job(args, documents, extractor, points, made_from, {})
+    extractor = Extractor(model, Windows(settings, documents, tokenizer), tokenizer.pad_token_id)
+    writer = UnitWriter(extractor, spec, args.rows_per_block, args.shard_mb << 20)
+    job = Job(args, documents, writer, points, made_from, {})
     job.missing = {
         split: [p for p in points if args.overwrite or not finished(job.folder(p, split), made_from)]
         for split in SPLITS
@@ -188,7 +132,7 @@ def extract_units(job: Job, split: str, topology: Topology) -> None:
     units = job.documents.units[split]
     mine = deal(unfinished(job, split, topology), job.documents.sizes[split], topology.world)[topology.rank]
     title = split if topology.world == 1 else f"{split}, process 1 of {topology.world}"
-    clock = job.extractor.clock
+    clock = job.writer.extractor.clock
     with tqdm(
         total=sum(len(units[u]) for u in mine), desc=title, unit=job.documents.item, disable=not topology.is_main
     ) as bar:
@@ -196,7 +140,7 @@ def extract_units(job: Job, split: str, topology: Topology) -> None:
             folders = {point: job.unit(point, split, number) for point in job.missing[split]}
             todo = {point: folder for point, folder in folders.items() if not is_finished(folder)}
             if todo:
-                job.extractor.write(units[number], todo, f"{split}-{number:06d}")
+                job.writer.write(units[number], todo, unit_name(split, number))
                 bar.set_postfix_str(f"{clock.tokens / clock.total:.0f} tokens/s")
             bar.update(len(units[number]))
 
@@ -212,9 +156,13 @@ def finish(job: Job, point: str, split: str) -> None:
     if not kept:
         raise UserError(f"{folder}: none of the tokens is a row; check --skip-first and --drop-special")
     statistics = joined(kept)
-    facts = {**job.made_from, "norms": statistics.norms.report(MAX_NORM)}
-    spec = replace(job.extractor.spec(point, statistics.width), extra=facts)
-    if split == "heldout":
+    facts = {
+        **job.made_from,
+        "token_position": job.documents.token_position,
+        "norms": statistics.norms.report(MAX_NORM),
+    }
+    spec = replace(job.writer.spec(point, statistics.width), extra=facts)
+    if split != "train":
         train = Manifest.load(job.folder(point, "train"))
         join_parts(folder, split, spec, kept, (train.mean, train.scale))
     else:
@@ -275,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
     for split in job.missing:
         if job.missing[split]:
             extract_units(job, split, topology)
-    report_speed(job.extractor.clock, topology)
+    report_speed(job.writer.extractor.clock, topology)
     if topology.is_main:
         try:
             for split, points in job.missing.items():

@@ -1,95 +1,94 @@
-"""Train a grid of gates and sparsities, and see which gives the least FVU at an L0
-
-  alignsae frontier --config configs/mine.yaml --validation data/mine/validation --heldout data/mine/heldout \\
-      --out runs/frontier --l0 32 64 --lr 1e-3 3e-3 --peers-python .venv-peers/bin/python --peer-lr 3e-3
-
-Every gate is trained at every L0 (relu by dictionary.target_l0) and every learning rate, on the rows, the number of
-slots and the steps of the configuration. With --peers-python, the interpreter of an environment that has sae-lens and
-eai-sparsify, these are trained beside them: the same rows in the same order, as many steps, the same warm-up and decay.
-FVU and L0 are those of the held-out rows, `dead` the share of slots active on no row of the last epoch, CPU seconds
-those of the whole process that trained. With --validation, the learning rate of each trainer at each L0 is the one
-with the least FVU there (*), and the picture shows that one. The same command again goes on with the missing points.
-"""
+"""What `alignsae frontier` does; its arguments and its help are in tools/parsers."""
 
 import argparse
-import json
-import sys
+import statistics
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from tools.frontiers.points import OURS, PEERS, Point, choose, record, table
-from tools.frontiers.training import Setting, train
+from tools.frontiers.points import OURS, Point, choose, compared, comparison, record, table
+from tools.frontiers.training import Setting, made_with, train
 from tools.plots import frontier_plot
 from trainer.analysis.results import read_result
-from trainer.config import flatten
+from trainer.config import load_config
 from trainer.errors import UserError
 from trainer.files import write_result
-from trainer.stream import Manifest
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae frontier`."""
-    parser.add_argument("--config", required=True, help="YAML: data, number of slots, stages")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all points; may be repeated"
-    )
-    parser.add_argument("--heldout", required=True, metavar="SHARDS", help="rows to measure on")
-    parser.add_argument("--validation", metavar="SHARDS", help="rows to choose each trainer's learning rate on")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the points, frontier.json and frontier.png")
-    parser.add_argument("--gates", nargs="+", choices=OURS, default=list(OURS), help="default: all")
-    parser.add_argument("--l0", nargs="+", type=int, default=[32, 64], help="mean active slots of a row to aim at")
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-3, 3e-3], help="learning rates of ours")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="run.seed, and that of peers")
-    parser.add_argument("--peers-python", default="", metavar="PYTHON", help="interpreter that has the peers")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="default: all")
-    parser.add_argument("--peer-lr", nargs="+", type=float, default=[3e-3], help="learning rates of peers")
-    parser.add_argument(
-        "--launcher", default=f"{sys.executable} -m", help="what stands before trainer.train (default: this python -m)"
-    )
+from trainer.tracking import Parent, open_parent
 
 
 def run(args: argparse.Namespace) -> None:
     """Train what is missing, write the JSON, the picture and the table."""
+    if not all(0 < share <= 1 for share in args.shares):
+        raise UserError(f"--shares {args.shares} must be above 0, at most 1")
     splits = {"heldout": args.heldout} | ({"validation": args.validation} if args.validation else {})
     setting = Setting(args.config, args.set, args.launcher, splits, args.peers_python)
-    points = [Point(*chosen) for chosen in product(args.gates, args.l0, args.lr, args.seeds)]
+    where = [*product(args.gates, args.l0, args.lr)]
     if args.peers_python:
-        points += [Point(*chosen) for chosen in product(args.peers, args.l0, args.peer_lr, args.seeds)]
-    made_with = [facts(point, setting) for point in points]  # better refused before the first than after hours
+        where += product(args.peers, args.l0, args.peer_lr)
+    args.shares = sorted({1.0, *args.shares}, reverse=True)
+    first = args.seeds[0]
+    points = [Point(*place, first, share) for place in where for share in _shares(place[0], args.shares)]
+    for point in points:  # better refused before the first than after hours
+        made_with(point, setting)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = []
-    for point, made in tqdm(list(zip(points, made_with, strict=True)), desc="frontier", unit="point"):
-        kept = args.out / point.name / "point.json"
-        if not kept.exists():
-            write_result(kept, {"made_with": made, "found": record(point, train(point, setting, kept.parent))})
-        result = read_result(kept, "delete it, and it is trained again")
-        if result.get("made_with") != made:
-            raise UserError(f"{kept} was made with other settings or data; choose another --out, or delete it")
-        found.append(result["found"])
-    choose(found)
-    write_result(args.out / "frontier.json", {"points": found})
-    picture = args.out / "frontier.png"
-    frontier_plot(found).savefig(picture)
-    print(table(found))
+    tracking = load_config(args.config, setting.overrides(points[0])).tracking
+    common = {"config": args.config, "set": args.set, "l0": args.l0, "seeds": args.seeds}
+    with open_parent(args.out, tracking, common) as parent:
+        setting.tracked = parent.settings
+        found = grid(args, setting, points, parent)
+        rows = compared(found)
+        write_result(args.out / "frontier.json", {"points": found, "compared": rows})
+        picture = args.out / "frontier.png"
+        frontier_plot(found).savefig(picture)
+        when = max(path.stat().st_mtime for path in args.out.glob("*/point.json"))
+        for row in rows:
+            # Over the L0 in place of the step, the curve of a trainer is its frontier.
+            name = row["trainer"] if row["share"] == 1.0 else f"{row['trainer']}_share_{row['share']:g}"
+            parent.add({f"frontier/fvu/{name}": statistics.fmean(row["fvu"])}, row["aimed_l0"], when)
+        parent.artifact(args.out / "frontier.json")
+        parent.artifact(picture)
+    print(f"{table(found)}\n\n{comparison(rows)}")
     print(f"written: {args.out / 'frontier.json'}, {picture}")
 
 
-def facts(point: Point, setting: Setting) -> dict[str, Any]:
-    """What the figures of a point depend on, as JSON keeps it. Raises UserError for a point that cannot be trained or
-    measured."""
-    inputs = setting.inputs(point)
-    config = {
-        key: value for key, value in flatten(inputs.config).items() if not key.startswith(("run.dir", "tracking"))
-    }
-    splits = {}
-    for name, folder in setting.splits.items():
-        manifest = Manifest.load(folder)
-        if manifest.width != inputs.manifest.width:
-            raise UserError(
-                f"--{name} {folder} has rows of width {manifest.width}, data.shards of {inputs.manifest.width}"
-            )
-        splits[name] = manifest.digest
-    return json.loads(json.dumps({"config": config, "data": inputs.manifest.digest, **splits}))
+def grid(args: argparse.Namespace, setting: Setting, points: list[Point], parent: Parent) -> list[dict[str, Any]]:
+    """Records of the points, with `chosen`, and of the chosen ones at other seeds and shares."""
+    _, *others = args.seeds
+
+    def all_of(points: list[Point], what: str) -> list[dict[str, Any]]:
+        return [_found(point, setting, args.out, parent) for point in tqdm(points, f"frontier: {what}", unit="point")]
+
+    found = all_of([point for point in points if point.share == 1.0], "learning rates")
+    choose(found)
+    chosen = [(one["trainer"], one["aimed_l0"], one["lr"]) for one in found if one["chosen"]]
+    more = [
+        Point(trainer, l0, lr, seed, share)
+        for (trainer, l0, lr), seed in product(chosen, args.seeds)
+        for share in _shares(trainer, args.shares)
+        if seed in others or share < 1.0
+    ]
+    return found + [one | {"chosen": True} for one in all_of(more, "seeds and shares")]
+
+
+def _shares(trainer: str, shares: list[float]) -> list[float]:
+    """Peers take all steps."""
+    return shares if trainer in OURS else [1.0]
+
+
+def _found(point: Point, setting: Setting, out: Path, parent: Parent) -> dict[str, Any]:
+    """The record of a point, trained unless it is there; of one of ours its figures are numbers of its run, too."""
+    made, kept = made_with(point, setting), out / point.name / "point.json"
+    if not kept.exists():
+        write_result(kept, {"made_with": made, "found": record(point, train(point, setting, kept.parent))})
+    result = read_result(kept, "delete it, and it is trained again")
+    if result.get("made_with") != made:
+        raise UserError(f"{kept} was made with other settings or data; choose another --out, or delete it")
+    found = result["found"]
+    values = {f"frontier/{key}": found[key] for key in ("dead", "cpu_seconds")}
+    for split in setting.splits:
+        values |= {f"frontier/{split}_{key}": found[split][key] for key in ("fvu", "l0")}
+    numbers = {key: value for key, value in values.items() if value is not None}
+    parent.add_to(kept.parent / "run", numbers, kept.stat().st_mtime)
+    return found

@@ -1,11 +1,4 @@
-"""Write a configuration and a launch file to begin with -> DIR/train.yaml, DIR/launch.yaml
-
-  alignsae init mine --data data/mine/layer-06/train
-  alignsae train --launch mine/launch.yaml --config mine/train.yaml
-
-Both are copies of files that come with this program: --config one of configs/, --launch one of launch/accelerate/.
-`alignsae config` says what every key means.
-"""
+"""What `alignsae init` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import re
@@ -17,19 +10,10 @@ from trainer.files import write_result
 
 HERE = Path(__file__).parent
 CONFIGS, LAUNCHES = HERE / "configs", HERE / "launch" / "accelerate"
-START, LAUNCH = "paper", "single"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae init`."""
-    parser.add_argument("dir", type=Path, metavar="DIR", help="folder to write into; made where it is not there")
-    parser.add_argument("--config", default=START, metavar="NAME", help=f"configuration to copy (default: {START})")
-    parser.add_argument("--launch", default=LAUNCH, metavar="NAME", help=f"launch file to copy (default: {LAUNCH})")
-    parser.add_argument("--data", metavar="SHARDS", help="folder or URL for data.shards (default: as it stands there)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Copy both files, with run.dir inside of DIR and data.shards as asked for."""
+    """Copy both files, with run.dir inside of DIR and data.shards as asked for; held-out rows are those beside them."""
     targets = {
         args.dir / "train.yaml": _text(CONFIGS, args.config, "--config"),
         args.dir / "launch.yaml": _text(LAUNCHES, args.launch, "--launch"),
@@ -40,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     config = _set(targets[args.dir / "train.yaml"], "dir", str(args.dir / "run"))
     if args.data:
         config = _set(config, "shards", args.data)
+        config = _set(config, "heldout", f"{args.data.rstrip('/').rpartition('/')[0] or '.'}/heldout")
     targets[args.dir / "train.yaml"] = config
     for path, text in targets.items():
         write_result(path, text)

@@ -1,22 +1,10 @@
-"""Memory per rank and bytes moved per step of a configuration under every strategy, before anything is launched.
-
-    alignsae plan --config configs/large.yaml --devices 64 --device-memory 80GiB --width 4096 --concepts 100
-    alignsae plan --scaling > table.md
-
-Width and concepts come from the manifests of the data, or from --width and --concepts where the data does not exist
-yet. Memory is the peak within a step: weights, gradients, AdamW's two moments (fp32 unless optim.state=bf16), what a
-strategy gathers or copies, and what the largest bank needs while it is computed; or, where that is more, what building
-the engine takes. `snapshot` is host memory: with checkpoint.asynchronous a rank keeps a copy of what it saves (weights
-and moments of its units). Bytes are what one rank sends in one step; it receives as many. With --backend gloo the
-figures are those of CPU ranks, where a reduce-scatter costs an all-reduce and an all-gather a copy, and snapshots count
-in the total; the tests hold them against measurements.
-"""
+"""What `alignsae plan` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
+from tools.planning import seconds
 from tools.planning.estimate import Workload, estimate, smallest
 from trainer.config import Config, load_config
 from trainer.dictionary import DictionaryConfig
@@ -32,20 +20,6 @@ COLUMNS = {  # field of Estimate -> heading
     "snapshot": "snapshot (host)",
     "total": "total",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Configuration, devices, and sizes where there is no data yet."""
-    parser.add_argument("--config", help="YAML file of the run; see configs/")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="ranks (default %(default)s)")
-    parser.add_argument("--device-memory", default="80GiB", metavar="SIZE", help="per rank (default %(default)s)")
-    parser.add_argument("--width", type=int, help="model width D, where the data does not exist yet")
-    parser.add_argument("--concepts", type=int, default=0, help="concepts R, with --width (default %(default)s)")
-    parser.add_argument("--answers", type=int, default=0, help="answers A, with --width (default %(default)s)")
-    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="default %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimates here as well")
-    parser.add_argument("--scaling", action="store_true", help="print the Markdown table of docs/scaling.md instead")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
     for strategy, e in found:
         for what, size in (e.sent if e else {}).items():
             print(f"  {strategy:<11}{human(size):>11}  {what}")
+    if args.device_name:
+        if args.l0 <= 0:
+            raise UserError(f"--l0 {args.l0} must be above 0")
+        print("\n" + seconds.table(work, [e for _, e in found if e], args.device_name, args.l0))
     if args.json:
         args.json.write_text(json.dumps([asdict(e) | {"total": e.total} for _, e in found if e], indent=1) + "\n")
     return 0

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.analysis.binding_matrix import restored
+from trainer.analysis.evaluation import DECADES
 from trainer.losses import TERMS
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#555555"
@@ -21,7 +22,9 @@ LABELLED = 24  # concepts up to which every one is named and every cell is writt
 STYLES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PURPLE, (0, (5, 1, 1, 1, 1, 1)))]
 
 
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1, **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     axes = np.atleast_1d(figure.subplots(rows, columns, **kwargs)).ravel().tolist()
     for ax in axes:
@@ -29,12 +32,12 @@ def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwar
     return figure, axes
 
 
-def _side(names: Sequence[str]) -> float:
+def matrix_side(names: Sequence[str]) -> float:
     """Inches of a matrix with these rows: room for every cell's number while there are numbers."""
     return 1.9 + 0.52 * len(names) if len(names) <= LABELLED else 6.5
 
 
-def _matrix(ax: Axes, share: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
+def draw_matrix(ax: Axes, share: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Any:
     """Shares in [0, 1] as colours, NaN left white; names and numbers while they are legible."""
     ax.spines[:].set_visible(False)
     image = ax.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto" if len(rows) > LABELLED else "equal")
@@ -53,61 +56,19 @@ def binding_plot(evaluation: Mapping[str, Any]) -> Figure:
     """Confusion of the chosen concept slot against the true concept, per split."""
     splits = [s for s in ("train", "heldout") if s in evaluation]
     names = evaluation["concepts"]
-    side = _side(names)
-    figure, axes = _figure(side * len(splits) + 1, side, len(splits), sharey=True)
+    side = matrix_side(names)
+    figure, axes = new_figure(side * len(splits) + 1, side, len(splits), sharey=True)
     for ax, split in zip(axes, splits, strict=True):
         bound = evaluation[split]["binding"]
         counts = restored(bound["confusion"], len(names)).numpy()
         total = counts.sum(axis=1, keepdims=True)
         share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
-        image = _matrix(ax, share, names, [*names, "none active"])
+        image = draw_matrix(ax, share, names, [*names, "none active"])
         title = {"train": "training templates", "heldout": "held-out templates"}[split]
         ax.set_title(f"{title}: diagonal {bound['diagonal_accuracy']:.3f}", fontsize=10)
         ax.set_xlabel("strongest concept slot")
     axes[0].set_ylabel("true concept")
     figure.colorbar(image, ax=axes, label="share of the concept's rows", shrink=0.85)
-    return figure
-
-
-def swap_plot(swap: Mapping[str, Any]) -> Figure:
-    """Success and kept category over alpha, for the slots and for the mean difference."""
-    figure, (ax,) = _figure(6.6, 4.2)
-    for method, name, colour, marker in (
-        ("slots", "concept slots", BLUE, "o"),
-        ("mean_difference", "mean difference (no dictionary)", RED, "s"),
-    ):
-        points = sorted(swap[method]["alphas"], key=lambda point: point["alpha"])
-        alphas = [p["alpha"] for p in points]
-        ax.plot(alphas, [p["success"] for p in points], color=colour, marker=marker, label=f"{name}: success")
-        kept = [p["category_kept"] for p in points]
-        ax.plot(alphas, kept, color=colour, marker=marker, ms=3, lw=1, ls="--", label=f"{name}: category kept")
-    if min(alphas) > 0:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(alphas, [f"{a:g}" for a in alphas])
-        ax.minorticks_off()
-    ax.set(ylim=(-0.02, 1.02), xlabel="strength alpha", ylabel="share of swaps")
-    chosen_on = swap.get("validation", {"pairs": swap["pairs"], "on": f"{swap['split']} prompts"})
-    ax.set_title(f"{chosen_on['pairs']} swaps of {chosen_on['on']}, layer {swap['layer']}", fontsize=10)
-    ax.grid(axis="y", alpha=0.3)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    return figure
-
-
-def swap_matrix_plot(swap: Mapping[str, Any]) -> Figure:
-    """Success per ordered relation pair, each method at its best alpha."""
-    names = swap["concepts"]
-    side = _side(names)
-    figure, axes = _figure(side * 2 + 1, side, 2, sharey=True)
-    for ax, (method, name) in zip(axes, (("slots", "slots"), ("mean_difference", "mean difference")), strict=True):
-        tried = np.array(swap[method]["matrix"]["swaps"], dtype=float)
-        won = np.array(swap[method]["matrix"]["successes"], dtype=float)
-        share = np.divide(won, tried, out=np.full_like(won, np.nan), where=tried > 0)
-        image = _matrix(ax, share, names, names)
-        best = swap[method]
-        ax.set_title(f"{name}, alpha {best['best_alpha']:g}: {best['best_success']:.3f}", fontsize=10)
-        ax.set_xlabel("target relation")
-    axes[0].set_ylabel("asked relation")
-    figure.colorbar(image, ax=axes, label="share of swaps that succeed", shrink=0.85)
     return figure
 
 
@@ -123,9 +84,9 @@ def fragmentation_plot(evaluation: Mapping[str, Any]) -> Figure:
             ("unsupervised, all slots", evaluation["unsupervised"]["train"]["fragmentation"]["all"], GREY, "..")
         )
     names = evaluation["concepts"]
-    figure, (ax,) = _figure(max(8.5, 3.2 + 0.85 * len(names)) if len(names) <= LABELLED else 8.5, 4.2)
-    values = [[_nan(part["per_concept"][n]["efffeat"]) for n in names] for _, part, _, _ in series]
-    labels = [f"{name} (mean {_nan(part['efffeat']):.3g})" for name, part, _, _ in series]
+    figure, (ax,) = new_figure(max(8.5, 3.2 + 0.85 * len(names)) if len(names) <= LABELLED else 8.5, 4.2)
+    values = [[or_nan(part["per_concept"][n]["efffeat"]) for n in names] for _, part, _, _ in series]
+    labels = [f"{name} (mean {or_nan(part['efffeat']):.3g})" for name, part, _, _ in series]
     if len(names) <= LABELLED:
         width = 0.8 / len(series)
         for i, (_, _, colour, hatch) in enumerate(series):
@@ -142,9 +103,26 @@ def fragmentation_plot(evaluation: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def density_plot(evaluation: Mapping[str, Any]) -> Figure:
+    """How many free slots are active on which share of the rows, of those that are on any."""
+    figure, (ax,) = new_figure(8.5, 3.4)
+    found = [
+        (split, evaluation[split]["reconstruction"]["density"]) for split in ("train", "heldout") if split in evaluation
+    ]
+    if plain := evaluation.get("unsupervised"):
+        found += [("unsupervised, train", plain["train"]["reconstruction"]["density"])]
+    edges = np.logspace(-DECADES, 0, len(found[0][1]) + 1)
+    for (name, counts), (colour, dash) in zip(found, cycle(STYLES), strict=False):
+        ax.stairs(counts, edges, color=colour, ls=dash, lw=1.6, label=name)
+    first = min(np.flatnonzero(counts).min(initial=len(counts) - 1) for _, counts in found)
+    ax.set(xscale="log", xlabel="share of rows on which a free slot is active", ylabel="slots", xlim=(edges[first], 1))
+    ax.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     """The loss and its terms (unweighted) over steps, one panel each for the total and the terms."""
-    figure, (left, right) = _figure(10.5, 3.9, 2)
+    figure, (left, right) = new_figure(10.5, 3.9, 2)
     # Stages weigh different terms, so the totals of two stages are not joined by a line.
     for stage in dict.fromkeys(m.get("stage") for m in metrics):
         left.plot(*_series([m for m in metrics if m.get("stage") == stage], "loss"), color="black", lw=1.2)
@@ -163,17 +141,20 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def training_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """FVU, L0, dead slots and binding accuracy over steps."""
-    figure, axes = _figure(10.5, 5.6, 2, 2, sharex=True)
+    """FVU, L0, dead slots and binding accuracy over steps, of training batches and of held-out rows."""
+    figure, axes = new_figure(10.5, 5.6, 2, 2, sharex=True)
     panels = (
-        ("fvu", "FVU"),
-        ("l0", "L0, active slots per row"),
-        ("dead", "dead slots"),
-        ("binding", "binding accuracy"),
+        ("fvu", "heldout/fvu", "FVU"),
+        ("l0", "heldout/l0", "L0, active slots per row"),
+        ("dead", "", "dead slots"),
+        ("binding", "heldout/slot_accuracy", "binding accuracy"),
     )
-    for ax, (key, name) in zip(axes, panels, strict=True):
+    for ax, (key, held_out, name) in zip(axes, panels, strict=True):
         steps, values = _series(metrics, key)
-        ax.plot(steps, values, color=BLUE, lw=1.2)
+        ax.plot(steps, values, color=BLUE, lw=1.2, label="training")
+        if (found := _series(metrics, held_out))[0]:
+            ax.plot(*found, color=ORANGE, lw=1.4, marker="o", ms=3, label="held out")
+            ax.legend(fontsize=8, frameon=False)
         ax.set_ylabel(name)
         if key in ("fvu", "l0") and min(values, default=0) > 0:
             ax.set_yscale("log")
@@ -182,6 +163,35 @@ def training_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         _stages(ax, metrics)
     for ax in axes[2:]:
         ax.set_xlabel("step")
+    return figure
+
+
+def heldout_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """How well concept slots tell their concepts on held-out rows, and how often they fire elsewhere, over steps; None
+    where no evaluation says so."""
+    panels: dict[str, dict[str, str]] = {
+        "held-out rows, mean over concepts": {
+            "auroc": "AUROC against other rows",
+            "text_auroc": "AUROC against text",
+            "average_precision": "average precision",
+        },
+        "held-out rows without a concept": {"text_firing": "a slot fires", "text_any_firing": "any slot fires"},
+    }
+    found = {
+        title: {label: points for name, label in lines.items() if (points := _series(metrics, f"heldout/{name}"))[0]}
+        for title, lines in panels.items()
+    }
+    found = {title: lines for title, lines in found.items() if lines}  # rows without a concept may not be there
+    if not found:
+        return None
+    figure, axes = new_figure(5.25 * len(found), 3.6, len(found))
+    for ax, (title, lines) in zip(axes, found.items(), strict=True):
+        for (label, points), (colour, dash) in zip(lines.items(), STYLES, strict=False):
+            ax.plot(*points, color=colour, ls=dash, marker="o", ms=3, label=label)
+        ax.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
+        ax.legend(fontsize=8, frameon=False)
+        steps = {step for points in lines.values() for step in points[0]}
+        _stages(ax, [m for m in metrics if m["step"] in steps])
     return figure
 
 
@@ -211,7 +221,8 @@ def _stages(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
             before = record.get("stage")
 
 
-def _nan(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
+    """NaN for what is not known."""
     return float("nan") if value is None else value
 
 
@@ -223,7 +234,7 @@ def steering_plot(tokens: Sequence[str], slots: Mapping[str, tuple[Any, Any]], p
     """
     count = max(len(read) for read, _ in slots.values())
     places = np.arange(first, count)
-    figure, axes = _figure(max(4.0, 1.5 + 0.32 * len(places)), 1.2 + 1.5 * len(slots), rows=len(slots), sharex=True)
+    figure, axes = new_figure(max(4.0, 1.5 + 0.32 * len(places)), 1.2 + 1.5 * len(slots), rows=len(slots), sharex=True)
     for ax, (name, (read, changed)) in zip(axes, slots.items(), strict=True):
         ax.bar(places, read[first:], color=BLUE, label="read")
         steered = np.where(np.asarray(changed) != np.asarray(read), changed, np.nan)[first:]
@@ -238,16 +249,30 @@ def steering_plot(tokens: Sequence[str], slots: Mapping[str, tuple[Any, Any]], p
 
 
 def frontier_plot(points: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out FVU over L0, one line per trainer through the points at its chosen learning rate."""
-    figure, (ax,) = _figure(6.6, 4.4)
+    """Held-out FVU of the points at each trainer's chosen learning rate, means over seeds: over L0, one line per
+    trainer, and over CPU seconds, one line per trainer and L0 through the shares of the steps that it was given."""
+    figure, (left, right) = new_figure(11.0, 4.4, 2, sharey=True)
+    shown = [point for point in points if point["chosen"] and point["heldout"]["fvu"]]
     trainers = list(dict.fromkeys(point["trainer"] for point in points))
+    aims = sorted({point["aimed_l0"] for point in shown})
+
+    def mean(same: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+        return tuple(np.mean([(p["heldout"]["l0"], p["heldout"]["fvu"], p["cpu_seconds"]) for p in same], axis=0))
+
     for trainer, (colour, dash), marker in zip(trainers, cycle(STYLES), cycle("os^vD")):
-        chosen = [p["heldout"] for p in points if p["trainer"] == trainer and p["chosen"] and p["heldout"]["fvu"]]
-        chosen.sort(key=lambda measured: measured["l0"])
-        l0, fvu = [measured["l0"] for measured in chosen], [measured["fvu"] for measured in chosen]
-        ax.plot(l0, fvu, color=colour, linestyle=dash, marker=marker, label=trainer)
-    ax.set_xscale("log")
-    ax.set_xlabel("mean active slots of a held-out row (L0)")
-    ax.set_ylabel("held-out FVU")
-    ax.legend(frameon=False, fontsize=9)
+        mine = [point for point in shown if point["trainer"] == trainer]
+        mine_at = {aim: [point for point in mine if point["aimed_l0"] == aim] for aim in aims}
+        whole = sorted(mean([p for p in of if p["share"] == 1.0]) for of in mine_at.values() if of)
+        l0, fvu = [one[0] for one in whole], [one[1] for one in whole]
+        left.plot(l0, fvu, color=colour, linestyle=dash, marker=marker, label=trainer)
+        for aim, of in mine_at.items():
+            line = [mean([p for p in of if p["share"] == share]) for share in sorted({point["share"] for point in of})]
+            right.plot([one[2] for one in line], [one[1] for one in line], color=colour, linestyle=dash, marker=marker)
+            if line:
+                right.annotate(f"L0 {aim}", (line[-1][2], line[-1][1]), fontsize=8)
+    for ax, label in ((left, "mean active slots of a held-out row (L0)"), (right, "CPU seconds")):
+        ax.set_xscale("log")
+        ax.set_xlabel(label)
+    left.set_ylabel("held-out FVU")
+    left.legend(frameon=False, fontsize=9)
     return figure

@@ -1,10 +1,4 @@
-"""Plots and one self-contained HTML page for a run -> RUN/plots/*.png and RUN/report.html
-
-  alignsae report --run runs/demo
-
-Uses what is there: metrics.jsonl and config.yaml of the training, evaluation.json of `alignsae evaluate`, swap.json of
-`alignsae swap`. The files are attached to the run's MLflow run when it has one.
-"""
+"""What `alignsae report` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import base64
@@ -17,15 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from tools import plots
+from tools.reporting.oddities import oddities
+from tools.swapping import plots as swap_plots
+from tools.swapping import table
 from trainer.analysis.results import read_metrics, read_result, run_config
 from trainer.files import write_result
 from trainer.run_folder import RunFolder
 from trainer.tracking import add_artifacts
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae report`."""
-    parser.add_argument("--run", dest="run_dir", type=Path, required=True, help="run folder")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,45 +25,53 @@ def run(args: argparse.Namespace) -> None:
     folder = RunFolder(args.run_dir)
     metrics = read_metrics(args.run_dir)
     config = run_config(args.run_dir)
-    evaluation, swap = _optional(folder.evaluation), _optional(folder.swap)
+    evaluation, swap, outcome = (_optional(path) for path in (folder.evaluation, folder.swap, folder.outcome))
     figures = {"losses": plots.loss_plot(metrics), "training": plots.training_plot(metrics)} if metrics else {}
+    if heldout := plots.heldout_plot(metrics):
+        figures["heldout"] = heldout
+    if evaluation and "density" in evaluation["train"]["reconstruction"]:
+        figures["density"] = plots.density_plot(evaluation)
     if evaluation and evaluation["concepts"]:
         figures |= {"binding": plots.binding_plot(evaluation), "fragmentation": plots.fragmentation_plot(evaluation)}
     if swap:
-        figures |= {"swap": plots.swap_plot(swap), "swap_matrix": plots.swap_matrix_plot(swap)}
+        figures |= {"swap": swap_plots.swap_plot(swap), "swap_matrix": swap_plots.swap_matrix_plot(swap)}
+        if "forms" in swap["slots"]:
+            figures["swap_forms"] = swap_plots.swap_forms_plot(swap)
     images = {name: _png(figure) for name, figure in figures.items()}
     written = []
     for name, image in images.items():
         written.append(folder.plots / f"{name}.png")
         write_result(written[-1], image)
     written.append(folder.report)
-    page = render(folder.name, metrics, evaluation, swap, folder.config.read_text(), images)
-    write_result(written[-1], page)
+    odd = oddities(metrics, evaluation, outcome)
+    write_result(written[-1], render(folder, metrics, evaluation, swap, odd, images))
     tracked = add_artifacts(args.run_dir, config.tracking.uri, written)
+    for sentence in odd:
+        print(f"odd: {sentence}")
     print(f"written: {written[-1]} and {len(images)} plots" + (", attached to the MLflow run" if tracked else ""))
 
 
 def render(
-    name: str,
+    folder: RunFolder,
     metrics: Sequence[Mapping[str, Any]],
     evaluation: dict[str, Any] | None,
     swap: dict[str, Any] | None,
-    config: str,
+    odd: Sequence[str],
     images: Mapping[str, bytes],
 ) -> str:
     """The page, with its images inside. Values are escaped: prompts may hold markup."""
-    environment = Environment(loader=PackageLoader("tools"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("tools"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     facts, spreads, splits, rows = [], [], [], []
     if metrics:
         last = metrics[-1]
-        facts.append(f"{last['step']} steps, {last['rows']:,} rows, last stage {last['stage']}")
+        facts += [f"{last['step']} steps", f"{last['rows']:,} rows", f"last stage {last['stage']}"]
     if evaluation:
-        facts.append(
-            f"{evaluation['slots']:,} slots, {len(evaluation['concepts'])} concepts, width {evaluation['width']}"
-        )
-        facts.append(f"trained on {evaluation['trained_on'][:12]}")
+        facts += [f"{evaluation['slots']:,} slots", f"{len(evaluation['concepts'])} concepts"]
+        facts += [f"width {evaluation['width']}", f"trained on {evaluation['trained_on'][:12]}"]
         splits = [split for split in ("train", "heldout") if split in evaluation]
-        evaluation = {"unsupervised": None, "loss_recovered": None, **evaluation}
+        evaluation = {"unsupervised": None, "loss_recovered": None, "text_loss_recovered": None, **evaluation}
     if evaluation and evaluation["concepts"]:
         spread = evaluation["train"]["fragmentation"]
         spreads = [("aligned, concept slots", spread["concept_slots"]), ("aligned, all slots", spread["all"])]
@@ -79,16 +79,20 @@ def render(
             spreads.append(("unsupervised, all slots", evaluation["unsupervised"]["train"]["fragmentation"]["all"]))
     if swap:
         rows = list(zip(swap["slots"]["alphas"], swap["mean_difference"]["alphas"], strict=True))
+    pages = folder.slot_pages / "index.html"
     return environment.get_template("report.html").render(
-        name=name,
+        name=folder.name,
         facts=facts,
+        odd=odd,
         evaluation=evaluation,
         splits=splits,
         spreads=spreads,
         swap=swap,
         swap_rows=rows,
-        config=config,
+        swap_forms=[table.COLUMNS, *table.cells(swap)] if swap and "forms" in swap["slots"] else [],
+        config=folder.config.read_text(encoding="utf-8"),
         plots={key: base64.b64encode(image).decode() for key, image in images.items()},
+        slots=pages.relative_to(folder.path).as_posix() if pages.is_file() else "",
     )
 
 

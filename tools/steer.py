@@ -1,61 +1,31 @@
-r"""Generate text with chosen slots of a dictionary changed, next to the text without.
-
-  alignsae steer --run runs/demo --model models/demo --prompt 'Q: Where does Ada work?\nA:' employer=0 birth_city=1.5
-  alignsae steer --run exported/demo --model models/demo --prompt 'Q: Where does Ada work?\nA:' --mode ablate employer
-      --temperature 0.7 --chart --png steered.png
-
-SLOT is a concept, or the number of any slot; a strength of 1 is the mean activation of the slot where its concept is
-there, which the run, or its export, holds. --mode says what happens to the activation, --where at which tokens. Slots
-that are not named keep their value, and so does what the dictionary does not reconstruct.
-"""
+"""What `alignsae steer` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import io
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tools import plots
+from tools.timing.steering import overhead
 from trainer.analysis.evaluation import concept_slot_means
-from trainer.analysis.language_model import encode_prompts, load_language_model
 from trainer.analysis.results import rows_of
-from trainer.analysis.steering import MODES, WHERE, Steering, steer
+from trainer.analysis.steering import Steering, steer
 from trainer.errors import UserError
 from trainer.files import write_result
+from trainer.language_model import encode_prompts, load_language_model
 from trainer.pretrained import read_trained
 
 BAR = 24  # characters of the longest bar of a chart
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae steer`."""
-    parser.add_argument("settings", nargs="+", metavar="SLOT=STRENGTH", help="with --mode ablate: SLOT")
-    parser.add_argument(
-        "--run", dest="run_dir", type=Path, required=True, help="folder of a run, a checkpoint, an export or an import"
-    )
-    parser.add_argument("--model", required=True, help="the language model that the activations came from")
-    parser.add_argument(
-        "--prompt", action="append", required=True, help=r"prompt, \n for a line break; may be given several times"
-    )
-    parser.add_argument("--mode", choices=tuple(MODES), default="set", help="how a slot is changed (default: set)")
-    parser.add_argument("--where", choices=WHERE, default="prompt_end", help="at which tokens (default: prompt_end)")
-    parser.add_argument("--read", action="append", default=[], metavar="SLOT", help="a further slot of the charts")
-    parser.add_argument("--train", help="shards for the slots' mean activations, where the run holds none")
-    parser.add_argument("--max-new-tokens", type=int, default=24, help="tokens to generate (default: 24)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0: the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the likeliest (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest tokens; 0: all (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    parser.add_argument("--chart", action="store_true", help="print the slots' activations token by token")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them, of the first prompt")
-    parser.add_argument("--device", default="cpu", help="device of the model (default: cpu)")
-
-
 def run(args: argparse.Namespace) -> None:
     """Print prompt, text before and text after for every prompt."""
+    if args.time is not None and args.time < 1:
+        raise UserError("--time must be positive")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0 or args.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must not be negative, --top-p in (0, 1], --max-new-tokens positive")
     trained = read_trained(args.run_dir)
@@ -83,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"prompt: {prompt!r}\nbefore: {texts[0]}\nafter:  {texts[1]}\n")
         if args.chart:
             print(chart(_tokens(tokenizer, after[index]), steering, index), "\n")
+    if args.time:
+        print(timed(args, model, tokenizer, (ids, mask), partial(steer, model, trained, edits)))
     if args.png:
         image = io.BytesIO()
         plots.steering_plot(
@@ -92,15 +64,31 @@ def run(args: argparse.Namespace) -> None:
         print(f"written: {args.png}")
 
 
+def timed(
+    args: argparse.Namespace, model: Any, tokenizer: Any, prompts: tuple[Tensor, Tensor], steering: Callable[..., Any]
+) -> str:
+    """What `--time` prints."""
+
+    def plain() -> None:
+        generate(args, model, tokenizer, *prompts, least=args.max_new_tokens)
+
+    def steered() -> None:
+        with steering(mode=args.mode, where=args.where, read=args.read):
+            plain()
+
+    return overhead(plain, steered, args.max_new_tokens, args.time, args.device)
+
+
 @torch.no_grad()
-def generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Token ids [B, T + new] of the prompts ids, mask [B, T] and what follows them."""
+def generate(args: argparse.Namespace, model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, least: int = 0) -> Tensor:
+    """Token ids [B, T + new] of the prompts ids, mask [B, T] and what follows them, at least so many tokens."""
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k} if args.temperature else {}
     torch.manual_seed(args.seed)
     return model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=args.max_new_tokens,
+        min_new_tokens=least,
         do_sample=bool(sampling),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,17 +1,10 @@
-"""Train a grid of configurations, one after the other, and tabulate where each ended.
-
-  alignsae sweep --config configs/demo.yaml --out runs/sweep \\
-      --grid loss.sp=0.02,0.05,0.1 --grid dictionary.free_slots=4096,16384
-
-Each point is an ordinary run in OUT/NAME, started with --launcher; the same command again goes on with the points that
-did not finish. The last logged figures of all points go to OUT/sweep.json and to the terminal.
-"""
+"""What `alignsae sweep` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import itertools
 import shlex
 import subprocess
-from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,21 +19,6 @@ from trainer.tracking import open_parent
 COLUMNS = ("loss", "fvu", "l0", "dead", "binding", "rows_per_s")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae sweep`."""
-    parser.add_argument("--config", required=True, help="YAML of the points' common settings")
-    parser.add_argument(
-        "--grid", action="append", required=True, metavar="KEY=V1,V2", help="a setting and its values; may be repeated"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all points; may be repeated"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
-    parser.add_argument(
-        "--launcher", default="accelerate launch -m", help="what stands before trainer.train (default: %(default)s)"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Train all points; 1 when some failed."""
     axes = [parse_axis(axis) for axis in args.grid]
@@ -48,36 +26,30 @@ def run(args: argparse.Namespace) -> int:
     refuse_impossible(args.config, args.set, points)
     args.out.mkdir(parents=True, exist_ok=True)
     tracking = load_config(args.config, [*args.set, *points[0]]).tracking
-    parent = open_parent(args.out, tracking, {"config": args.config, "set": args.set, "grid": args.grid})
-    part_of = [f"tracking.parent={parent.run_id}"] if parent else []
-    rows = []
-    for point in tqdm(points, desc="sweep", unit="run"):
-        folder = args.out / ",".join(setting.replace("/", "_") for setting in point)
-        folder.mkdir(exist_ok=True)
-        command = [
-            *shlex.split(args.launcher),
-            "trainer.train",
-            "--config",
-            args.config,
-            *args.set,
-            *point,
-            *part_of,
-            f"run.dir={folder}",
-        ]
-        with (folder / "train.log").open("a") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        metrics = read_metrics(folder) if RunFolder(folder).metrics.exists() else []
-        rows.append(
-            {"run": folder.name, "exit": code, **{name: metrics[-1].get(name) if metrics else None for name in COLUMNS}}
-        )
-        write_result(args.out / "sweep.json", {"points": rows})
+    with open_parent(args.out, tracking, {"config": args.config, "set": args.set, "grid": args.grid}) as parent:
+        rows = []
+        for point in tqdm(points, desc="sweep", unit="run"):
+            rows.append(trained(args, [*point, *parent.settings], ",".join(point).replace("/", "_")))
+            write_result(args.out / "sweep.json", {"points": rows})
+        parent.artifact(args.out / "sweep.json")
+        failed = [row["run"] for row in rows if row["exit"]]
+        parent.status = "FAILED" if failed else "FINISHED"
     print(table(rows))
-    if parent:
-        parent.end("FINISHED")
-    failed = [row["run"] for row in rows if row["exit"]]
     if failed:
         print(f"{len(failed)} of {len(rows)} runs failed; see {args.out}/{failed[0]}/train.log")
     return 1 if failed else 0
+
+
+def trained(args: argparse.Namespace, settings: list[str], name: str) -> dict[str, Any]:
+    """Train a point in OUT/name; its exit code and the last of its figures."""
+    folder = args.out / name
+    folder.mkdir(exist_ok=True)
+    command = [*shlex.split(args.launcher), "trainer.train", "--config", args.config, *args.set, *settings]
+    with (folder / "train.log").open("a") as log:
+        run = [*command, f"run.dir={folder}"]
+        code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    metrics = read_metrics(folder) if RunFolder(folder).metrics.exists() else []
+    return {"run": name, "exit": code, **{key: metrics[-1].get(key) if metrics else None for key in COLUMNS}}
 
 
 def refuse_impossible(config: str, common: list[str], points: list[list[str]]) -> None:

@@ -1,13 +1,7 @@
-"""Check every byte of a shard folder against its manifest, and say what is damaged and where.
-
-Per shard: size, sha256, the tar structure with every header and padding byte; per block: crc32, npy headers, label
-ranges, NaN and infinity. Prints one line per problem and exits 2 when there is any. With --rate it measures how fast
-batches are read instead; several folders are then read as sources of equal parts.
-"""
+"""What `alignsae verify` does; its arguments and its help are in tools/parsers."""
 
 import argparse
 import itertools
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,25 +24,6 @@ from trainer.stream.location import is_remote
 from trainer.stream.scan import stray_shards, verify_shard
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `alignsae verify`."""
-    parser.add_argument(
-        "folders", nargs="+", metavar="folder", help="folder of one split: holds manifest.json and the tars"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=os.cpu_count() or 1, help="shards checked at a time (default: cores)"
-    )
-    parser.add_argument("--rate", action="store_true", help="measure rows per second into batches, epoch by epoch")
-    parser.add_argument(
-        "--epochs", type=int, default=3, help="epochs of the first folder that --rate reads (default 3)"
-    )
-    for name in ("global_batch", "lanes", "window", "threads"):
-        flag = "--reader-threads" if name == "threads" else "--" + name.replace("_", "-")
-        parser.add_argument(
-            flag, type=int, default=getattr(DataConfig, name), help=f"data.{name} of --rate (default %(default)s)"
-        )
-
-
 def run(args: argparse.Namespace) -> None:
     """Verify, or measure."""
     if any(is_remote(folder) for folder in args.folders):
@@ -64,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def verify(folder: Path, manifest: Manifest, threads: int) -> None:
     """Check one folder. Raises DataError when anything is wrong with it."""
+    manifest.require_shards(str(folder))
     problems = stray_shards(folder, manifest)
     began = time.perf_counter()
     size = sum(shard.bytes for shard in manifest.shards)
@@ -90,12 +66,15 @@ def verify(folder: Path, manifest: Manifest, threads: int) -> None:
 def measure(args: argparse.Namespace) -> None:
     """Read whole epochs into batches and print rows per second of each."""
     names = [f"folder-{number}" for number in range(len(args.folders))]
+    asked = {
+        "global_batch": args.global_batch,
+        "lanes": args.lanes,
+        "window": args.window,
+        "threads": args.reader_threads,
+    }
     config = DataConfig(
         sources={name: SourceConfig(folder) for name, folder in zip(names, args.folders, strict=True)},
-        global_batch=args.global_batch,
-        lanes=args.lanes,
-        window=args.window,
-        threads=args.reader_threads,
+        **{name: value for name, value in asked.items() if value is not None},
     )
     config.validate()
     sources = Sources(load_manifests(config))

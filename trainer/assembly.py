@@ -7,23 +7,28 @@ from pathlib import Path
 
 from torch import nn
 
-from trainer import checkpoint, pretrained
+from trainer import checkpoint, extraction, pretrained
 from trainer.agreement import decide
+from trainer.beginning import begin_along_rows
 from trainer.config import Config, flatten, load_config, to_yaml
-from trainer.dictionary import ConceptDictionary, bank_number
+from trainer.dictionary import ConceptDictionary, bank_number, initial_share
 from trainer.errors import UserError
+from trainer.extraction import Live
 from trainer.files import write_atomically
 from trainer.guard import Guard
+from trainer.heldout import Evaluations, read_parts
 from trainer.inputs import Inputs
 from trainer.interrupt import Interrupt
 from trainer.journal import Journal
 from trainer.kernels import usable_precision
-from trainer.loop import Run
+from trainer.late import Late, Sender
 from trainer.objective import AlignObjective
 from trainer.ownership import Ownership
 from trainer.redact import redact
 from trainer.run_folder import RunFolder
-from trainer.strategies import ParallelConfig, Strategy, build_strategy, join, owned_banks
+from trainer.stepping import Run
+from trainer.strategies import Layout, ParallelConfig, Strategy, build_strategy, join, owned_banks
+from trainer.strategies.layout import LONGEST_TIMEOUT
 from trainer.stream import RowDigest
 from trainer.topology import Topology, limit_waiting
 from trainer.tracking import DatasetInput, Tracker
@@ -31,24 +36,35 @@ from trainer.tracking import DatasetInput, Tracker
 log = logging.getLogger(__name__)
 
 
-def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
+def open_live(config: Config) -> Live | None:
+    """What computes the sources that are live, None where none is. Called on all ranks, which meet for it."""
+    if not config.data.computed():
+        return None
+    # Making tokens of a corpus takes longer than a step; the ranks meet again, and with their own patience.
+    topology = join(Layout("ddp", timeout=LONGEST_TIMEOUT))
+    return extraction.open_live(config.data, RunFolder(Path(config.run.dir)).live, topology)
+
+
+def build_run(inputs: Inputs, live: Live | None, interrupt: Interrupt, ending: ExitStack) -> Run:
     """Form the process group, find what there is to resume, and build everything that the loop works with.
 
-    ending: closed when the run is over; until then it keeps the run folder owned.
+    live: what `inputs` were read with. ending: closed when the run is over; until then it keeps the run folder owned.
     """
     config = inputs.config
     folder = RunFolder(Path(config.run.dir))
     topology = join(inputs.layout, inputs.facts())
     own(folder, topology, ending)
     resume, state = find_state(inputs, folder, topology)
+    evaluations = read_heldout(inputs, topology)
     strategy = build_strategy(inputs.layout, topology)
     strategy.prepare(build_objective(inputs, strategy, resume), config.optim, state.updates)
     limit_waiting(inputs.layout.timeout)
     if resume is not None:
         checkpoint.load_moments(resume, strategy)
+    store_manifests(live, folder, topology)
     tracker = open_tracker(inputs, folder, state.step, topology)
     journal = Journal(folder.skipped, state.step) if topology.is_main else None
-    return Run(
+    run = Run(
         config=config,
         folder=folder,
         sources=inputs.sources,
@@ -59,10 +75,19 @@ def build_run(inputs: Inputs, interrupt: Interrupt, ending: ExitStack) -> Run:
         state=state,
         # The chain goes on from the saved value on one rank; those of the others start at 0 (they add up).
         digest=RowDigest(state.rows_digest if topology.data_rank == 0 else 0),
-        guard=Guard(config.guard, inputs.plan, journal, state.guard),
-        saver=checkpoint.Saver(folder.checkpoints, config.checkpoint, strategy, inputs.manifest, trusted=resume),
+        guard=Guard(config.guard, inputs.plan, journal, state.guard, topology.device),
+        late=Late(topology.lag),
+        sender=Sender(topology.device),
+        saver=checkpoint.Saver(
+            folder.checkpoints, config.checkpoint, strategy, inputs.manifest, trusted=resume, best=state.best
+        ),
         interrupt=interrupt,
+        evaluations=evaluations,
     )
+    if resume is None and config.dictionary.begin == "rows":
+        with run.stream(0) as batches:
+            begin_along_rows(strategy, batches, initial_share(inputs.form, config.dictionary.initial_l0))
+    return run
 
 
 def own(folder: RunFolder, topology: Topology, ending: ExitStack) -> None:
@@ -76,6 +101,17 @@ def own(folder: RunFolder, topology: Topology, ending: ExitStack) -> None:
             ending.enter_context(Ownership(folder.path))
         except UserError as error:
             problem = str(error)
+    decide(problem, topology)
+
+
+def store_manifests(live: Live | None, folder: RunFolder, topology: Topology) -> None:
+    """Keep the manifests that were made for this run: it goes on with them. Called on all ranks."""
+    problem = ""
+    if live is not None and topology.is_main:
+        try:
+            live.store(folder.live)
+        except OSError as error:
+            problem = f"run.dir={folder.path} cannot be written ({error.strerror}); choose another folder"
     decide(problem, topology)
 
 
@@ -94,7 +130,25 @@ def find_state(inputs: Inputs, folder: RunFolder, topology: Topology) -> tuple[P
             log.info("resuming from %s at step %d of %d", resume, state.step, inputs.curriculum.total)
             log_changes(resume, state, inputs)
     state.curriculum = inputs.curriculum.record()
+    state.best = kept_best(state.best, config.checkpoint.best, folder, topology)
     return resume, state
+
+
+def read_heldout(inputs: Inputs, topology: Topology) -> Evaluations:
+    """The held-out rows, where they are to be evaluated."""
+    config, every = inputs.config, inputs.config.run.evaluate_every
+    parts = read_parts(config.data, inputs.heldout, inputs.sources, topology) if every else []
+    most = max(1, config.data.global_batch // topology.data_world)
+    return Evaluations(parts, every, most, config.checkpoint.best, "align" in inputs.curriculum.names)
+
+
+def kept_best(
+    best: checkpoint.Best | None, metric: str | None, folder: RunFolder, topology: Topology
+) -> checkpoint.Best | None:
+    """The best evaluation that a checkpoint knows of, if it is by the same figure and its own checkpoint is still in
+    this run folder. Called on all ranks."""
+    lost = best is None or best.metric != metric or not checkpoint.is_complete(folder.checkpoints, best.step)
+    return None if topology.any_over_world(lost) else best
 
 
 def log_changes(resume: Path, state: checkpoint.RunState, inputs: Inputs) -> None:
@@ -119,10 +173,13 @@ def shown(inputs: Inputs) -> Config:
     """
     config = inputs.config
     data = config.data
-    sources = {name: replace(source, shards=redact(source.shards)) for name, source in data.sources.items()}
+    sources = {
+        name: replace(source, shards=redact(source.shards), heldout=redact(source.heldout))
+        for name, source in data.sources.items()
+    }
     return replace(
         config,
-        data=replace(data, shards=redact(data.shards), sources=sources),
+        data=replace(data, shards=redact(data.shards), heldout=redact(data.heldout), sources=sources),
         parallel=ParallelConfig(**vars(inputs.layout)),
         checkpoint=replace(config.checkpoint, resume=redact(config.checkpoint.resume)),
         tracking=config.tracking.redacted(),
@@ -181,6 +238,7 @@ def build_objective(inputs: Inputs, strategy: Strategy, resume: Path | None) -> 
     dictionary = ConceptDictionary(
         inputs.form,
         initial_l0=chosen.initial_l0,
+        initial_norm=chosen.initial_norm,
         seed=config.run.seed,
         owned=owned_banks(inputs.form.banks, topology),
         on_unit=load_and_place,
@@ -193,6 +251,7 @@ def build_objective(inputs: Inputs, strategy: Strategy, resume: Path | None) -> 
         kernel=config.kernel,
         precision=agreed_precision(config.run.precision, topology),
         kernels=kernels if resume is not None else None,
+        dead_after=config.revival.patience(inputs.curriculum.total),
     )
 
 
@@ -223,6 +282,8 @@ def open_tracker(inputs: Inputs, folder: RunFolder, step: int, topology: Topolog
         DatasetInput(key.removesuffix(".shards") if kept.data.sources else key, location, one.digest, one.rows)
         for (key, location), one in zip(kept.data.locations().items(), manifests, strict=True)
     ]
+    held = zip(kept.data.heldout_locations().items(), inputs.heldout.values(), strict=True)
+    shards += [DatasetInput(key, location, one.digest, one.rows, "evaluation") for (key, location), one in held]
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.config, to_yaml(kept).encode())

@@ -8,17 +8,33 @@ from torch import Tensor
 
 
 class Attach(torch.autograd.Function):
-    """A scalar 0 whose gradient with respect to the input is known already."""
+    """A scalar as it is, whose gradient with respect to a source, beside what autograd finds, is known already."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, source: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return source.new_zeros(())
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None
+        return upstream, upstream * gradient, None
+
+
+class Idle(torch.autograd.Function):
+    """A value as it is; tensors that had no part in it get a gradient of 0, which every engine needs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        sizes = [shape.numel() for shape in ctx.shapes]
+        flat = torch.zeros(sum(sizes), device=upstream.device)
+        zeros = (part.view(shape) for part, shape in zip(flat.split(sizes), ctx.shapes, strict=True))
+        return upstream, *zeros
 
 
 class SumForward(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The binding term as the fused objective computes it: a sum over the rows of a rank, from counts of the global batch.
 
-Shapes: B rows of this rank, R concepts, M labels of a row at most. The oracles are losses.binding and
-losses.independent.
+Shapes: B rows of this rank, R concepts, M labels of a row at most. The oracles are losses.binding, losses.independent
+and losses.squares.
 """
 
 import torch
@@ -28,6 +28,9 @@ def summed_binding(
     if form.binding == "softmax":
         return _exclusive(logits, concept)
     counted = form.counted(concept)[:, None]
+    if form.binding == "squares":
+        target = membership(concept, logits.shape[1]).to(logits.dtype)
+        return torch.where(counted, logits - target, 0.0).square().sum() / logits.shape[1]
     absent = torch.where(counted, F.softplus(logits), 0.0)  # as if no row listed a concept
     place = concept.clamp_min(0)
     own = logits.gather(1, place)  # [B, M], of what rows list; anything elsewhere
@@ -49,3 +52,10 @@ def _exclusive(logits: Tensor, concept: Tensor) -> Tensor:
         return F.cross_entropy(logits, target, ignore_index=UNKNOWN, reduction="sum")
     member = membership(concept, logits.shape[1]).to(logits.dtype)
     return F.cross_entropy(logits, member / member.sum(dim=1, keepdim=True).clamp_min(1), reduction="sum")
+
+
+def summed_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, A] with target [B], -1 = none, summed over rows; 0 where A is 0."""
+    if logits.shape[1] == 0:
+        return logits.new_zeros(())
+    return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")

@@ -29,6 +29,7 @@ from trainer.yaml_reader import MAX_BYTES, read_yaml
 
 LONGEST_TEXT, LONGEST_NAME = 4096, 255  # characters of a value; bytes of a name in a path
 PATHS = ("run.dir", "data.cache_dir", "dictionary.start_from", "checkpoint.resume", "parallel.deepspeed")
+PATH_ENDINGS = (".shards", ".heldout", ".live.texts", ".live.prompts", ".live.manifest")
 MOST = 1 << 50  # of whatever is counted
 
 
@@ -40,6 +41,8 @@ class RunConfig:
     seed: int = 0  # of initial weights, order of rows and revival
     precision: str = "bf16"  # bf16: bf16 products on fp32 masters (fp32 ones on a CPU that would emulate them) | fp32
     log_every: int = 20  # steps
+    # Steps between evaluations of the held-out rows (data.heldout), and one at the end; 0 = none.
+    evaluate_every: int = 0
     # Minutes after which the run saves and leaves with the code that asks for a requeue; 0 = no limit.
     wall_minutes: float = 0.0
 
@@ -55,6 +58,8 @@ class RunConfig:
             raise UserError(f"run.wall_minutes={self.wall_minutes} must be a finite number, not negative")
         if not 1 <= self.log_every <= MOST:
             raise UserError(f"run.log_every={self.log_every} must be between 1 and {MOST}")
+        if not 0 <= self.evaluate_every <= MOST:
+            raise UserError(f"run.evaluate_every={self.evaluate_every} must be between 0 and {MOST}; 0 evaluates never")
 
 
 @dataclass
@@ -96,7 +101,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
                 raise UserError(f"override {override!r} is not key=value")
             _refuse_unknown(_nested(key), "the command line")
             value = read_yaml(text, f"override {key}")
-            if key.startswith("data.sources."):  # update makes no new entry of a dict of sections
+            if key.startswith(("data.sources.", "data.live.")):  # update makes no new entry of a dict, or section
                 merged = OmegaConf.merge(merged, _nested(key, value))
             else:
                 OmegaConf.update(merged, key, value, merge=True)
@@ -149,7 +154,7 @@ def _check_text(key: str, text: str) -> None:
         raise UserError(f"{key}={shown} is longer than {LONGEST_TEXT} characters")
     if any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in text):
         raise UserError(f"{key}={shown} has characters that no name can have")
-    if (key in PATHS or key.endswith(".shards")) and not text.lower().startswith("pipe:"):
+    if (key in PATHS or key.endswith(PATH_ENDINGS)) and not text.lower().startswith("pipe:"):
         if any(len(name.encode()) > LONGEST_NAME for name in text.split("/")) and "://" not in text:
             raise UserError(f"{key}={shown} has a name longer than {LONGEST_NAME} bytes")
         try:

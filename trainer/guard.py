@@ -6,6 +6,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
+import torch
+from torch import Tensor
+
 from trainer.errors import UserError
 from trainer.files import Count
 from trainer.journal import Journal
@@ -56,35 +59,69 @@ class Guard:
         plan: names the rows of a step.
         journal: skipped.jsonl, on the rank that writes it; None on the others.
         state: what `state` gave at the checkpoint that the run goes on from.
+        device: where losses are judged. What it decides there is booked on the host when the figures are read.
     """
 
-    def __init__(self, config: GuardConfig, plan: Order, journal: Journal | None, state: GuardState):
+    def __init__(
+        self,
+        config: GuardConfig,
+        plan: Order,
+        journal: Journal | None,
+        state: GuardState,
+        device: torch.device | None = None,
+    ):
         self.config, self.plan, self.journal = config, plan, journal
         self.skipped, self.in_a_row, self._stage = state.skipped, state.in_a_row, state.stage
         self._losses = deque(state.losses, maxlen=config.window)
+        self._judged_stage = state.stage
+        self._recent: Tensor | None = None  # the same losses on the device, infinite where there is none yet
+        if config.spike:
+            recent = [math.inf] * (config.window - len(self._losses)) + list(self._losses)
+            self._recent = torch.tensor(recent, dtype=torch.float64, device=device)
 
     def state(self) -> GuardState:
         """Counts and recent losses, for state.json."""
         recent = list(self._losses) if self.config.spike else []
         return GuardState(self.skipped, self.in_a_row, self._stage, recent)
 
-    def problem(self, loss: float, stage: str) -> str:
-        """Why the step with this loss must not change the weights; "" if it may."""
+    def judge(self, loss: Tensor, stage: str) -> Tensor:
+        """Whether the step with this loss may change the weights, as far as the loss says; scalars."""
+        if stage != self._judged_stage:  # other terms: earlier losses say nothing
+            self._judged_stage = stage
+            if self._recent is not None:
+                self._recent.fill_(math.inf)
+        fine = loss < math.inf  # and a number; a loss is never below 0
+        if self._recent is None:
+            return fine
+        ordered, window = self._recent.sort().values, self.config.window
+        usual = (ordered[(window - 1) // 2] + ordered[window // 2]) / 2
+        return fine & ((loss <= self.config.spike * usual) | (self._recent[0] == math.inf))
+
+    def follow(self, loss: Tensor, made: Tensor) -> None:
+        """Whether the update of a step with this loss was made, a scalar bool."""
+        if self._recent is not None:
+            self._recent = torch.where(made, torch.cat([self._recent[1:], loss[None]]), self._recent)
+
+    def problem(self, loss: float, norm: float, stage: str) -> str:
+        """Why the update of a step of this stage was not made; asked before later steps are accepted."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if stage != self._stage:  # other terms: earlier losses say nothing
-            self._stage = stage
-            self._losses.clear()
-        if self.config.spike and len(self._losses) == self.config.window:
+        if self.config.spike and stage == self._stage and len(self._losses) == self.config.window:
             usual = median(self._losses)
             if loss > self.config.spike * usual:
                 return f"the loss {loss:.4g} is over guard.spike={self.config.spike:g} times its median {usual:.4g}"
-        return ""
+        return f"the gradient norm is {norm}"
 
-    def accept(self, loss: float) -> None:
+    def accept(self, loss: float, stage: str) -> None:
         """The update was made."""
         self.in_a_row = 0
+        self._enter(stage)
         self._losses.append(loss)
+
+    def _enter(self, stage: str) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            self._losses.clear()
 
     def skip(self, step: int, problem: str, loss: float, norm: float) -> None:
         """The update from batch `step` was not made: count it, record its rows. UserError after too many in a row."""

@@ -1,7 +1,7 @@
 """What configuration, data and launch fix before any other rank is asked, and every refusal that needs no other
 rank."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from trainer.config import Config, flatten
 from trainer.curriculum import Curriculum, L0Target
 from trainer.dictionary import GATES, DictionaryConfig, DictionaryForm
 from trainer.errors import UserError
+from trainer.extraction import Live
+from trainer.heldout import check_evaluation, load_heldout
 from trainer.optimizer import OptimConfig
 from trainer.run_folder import RunFolder
 from trainer.strategies import LaunchFile, Layout, launch_file
@@ -42,6 +44,7 @@ class Inputs:
     plan: Order
     curriculum: Curriculum
     form: DictionaryForm
+    heldout: dict[str, Manifest] = field(default_factory=dict)  # by source, of those that have held-out rows
 
     @property
     def manifest(self) -> Manifest:
@@ -56,22 +59,26 @@ class Inputs:
         for key, manifest in zip(self.config.data.locations(), self.sources.manifests.values(), strict=True):
             data[f"digest of the manifest at {key}"] = manifest.digest
             data[f"median_norm of the manifest at {key}"] = str(manifest.median_norm)
+        for key, manifest in zip(self.config.data.heldout_locations(), self.heldout.values(), strict=True):
+            data[f"digest of the manifest at {key}"] = manifest.digest
         return {key: repr(value) for key, value in {**settings, **layout, **versions(), **data}.items()}
 
 
-def read_inputs(config: Config, world: int | None = None) -> Inputs:
+def read_inputs(config: Config, world: int | None = None, live: Live | None = None) -> Inputs:
     """All refusals that need no other rank. `world`: launched processes; None: as few as the configuration can do with.
+    live: what computes the live sources; None: rows are not read.
 
     Raises UserError or DataError, one line, for settings, data and launch that do not go together.
     """
     config = taken_over(config, launch_file())
     data = config.data
-    manifests = load_manifests(data)
+    manifests = load_manifests(data, live.manifests if live else None)
     mixes = [
         lane_rows(stage.mix, list(manifests), data.global_batch, data.lanes, f"stages.{number}.mix")
         for number, stage in enumerate(config.stages)
     ]
-    sources = Sources(manifests, next(iter(mixes[0])) if mixes else None, "data.sources.")
+    computers = live.computers if live else {}
+    sources = Sources(manifests, next(iter(mixes[0])) if mixes else None, "data.sources.", computers)
     manifest = sources.manifest
     config = begun(config, manifest)
     world = world or config.parallel.dictionary_ranks
@@ -87,10 +94,10 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
     target = l0_target(config.dictionary, manifest.width)
     curriculum = Curriculum(config.stages, config.loss, config.optim, epochs, target)
     plan = row_order(data, config.run.seed, sources, [*map(Stretch, curriculum.starts, mixes)])
-    if config.dictionary.gate == "jumprelu" and config.dictionary.freeze == "none":
+    if not GATES[config.dictionary.gate].jumps and any(weights.pull for weights in curriculum.weights):
         raise UserError(
-            "dictionary.gate=jumprelu: thresholds of single slots are not trained; hold the slots with "
-            "dictionary.freeze=free"
+            f"loss.pull pulls dead slots towards thresholds that are trained, and dictionary.gate="
+            f"{config.dictionary.gate} has none; set dictionary.gate=jumprelu or leave it 0"
         )
     if config.dictionary.target_l0 and not any(weights.sp for weights in curriculum.weights):
         raise UserError(
@@ -114,8 +121,11 @@ def read_inputs(config: Config, world: int | None = None) -> Inputs:
             f"{negatives[0]}=none makes negatives of rows, and loss.binding=softmax counts none; "
             f"set loss.binding=sigmoid or {negatives[0]}=unknown"
         )
+    aligns = "align" in curriculum.names and bool(manifest.concepts)
+    heldout = load_heldout(data, sources)
+    check_evaluation(data, config.run.evaluate_every, config.checkpoint.best, aligns, heldout)
     form = config.dictionary.form(manifest.width, manifest.concepts, len(manifest.answers))
-    return Inputs(config, layout, sources, plan, curriculum, form)
+    return Inputs(config, layout, sources, plan, curriculum, form, heldout)
 
 
 def row_order(data: DataConfig, seed: int, sources: Sources, stretches: list[Stretch]) -> Order:

@@ -8,15 +8,16 @@ Shapes: B rows, D width, R concepts, K free slots, M labels of a row at most, A 
 labels are those of trainer.labels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.dictionary import BankWeights
+from trainer.dictionary import BankWeights, steps
 from trainer.errors import UserError
 from trainer.labels import known, listing, membership
 
@@ -35,12 +36,13 @@ class Term:
 
     name: of its weight and of its figure `loss/NAME`. mean_over: one of COUNTS, or "steps" for a figure of the whole
         batch.
-    stages: in which it counts.
+    stages: in which it counts. always: whether it is measured where its weight is 0.
     """
 
     name: str
     mean_over: str
     stages: tuple[str, ...] = STAGES
+    always: bool = True
 
     def counts_in(self, stage: str) -> bool:
         """Whether the term is part of the loss of a stage."""
@@ -50,8 +52,9 @@ class Term:
 TERMS = (
     Term("rec", "rows"),
     Term("sp", "rows"),
+    Term("pull", "rows", always=False),
     Term("bind", "labelled", ("align",)),
-    Term("perp", "steps", ("align",)),
+    Term("perp", "steps", ("align",), always=False),
     Term("val", "answered", ("align",)),
     Term("sp_concept", "rows", ("align",)),
 )
@@ -62,7 +65,8 @@ class LossWeights:
     """Weight of each term."""
 
     rec: float = 1.0  # reconstruction
-    sp: float = 0.05  # sparsity of the free slots
+    sp: float = 0.05  # sparsity of the free slots; with the gate jumprelu what an active slot costs
+    pull: float = 0.0  # distance of dead slots to their thresholds (gate jumprelu)
     bind: float = 1.0  # binding of concept slots to their concepts
     perp: float = 0.01  # orthogonality of free to concept slots
     val: float = 0.1  # answers from the concept code
@@ -84,6 +88,7 @@ class StageWeights:
 
     rec: float | None = None  # null: loss.rec
     sp: float | None = None  # null: loss.sp
+    pull: float | None = None  # null: loss.pull
     bind: float | None = None  # null: loss.bind
     perp: float | None = None  # null: loss.perp
     val: float | None = None  # null: loss.val
@@ -101,23 +106,30 @@ class LossForm:
     """Form of the terms, one for the whole run."""
 
     bind_on: str = "pre"  # logits of the binding term: pre (pre-activations) | code (the paper's letter)
-    binding: str = "softmax"  # concepts exclude each other (softmax, the paper) or are independent (sigmoid)
+    # Concepts exclude each other (softmax), are independent (sigmoid), or a slot is to be 1 where its concept is and 0
+    # elsewhere (squares; with bind_on=code the paper's letter).
+    binding: str = "softmax"
     bind_balance: bool = False  # sigmoid: of each concept, rows with it weigh as much as rows without it
     # Slots that the orthogonality term sees: dependent (on a concept) | all (the paper's letter).
     perp_on: str = "dependent"
+    # Gate jumprelu: width of the window around a threshold whose entries give it a gradient, where rows have norm 1.
+    bandwidth: float = 0.01
 
     def validate(self) -> None:
         """Raise UserError for words that are unknown or do not go together."""
-        known_words = {"bind_on": ("pre", "code"), "binding": ("softmax", "sigmoid"), "perp_on": ("dependent", "all")}
+        bindings = ("softmax", "sigmoid", "squares")
+        known_words = {"bind_on": ("pre", "code"), "binding": bindings, "perp_on": ("dependent", "all")}
         for name, words in known_words.items():
             if getattr(self, name) not in words:
                 raise UserError(f"loss.{name}={getattr(self, name)!r} is unknown; use {' or '.join(words)}")
+        if not 1e-9 <= self.bandwidth <= 1e9:
+            raise UserError(f"loss.bandwidth={self.bandwidth} must be between 1e-9 and 1e9")
         if self.binding == "sigmoid" and self.bind_on == "code":
             raise UserError(
                 "loss.binding=sigmoid takes a logit below 0 for a concept that is absent, and a code is never below 0; "
                 "set loss.bind_on=pre"
             )
-        if self.binding == "softmax" and self.bind_balance:
+        if self.binding != "sigmoid" and self.bind_balance:
             raise UserError(
                 "loss.bind_balance weighs rows that have a concept against those that do not, which only "
                 "loss.binding=sigmoid counts; set that, or bind_balance=false"
@@ -190,20 +202,31 @@ def plain_objective(
 
     Without `align` the concept slots sleep, and the terms of stage align are 0.
     """
-    z = dictionary.free.encode(x)
-    x_hat = dictionary.free.decode(z) + dictionary.b_dec
+    free = dictionary.free
+    z = free.encode(x)
+    x_hat = free.decode(z) + dictionary.b_dec
     means = {term.name: x.new_zeros(()) for term in TERMS}
-    means["sp"] = sparsity(z, dictionary.free.decoder())
+    if free.threshold is None or not free.bandwidth:
+        means["sp"] = sparsity(z, free.decoder())
+    else:
+        pre = free.pre_activations(x)
+        means["sp"] = steps(pre, free.threshold, free.bandwidth).sum(dim=1).mean()
+        if free.dead is not None:
+            means["pull"] = pull(pre[:, free.dead], free.threshold[free.dead], free.decoder()[free.dead])
     if align:
         pre = dictionary.concepts.pre_activations(x)
         z_concept = dictionary.concepts.encode(x)
         x_hat = x_hat + dictionary.concepts.decode(z_concept)
         if z_concept.shape[1]:
             logits = pre if form.bind_on == "pre" else z_concept
-            softmax = form.binding == "softmax"
-            means["bind"] = binding(logits, concept) if softmax else independent(logits, concept, form.bind_balance)
+            term: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+                "softmax": binding,
+                "sigmoid": partial(independent, balance=form.bind_balance),
+                "squares": squares,
+            }
+            means["bind"] = term[form.binding](logits, concept)
             means["sp_concept"] = sparsity(z_concept, dictionary.concepts.decoder())
-            means["perp"] = orthogonality(z_concept, z, dictionary.free.perp_weight)
+            means["perp"] = orthogonality(z_concept, z, free.perp_weight)
         if dictionary.value_head is not None:
             means["val"] = value(dictionary.value_head(z_concept), answer)
     means["rec"] = reconstruction(x, x_hat)
@@ -218,6 +241,13 @@ def reconstruction(x: Tensor, x_hat: Tensor) -> Tensor:
 def sparsity(z: Tensor, decoder: Tensor) -> Tensor:
     """L_sp: mean over rows of sum_j ||W_dec_j|| z_j; z [B, n], decoder [n, D] as used in the reconstruction."""
     return (z * decoder.norm(dim=1)).sum(dim=1).mean()
+
+
+def pull(pre: Tensor, threshold: Tensor, decoder: Tensor) -> Tensor:
+    """L_pull: mean over rows of sum_j ||W_dec_j|| max(threshold_j - pre_j, 0) over the dead slots, of which these are
+    pre-activations [B, m], thresholds [m] and decoder rows [m, D] ("Circuits Updates - January 2025", "pre-activation
+    loss")."""
+    return ((threshold - pre).relu() * decoder.norm(dim=1)).sum(dim=1).mean()
 
 
 def binding(logits: Tensor, concept: Tensor) -> Tensor:
@@ -242,6 +272,14 @@ def independent(logits: Tensor, concept: Tensor, balance: bool) -> Tensor:
     if balance:
         each = each * n / (2 * torch.where(member, positives, n - positives))
     return each.sum() / n.clamp_min(1)
+
+
+def squares(logits: Tensor, concept: Tensor) -> Tensor:
+    """L_bind as AlignSAE writes it: the mean squared difference of logits [B, R] and the one-hot of the concept, over
+    concepts and rows [B, M] that are not unknown; 0 without such a row."""
+    rows = known(concept)
+    target = membership(concept[rows], logits.shape[1]).to(logits.dtype)
+    return (logits[rows] - target).square().mean(dim=1).sum() / rows.sum().clamp_min(1)
 
 
 def value(answer_logits: Tensor, answer: Tensor) -> Tensor:

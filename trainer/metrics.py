@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from trainer.late import to_device
 from trainer.losses import COUNTS, TERMS, LossWeights, term_means, weighted
-from trainer.objective import SUMS
+from trainer.sums import SUMS
 from trainer.topology import Topology
 
 _OF_THE_BATCH = [SUMS.index(term.name) for term in TERMS if term.mean_over == "steps"]
@@ -15,20 +16,25 @@ class StepSums:
 
     def __init__(self, topology: Topology, micro_batches: int):
         self.topology = topology
-        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=topology.device)
-        self._scale = torch.ones_like(self._sums)
-        self._scale[_OF_THE_BATCH] = 1.0 / micro_batches  # a mean over micro-batches
+        self._sums: Tensor | None = None
+        self._scale = None
+        if micro_batches > 1:  # what is of the batch is a mean over micro-batches
+            scale = [1.0 / micro_batches if i in _OF_THE_BATCH else 1.0 for i in range(len(SUMS))]
+            self._scale = to_device(scale, torch.float64, topology.device)
 
     def add(self, sums: Tensor) -> None:
         """Add what one forward returned."""
-        self._sums += sums * self._scale
+        scaled = sums if self._scale is None else sums * self._scale
+        self._sums = scaled if self._sums is None else self._sums + scaled
 
-    def reduce(self, votes: list[float]) -> tuple[dict[str, float], list[float]]:
-        """Sums of the global batch, and the votes of all ranks added up: the one reduction that a step makes beside
-        gradients'."""
-        mine = torch.tensor(votes, dtype=torch.float64).to(self._sums.device)
-        total = self.topology.sum_over_world(torch.cat([self._sums, mine])).tolist()
-        return dict(zip(SUMS, total, strict=False)), total[len(SUMS) :]
+    def reduce(self, votes: list[float]) -> Tensor:
+        """Sums of the global batch [len(SUMS)], and behind them, where there are several ranks, the votes of all added
+        up: the one reduction that a step makes beside gradients'."""
+        assert self._sums is not None, "a step has at least one micro-batch"
+        if self.topology.world == 1:
+            return self._sums
+        mine = to_device(votes, torch.float64, self._sums.device)
+        return self.topology.sum_over_world(torch.cat([self._sums, mine]))
 
 
 class Metrics:
@@ -56,7 +62,8 @@ class Metrics:
         """
         total, means = self._total, batch_means(self._total, self.steps)
         there = total | {"steps": self.steps}
-        counting = {term.name for term in TERMS if term.counts_in(stage) and there[term.mean_over] > 0}
+        measured = [term for term in TERMS if term.always or getattr(weights, term.name) > 0]
+        counting = {term.name for term in measured if term.counts_in(stage) and there[term.mean_over] > 0}
         figures = {
             "loss": weighted(means, weights),
             **{f"loss/{name}": value for name, value in means.items() if name in counting},

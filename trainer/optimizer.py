@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.kernels import native
-from trainer.kernels.gradients import noted_square
+from trainer.kernels.gradients import noted_square, split_noted
+from trainer.private import norms_of
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,37 @@ class ScaledAdamW(torch.optim.AdamW):
                 state[key] = state[key].to(self.state_dtype)
 
     @torch.no_grad()
+    def step_where(self, made: Tensor, divisor: Tensor) -> None:
+        """Update where `made` says so, with gradients over `divisor`: scalars on the device, which nobody reads.
+
+        Gradients are scaled on the way.
+        """
+        if self.state_dtype != torch.float32:
+            self._step_bf16_where(made, 1.0 / divisor)
+            return
+        # torch's fused kernels divide gradients by the one and leave everything as it is where the other is not 0.
+        self.grad_scale, self.found_inf = divisor, torch.empty_like(divisor)
+        torch.logical_not(made, out=self.found_inf)
+        super().step()
+        del self.grad_scale, self.found_inf
+
+    def _step_bf16_where(self, made: Tensor, grad_scale: Tensor) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                state["step"] += made
+                old = [t.clone() for t in (p, state["exp_avg"], state["exp_avg_sq"])]
+                factors = Factors.of(group, state["step"].clamp_min(1), grad_scale)
+                tensors = ([p], [p.grad], [state["exp_avg"]], [state["exp_avg_sq"]])
+                step_bf16(*tensors, factors, _mixed(state["step"].long()))
+                for now, before in zip((p, state["exp_avg"], state["exp_avg_sq"]), old, strict=True):
+                    now.copy_(torch.where(made, now, before))
+
+    @torch.no_grad()
     def step(self, closure: None = None, *, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """Update with gradients times `grad_scale`; the gradients stay as they are on CPU and are scaled on CUDA."""
+        """Update with gradients times `grad_scale`; the gradients stay as they are."""
         if closure is not None:
             raise ValueError("a closure is not supported")
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -113,11 +143,7 @@ class ScaledAdamW(torch.optim.AdamW):
         if grad_scale == 1.0 or not parameters:
             super().step()
             return
-        # torch's fused kernels divide gradients by this on the way.
-        device = parameters[0].device
-        self.grad_scale, self.found_inf = torch.tensor(1 / grad_scale, device=device), torch.tensor(0.0, device=device)
-        super().step()
-        del self.grad_scale, self.found_inf
+        self.step_where(torch.tensor(True), torch.tensor(1.0 / grad_scale))
 
     def _own_step(self, grad_scale: float, compiled: bool) -> None:
         for group in self.param_groups:
@@ -157,15 +183,16 @@ class Factors(NamedTuple):
     b2: float
     c2: float
     decay: float
-    size: float
-    root: float
+    size: float | Tensor
+    root: float | Tensor
     eps: float
-    scale: float
+    scale: float | Tensor
 
     @classmethod
-    def of(cls, group: dict[str, Any], step: float, grad_scale: float) -> "Factors":
-        """For a parameter group at an update, counted from 1."""
+    def of(cls, group: dict[str, Any], step: float | Tensor, grad_scale: float | Tensor) -> "Factors":
+        """For a parameter group at an update, counted from 1; as tensors where only a device knows which it is."""
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        square = 1 - beta2**step
         return cls(
             b1=beta1,
             c1=1 - beta1,
@@ -173,7 +200,7 @@ class Factors(NamedTuple):
             c2=1 - beta2,
             decay=1 - lr * group["weight_decay"],
             size=lr / (1 - beta1**step),
-            root=1 / math.sqrt(1 - beta2**step),
+            root=1 / (square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)),
             eps=group["eps"],
             scale=grad_scale,
         )
@@ -185,7 +212,7 @@ def step_bf16(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     factors: Factors,
-    seed: int,
+    seed: int | Tensor,
 ) -> None:
     """AdamW with bf16 moments in plain PyTorch, for any device: bit for bit `adamw_bf16` of kernels/adamw.cpp."""
     f = factors
@@ -234,19 +261,30 @@ def _plain(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
-def square_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Sum of squares of all gradients, fp64; those that a kernel noted as it wrote them are not read again."""
+def square_norm(gradients: Iterable[Tensor], wait: bool = True) -> Tensor:
+    """Sum of squares of all gradients, fp64; those that a kernel noted as it wrote them are not read again.
+
+    Squares may be too large for fp32 where the gradients are not. Without `wait` the device is asked for nothing, and
+    at least one gradient has to be there.
+    """
+    on_device, left = split_noted(gradients)
     total, rest = 0.0, []
-    for gradient in gradients:
+    for gradient in left:
         noted = noted_square(gradient)
         if noted is None:
             rest.append(gradient)
         else:
             total += noted
+    if not wait:
+        norms = norms_of(rest)
+        squares = torch.stack([*norms, *on_device])
+        squares[: len(norms)].square_()
+        return squares.sum() + total if total else squares.sum()
     norm = torch.nn.utils.get_total_norm(rest)
-    if not torch.isfinite(norm):  # squares may be too large for fp32 where the gradients are not
+    if not torch.isfinite(norm):
         norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in rest]).norm()
-    return norm.double().square() + total
+    square = norm.double().square() + total if total else norm.double().square()
+    return torch.stack([square, *on_device]).sum() if on_device else square
 
 
 def build_optimizer(params: Iterable[Tensor], config: OptimConfig) -> ScaledAdamW:

@@ -38,6 +38,16 @@ def has_mkldnn_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and reach(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", "torch")()
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor, or another view of its memory, was written in place."""
+    return int(reach(tensor, "_version", "torch"))
+
+
+def norms_of(tensors: list[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, fp64 scalars, by as few launches as there can be."""
+    return list(reach(torch, "_foreach_norm", "torch")(tensors, 2, dtype=torch.float64)) if tensors else []
+
+
 def limit_groups(limit: timedelta) -> None:
     """Let no process group of this process wait longer than `limit` in a collective, those of meshes too."""
     set_limit = reach(distributed_c10d, "_set_pg_timeout", "torch")

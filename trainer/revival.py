@@ -8,6 +8,9 @@ bias leaves it active on the rows that lie furthest along it, FIRING of the batc
 that of the living slots of its bank, since a moment of 0 under the step count of the run would make its first updates
 several times the rate.
 
+Where rows lack the same, new slots lie along each other and fire on the same rows, and many of them would put there a
+multiple of what is lacking. So no more are revived at a time than leave the reconstruction of the batch no worse.
+
 Shapes: B rows of this rank, G of the global batch, D width, m slots that are revived.
 """
 
@@ -16,14 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.dictionary import bank_unit
+from trainer.beginning import CHUNK, firing_biases
+from trainer.dictionary import GATES, BankWeights, bank_unit
 from trainer.errors import UserError
+from trainer.following import dead_slots
 from trainer.strategies import Strategy, UnitState
 from trainer.topology import Topology
 
 ENCODER_SHARE = 0.2
 FIRING = 0.005  # share of the rows of a batch on which a revived slot is active
-CHUNK = 1024  # slots whose pre-activations [chunk, G] are held at a time
+LEAST_PERIOD = 25  # steps; in fewer a new slot has no time to find its place, and one that is rare counts as dead
 
 
 @dataclass
@@ -31,7 +36,7 @@ class RevivalConfig:
     """Dead slots: when a slot counts as dead, and whether it is given new weights."""
 
     method: str = "resample"  # resample | none
-    every: int | None = None  # steps between revivals; None: a fiftieth of the run
+    every: int | None = None  # steps between revivals; None: a fiftieth of the run, at least 25
     dead_after: int | None = None  # steps without firing; None: as `every`
     until: float = 0.8  # share of the run after which no slot is revived any more
 
@@ -48,7 +53,7 @@ class RevivalConfig:
 
     def period(self, total: int) -> int:
         """Steps between revivals in a run of `total`."""
-        return self.every if self.every is not None else max(1, total // 50)
+        return self.every if self.every is not None else max(LEAST_PERIOD, total // 50)
 
     def patience(self, total: int) -> int:
         """Steps without firing after which a slot counts as dead in a run of `total`."""
@@ -62,31 +67,34 @@ class RevivalConfig:
 def count_dead(strategy: Strategy, step: int, dead_after: int) -> int:
     """Free slots of the whole dictionary that fired on no row of the last `dead_after` steps. Called on all ranks."""
     strategy.sync_last_fired()
-    dead = [_dead(bank.last_fired, step, dead_after).sum() for bank in strategy.objective.dictionary.free_banks()]
+    dead = [dead_slots(bank.last_fired, step, dead_after).sum() for bank in strategy.objective.dictionary.free_banks()]
     return int(strategy.topology.sum_over_dictionary(torch.stack(dead).sum()).item())
 
 
 def resample(strategy: Strategy, acts: Tensor, align: bool, step: int, dead_after: int, seed: int) -> int:
     """Give dead slots new weights from the rows acts [B, D] (this rank's share of the global batch).
 
-    Returns how many; at most as many as there are different rows that lack something. Called on all ranks.
+    Returns how many; at most as many as there are different rows that lack something, and as leave the reconstruction
+    of these rows no worse. Called on all ranks.
     """
     strategy.sync_last_fired()
-    counts, norm = _dead_counts(strategy, step, dead_after)
+    counts, norm, threshold = _dead_counts(strategy, step, dead_after)
     dead = int(counts.sum())
     if not dead:
         return 0
     topology = strategy.topology
-    x, x_hat = strategy.objective.reconstruct(acts, align)
-    residual = x - x_hat
-    weights, first = _gather(residual.double().square().sum(dim=1).square(), topology)
+    look = strategy.objective.look(acts, align)
+    x, residual = look.x, look.x - look.x_hat
+    weights, first = topology.gather_over_data(residual.double().square().sum(dim=1).square())
     most = min(dead, int((weights > 0).sum()))
     if not most:
         return 0
     generator = torch.Generator().manual_seed(_mixed(seed, step))
     picks = torch.multinomial(weights.cpu(), most, generator=generator)
     directions = _different(_directions(residual, picks - first, topology))
-    biases = _biases(directions * (ENCODER_SHARE * norm), x, topology)
+    biases = firing_biases(directions * (ENCODER_SHARE * norm), x, FIRING, topology)
+    fitting = _fitting(directions, biases, Reading(x, residual, ENCODER_SHARE * norm, threshold), topology)
+    directions, biases = directions[:fitting], biases[:fitting]
     chosen = torch.randperm(dead, generator=generator)[: len(directions)].sort().values
     start = 0
     for number, count in enumerate(counts.tolist()):
@@ -102,22 +110,6 @@ def resample(strategy: Strategy, acts: Tensor, align: bool, step: int, dead_afte
 def _mixed(seed: int, step: int) -> int:
     """A seed that no other use of `seed` has: initialisation adds small numbers to a multiple of it."""
     return (seed * 1_000_003 + (step + 1) * 0x9E3779B97F4A7C15) % 2**63
-
-
-def _dead(last_fired: Tensor, step: int, dead_after: int) -> Tensor:
-    return last_fired <= step - dead_after
-
-
-def _gather(mine: Tensor, topology: Topology) -> tuple[Tensor, int]:
-    """Rows [G, ...] of all data ranks, in the order of the ranks (which is that of the lanes), and where this rank's
-    [B, ...] begin."""
-    sizes = torch.zeros(topology.data_world, dtype=torch.int64, device=mine.device)
-    sizes[topology.data_rank] = len(mine)
-    sizes = topology.sum_over_data(sizes)
-    first = int(sizes[: topology.data_rank].sum())
-    everyone = mine.new_zeros(int(sizes.sum()), *mine.shape[1:])
-    everyone[first : first + len(mine)] = mine
-    return topology.sum_over_data(everyone), first
 
 
 def _directions(residual: Tensor, picks: Tensor, topology: Topology) -> Tensor:
@@ -137,32 +129,56 @@ def _different(rows: Tensor) -> Tensor:
     return rows[first.sort().values]
 
 
-def _biases(encoder: Tensor, x: Tensor, topology: Topology) -> Tensor:
-    """b_enc [m] on the host at which encoder rows [m, D] are active on FIRING of the rows of the global batch."""
-    parts = []
-    for rows in encoder.split(CHUNK):
-        pre, _ = _gather(x @ rows.to(x.device).T, topology)
-        active = max(1, round(FIRING * len(pre)))
-        # Between the last row that is to be active and the next one.
-        top = pre.topk(min(active + 1, len(pre)), dim=0).values.cpu()
-        parts.append(-(top[active - 1] + top[-1]) / 2 if len(top) > active else -top[-1] / 2)
-    return torch.cat(parts)
+@dataclass(frozen=True)
+class Reading:
+    """How new slots see rows: x [B, D] and residual [B, D] of this rank's rows; norm of their encoder rows, threshold
+    of their gate."""
+
+    x: Tensor
+    residual: Tensor
+    norm: float
+    threshold: float
 
 
-def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float]:
-    """Dead slots of every free bank, int64 [banks], and the mean encoder norm of living slots; of the whole
-    dictionary."""
+def _fitting(directions: Tensor, biases: Tensor, reading: Reading, topology: Topology) -> int:
+    """How many of the new slots [m, D], in their order, can fire together: the most of 1, 2, 4 ... and m with which the
+    squared residual of the global batch is not above what it is without."""
+    most = len(directions)
+    counts = sorted({most, *(1 << i for i in range(most.bit_length()))})
+    residual, errors, begin = reading.residual, [], 0
+    for count in counts:
+        for part in range(begin, count, CHUNK):
+            chosen = slice(part, min(part + CHUNK, count))
+            rows = directions[chosen].to(residual.device)
+            pre = reading.norm * (reading.x @ rows.T) + biases[chosen].to(residual.device)
+            residual = residual - torch.where(pre > 0, pre + reading.threshold, 0.0) @ rows
+        errors.append(residual.double().square().sum())
+        begin = count
+    before = reading.residual.double().square().sum()
+    before, *after = topology.sum_over_data(torch.stack([before, *errors])).tolist()
+    return max((count for count, error in zip(counts, after, strict=True) if error <= before), default=0)
+
+
+def _dead_counts(strategy: Strategy, step: int, dead_after: int) -> tuple[Tensor, float, float]:
+    """Dead slots of every free bank, int64 [banks], and the mean encoder norm and threshold of living slots; of the
+    whole dictionary."""
     dictionary, topology = strategy.objective.dictionary, strategy.topology
-    figures = torch.zeros(dictionary.form.banks + 2, dtype=torch.float64, device=topology.device)
+    figures = torch.zeros(dictionary.form.banks + 3, dtype=torch.float64, device=topology.device)
     for number, bank in zip(dictionary.owned, dictionary.free_banks(), strict=True):
-        dead = _dead(bank.last_fired, step, dead_after)
-        norms = bank(lambda weights: weights.W_enc.detach().norm(dim=1))
-        figures[number] = dead.sum()
-        figures[-2] += norms[~dead].double().sum()
-        figures[-1] += (~dead).sum()
+        living = ~dead_slots(bank.last_fired, step, dead_after)
+        norms, thresholds = bank(_norms_and_thresholds)
+        figures[number] = (~living).sum()
+        figures[-3] += norms[living].double().sum()
+        figures[-2] += thresholds[living].double().sum()
+        figures[-1] += living.sum()
     topology.sum_over_dictionary(figures)
-    norm = float(figures[-2] / figures[-1]) if figures[-1] else 1.0
-    return figures[:-2].round().long().cpu(), norm
+    norm, threshold = (figures[-3:-1] / figures[-1]).tolist() if figures[-1] else (1.0, 0.0)
+    return figures[:-3].round().long().cpu(), norm, threshold
+
+
+def _norms_and_thresholds(weights: BankWeights) -> tuple[Tensor, Tensor]:
+    threshold = torch.zeros_like(weights.b_enc) if weights.threshold is None else weights.threshold
+    return weights.W_enc.detach().norm(dim=1), threshold.detach().expand_as(weights.b_enc)
 
 
 def _revive_bank(
@@ -182,11 +198,12 @@ def _revive_bank(
     state = strategy.read(unit, everywhere=True)
     if state is None:
         return
-    dead = _dead(state.weights["last_fired"], step, dead_after)
+    dead = dead_slots(state.weights["last_fired"], step, dead_after)
     slots = dead.nonzero()[:, 0][places]
     state.weights["W_dec"][slots] = directions
     state.weights["W_enc"][slots] = directions * (ENCODER_SHARE * norm)
-    state.weights["b_enc"][slots] = biases
+    gate = GATES[strategy.objective.dictionary.form.gate]
+    state.weights["b_enc"][slots] = biases + gate.renew(state.weights, slots, ~dead)
     state.weights["last_fired"][slots] = step  # a new slot gets its time to fire
     state.weights["dependence"][slots] = 1.0
     _new_moments(state, slots, ~dead)

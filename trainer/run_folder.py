@@ -10,6 +10,12 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def around(cls, path: Path) -> "RunFolder":
+        """The run folder that a path is, or that holds it as one of its checkpoints."""
+        whole = path.absolute()
+        return cls(whole.parents[1]) if whole.parent.name == "checkpoints" else cls(path)
+
     @property
     def name(self) -> str:
         """The folder's own name, which names the run elsewhere."""
@@ -40,6 +46,10 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
+    def live(self, source: str) -> Path:
+        """Folder of the manifest of a source that is computed; source: its name, "" where there is one."""
+        return self.path / "live" / (source or "rows")
+
     @property
     def mlflow_run_id(self) -> Path:
         """Id of the MLflow run that mirrors the figures."""
@@ -64,6 +74,11 @@ class RunFolder:
     def summary(self) -> Path:
         """The figures that `alignsae summary` compares."""
         return self.path / "summary.json"
+
+    @property
+    def slot_pages(self) -> Path:
+        """Folder of the pages of `alignsae explore`."""
+        return self.path / "slot-pages"
 
     @property
     def report(self) -> Path:

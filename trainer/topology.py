@@ -38,6 +38,11 @@ class Topology:
         """Whether this rank writes logs and shared files."""
         return self.rank == 0
 
+    @property
+    def lag(self) -> int:
+        """Steps that the device works ahead of what the host knows; 0: every number is there when it is made."""
+        return 0 if self.device.type == "cpu" else 1
+
     def sum_over_data(self, tensor: Tensor) -> Tensor:
         """Sum over data ranks, in place; returns the tensor."""
         if self.data_group is not None:
@@ -61,6 +66,17 @@ class Topology:
         if self.data_group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.data_group)
         return tensor
+
+    def gather_over_data(self, mine: Tensor) -> tuple[Tensor, int]:
+        """Rows [G, ...] of all data ranks, in the order of the ranks (which is that of the lanes), and where this
+        rank's [B, ...] begin; B may differ."""
+        sizes = torch.zeros(self.data_world, dtype=torch.int64, device=mine.device)
+        sizes[self.data_rank] = len(mine)
+        sizes = self.sum_over_data(sizes)
+        first = int(sizes[: self.data_rank].sum())
+        everyone = mine.new_zeros(int(sizes.sum()), *mine.shape[1:])
+        everyone[first : first + len(mine)] = mine
+        return self.sum_over_data(everyone), first
 
     def any_over_world(self, flag: bool) -> bool:
         """Whether any rank says yes."""

@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from trainer import loop
 from trainer.agreement import AgreedError
 from trainer.allocator import keep_freed_memory
-from trainer.assembly import build_run
+from trainer.assembly import build_run, open_live
 from trainer.config import Config, load_config
 from trainer.failures import QUIET, exit_with, in_one_line, tell_launcher
 from trainer.files import write_json
 from trainer.inputs import read_inputs
 from trainer.interrupt import Interrupt
+from trainer.stepping import Run
 from trainer.topology import launched_world
 from trainer.tracking import STATUS, Tracker
 
@@ -60,10 +61,11 @@ def run(config: Config, interrupt: Interrupt) -> int:
 
     Returns the exit code: 0, or one of trainer.interrupt.
     """
-    inputs = read_inputs(config, launched_world()[2])
+    live = open_live(config)
+    inputs = read_inputs(config, launched_world()[2], live)
     interrupt.limit(config.run.wall_minutes)
     with ExitStack() as ending:
-        built = build_run(inputs, interrupt, ending)
+        built = build_run(inputs, live, interrupt, ending)
         code, status = 2, "failed"
         try:
             code = loop.train(built)
@@ -76,7 +78,7 @@ def run(config: Config, interrupt: Interrupt) -> int:
         return code
 
 
-def summarise(status: str, code: int, built: loop.Run) -> dict[str, object]:
+def summarise(status: str, code: int, built: Run) -> dict[str, object]:
     """What the run came to, in one line of the log and as an object."""
     state, steps = built.state, built.curriculum.total
     saved = built.saver.last.name if built.saver.last is not None else None
@@ -84,10 +86,15 @@ def summarise(status: str, code: int, built: loop.Run) -> dict[str, object]:
     why = f" ({built.interrupt.why or 'asked by another rank'}; exit code {code})" if status == "interrupted" else ""
     listed = ", ".join(f"{k} {v}" for k, v in figures.items())
     log.info("%s at step %d of %d%s; checkpoint %s; %s", status, state.step, steps, why, saved, listed)
-    return {"status": status, "exit_code": code, "step": state.step, "steps": steps, "checkpoint": saved, **figures}
+    best = {} if built.saver.best is None else {"best": vars(built.saver.best)}
+    return {
+        **{"status": status, "exit_code": code, "step": state.step, "steps": steps, "checkpoint": saved},
+        **best,
+        **figures,
+    }
 
 
-def write_outcome(built: loop.Run, tracker: Tracker, outcome: dict[str, object]) -> None:
+def write_outcome(built: Run, tracker: Tracker, outcome: dict[str, object]) -> None:
     """outcome.json, which scripts read because launchers do not pass exit codes on; and the end of the tracked run."""
     path = built.folder.outcome
     try:

@@ -38,11 +38,11 @@ def arm(place: str, step: int) -> None:
     }[place]
     save = saver.Saver.save
 
-    def armed(self: saver.Saver, state: saver.RunState, last: bool = False) -> None:
+    def armed(self: saver.Saver, state: saver.RunState, *rest: Any, **named: Any) -> None:
         if state.step == step:
             self.wait()
             setattr(owner, name, die)
-        save(self, state, last)
+        save(self, state, *rest, **named)
 
     saver.Saver.save = armed  # type: ignore[method-assign]
 

@@ -30,8 +30,9 @@ from tests.support.runs import arguments, metrics
 from tools import cli
 from trainer import loop, train
 from trainer.checkpoint.files import seal
-from trainer.objective import MicroBatch
+from trainer.stepping import Run
 from trainer.stream import Batch
+from trainer.sums import MicroBatch
 
 TABLE = Path(__file__).with_name("table.yaml")
 SECONDS = 30
@@ -149,7 +150,7 @@ def left_after(step: int) -> Iterator[None]:
     """A run that is asked to leave when it has taken `step` steps."""
     original = loop.to_micro_batch
 
-    def to_micro_batch(run: loop.Run, rows: Batch) -> MicroBatch:
+    def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
         if run.state.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, rows)

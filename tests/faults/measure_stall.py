@@ -17,12 +17,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 
-from trainer import loop, train
+from trainer import loop, stepping, train
 from trainer.checkpoint import Saver
 from trainer.dictionary import SlotBank
-from trainer.objective import MicroBatch
+from trainer.stepping import Run
 from trainer.stream import ShardSpec, ShardWriter
+from trainer.sums import MicroBatch
 
 CONCEPTS = [f"c{i}" for i in range(6)]
 
@@ -61,7 +63,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     (folder / "run.yaml").write_text("stages: [{name: pretrain, steps: %d}]" % args.steps)  # noqa: UP031
 
     original_bank, original_save = SlotBank.__init__, Saver.save
-    original_begin, original_update = loop.to_micro_batch, loop.clip_and_update
+    original_begin, original_update = loop.to_micro_batch, stepping.clip_and_update
     original_write, original_commit = Saver._write, Saver._commit
     steps: list[tuple[float, bool]] = []  # seconds of each step's work, and whether a save was being written
     saves: list[float] = []  # seconds that the loop stood still
@@ -74,14 +76,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     begun: list[tuple[float, bool]] = []
 
-    def timed_begin(run: loop.Run, *rest: object) -> MicroBatch:
+    def timed_begin(run: Run, *rest: object) -> MicroBatch:
         begun.append((time.perf_counter(), run.saver.pending))
         return original_begin(run, *rest)  # type: ignore[arg-type]
 
-    def timed_update(run: loop.Run, *rest: object) -> None:
-        original_update(run, *rest)  # type: ignore[arg-type]
+    def timed_update(run: Run, *rest: object) -> list[Tensor]:
+        figures = original_update(run, *rest)  # type: ignore[arg-type]
         began, busy = begun.pop()
         steps.append((time.perf_counter() - began, busy))
+        return figures
 
     def timed_save(self: Saver, *rest: object, **options: object) -> None:
         began = time.perf_counter()

@@ -78,7 +78,7 @@ def test_row_digests_over_worlds_threads_and_kill_points(
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    argv = ["stages.0.epochs=60", "stages.1.epochs=60", "revival.every=50", "checkpoint.every=10"]
+    argv = ["stages.0.epochs=90", "stages.1.epochs=90", "revival.every=50", "checkpoint.every=10"]
     argv += [f"checkpoint.asynchronous={asynchronous}", "run.log_every=10"]
     assert train_here(tmp_path / "undisturbed", data, *argv) == 0
     generator, moments = random.Random(1), list[str]()

@@ -11,19 +11,20 @@ import torch
 from tests.support.commands import Result, launch, program, torchrun
 from tests.support.ranks import Ranks
 from tests.support.runs import arguments, outcome, train_rank
-from tools.cli import check_device, main
+from tools.cli import chosen_device, main
 from trainer import loop
 from trainer.errors import UserError
 from trainer.failures import in_one_line
-from trainer.objective import MicroBatch
+from trainer.stepping import Run
 from trainer.stream import Batch
+from trainer.sums import MicroBatch
 
 
 def train_and_fail(argv: list[str], how: str) -> None:
     """A rank that trains; rank 1 hangs, or is gone, before its fourth update."""
     original = loop.to_micro_batch
 
-    def to_micro_batch(run: loop.Run, rows: Batch) -> MicroBatch:
+    def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
         if run.state.step == 3 and os.environ["RANK"] == "1":
             if how == "gone":
                 os._exit(9)
@@ -116,11 +117,11 @@ def test_mistakes_at_the_command_line(words: list[str], says: str, capsys) -> No
 
 
 def test_a_device_that_is_not_there(small_data: Path, tmp_path: Path, capsys) -> None:
-    check_device(None)
-    check_device("cpu")
+    chosen_device(None)
+    chosen_device("cpu")
     for name in ("nonsense", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])):
         with pytest.raises(UserError, match=f"--device {name} cannot be used here") as caught:
-            check_device(name)
+            chosen_device(name)
         assert "\n" not in str(caught.value)
 
 

@@ -17,8 +17,9 @@ from tests.support.ranks import Ranks, run_ranks
 from tests.support.runs import arguments, assert_same, digests, outcome, tensors, train_here, train_rank
 from trainer import loop
 from trainer.checkpoint import saver, verify
-from trainer.objective import MicroBatch
+from trainer.stepping import Run
 from trainer.stream import Batch
+from trainer.sums import MicroBatch
 
 
 def train_half_broken(argv: list[str]) -> None:
@@ -38,7 +39,7 @@ def train_and_hang(argv: list[str]) -> None:
     """Training that waits for ever, where no Python runs, before its first update."""
     lock = threading.Lock()
 
-    def hang(run: loop.Run, rows: Batch) -> MicroBatch:
+    def hang(run: Run, rows: Batch) -> MicroBatch:
         Path("hanging").touch()
         lock.acquire()
         lock.acquire()

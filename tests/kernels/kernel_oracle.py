@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 
 from trainer import losses
-from trainer.dictionary import BankWeights, apply_gate
-from trainer.kernels import BankKernel, Orthogonality, RowPairs, StepContext
+from trainer.dictionary import BankWeights, apply_gate, steps
+from trainer.kernels import Orthogonality, RowPairs, RunKernel, StepContext
 
-WEIGHTS = (1.0, 0.3, 0.7)  # of rec, sp and perp in the scalar that is differentiated
+WEIGHTS = (1.0, 0.3, 0.7, 0.4)  # of rec, sp, perp and pull in the scalar that is differentiated
 
 
 @dataclass
 class Case:
-    """Weights of one bank, rows, and the code of the concept slots; R = 0 means no orthogonality term."""
+    """Weights of one bank, rows, and the code of the concept slots; R = 0 means no orthogonality term.
+
+    With a bandwidth the thresholds are trained.
+    """
 
     W_enc: Tensor
     b_enc: Tensor
@@ -26,16 +29,19 @@ class Case:
     decoder_norm: str = "free"
     threshold: Tensor | None = None
     perp_weight: Tensor | None = None
+    bandwidth: float = 0.0
+    dead: Tensor | None = None
 
-    def bank(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> BankWeights:
-        """These weights with the threshold and the form of the case."""
-        threshold = None if self.threshold is None else self.threshold.to(W_enc.dtype)
+    def bank(self, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, threshold: Tensor) -> BankWeights:
+        """These weights with the form of the case."""
         weight = None if self.perp_weight is None else self.perp_weight.to(W_enc.dtype)
-        return BankWeights(W_enc, b_enc, W_dec, threshold, self.decoder_norm, weight)
+        passed = None if self.threshold is None else threshold
+        return BankWeights(W_enc, b_enc, W_dec, passed, self.decoder_norm, weight, self.bandwidth, self.dead)
 
     def leaves(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        named = (self.W_enc, self.b_enc, self.W_dec, self.recon, self.z_concept)
-        return [t.detach().clone().to(dtype).requires_grad_() for t in named]
+        threshold = torch.zeros_like(self.b_enc) if self.threshold is None else self.threshold
+        named = (self.W_enc, self.b_enc, self.W_dec, threshold, self.recon, self.z_concept)
+        return [t.detach().clone().to(dtype).requires_grad_(t is not threshold or self.bandwidth > 0) for t in named]
 
 
 def make_case(
@@ -48,11 +54,13 @@ def make_case(
     decoder_norm: str = "free",
     seed: int = 0,
     threshold: tuple[float, float] | None = None,
+    bandwidth: float = 0.0,
 ) -> Case:
     """A random bank.
 
     `bias` in units of the pre-activations' standard deviation moves the density (-2 is about 2%); `threshold` are the
-    ends of the range that the slots' thresholds are drawn from, in the same units.
+    ends of the range that the slots' thresholds are drawn from, in the same units; with a bandwidth they are trained
+    and every third slot is dead.
     """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=g) / width**0.5
@@ -66,27 +74,33 @@ def make_case(
         decoder_norm=decoder_norm,
         threshold=None if threshold is None else torch.empty(slots).uniform_(*threshold, generator=g),
         perp_weight=torch.rand(slots, generator=g).mul(2).sub(0.5).clamp(0, 1),
+        bandwidth=bandwidth,
+        dead=torch.arange(slots) % 3 == 0 if bandwidth else None,
     )
 
 
 def by_oracle(case: Case) -> dict[str, Tensor]:
-    """recon, sp, perp and the gradients of their weighted sum, from losses.py on the whole code, in double."""
-    W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves(torch.float64)
+    """recon, sp, perp, pull and the gradients of their weighted sum, from losses.py on the whole code, in double."""
+    W_enc, b_enc, W_dec, threshold, recon, z_concept = leaves = case.leaves(torch.float64)
     x = case.x.double()
-    bank = case.bank(W_enc, b_enc, W_dec)
+    bank = case.bank(W_enc, b_enc, W_dec, threshold)
     pre = x @ W_enc.T + b_enc  # in double, where BankWeights computes in fp32
-    z, decoder = apply_gate(pre, bank.threshold), bank.decoder()
+    z, decoder = apply_gate(pre, bank.threshold, case.bandwidth), bank.decoder()
     out = recon + z @ decoder
     sp = losses.sparsity(z, decoder) * len(case.x)
+    pull = z.new_zeros(())
+    if case.bandwidth and case.dead is not None:
+        sp = steps(pre, threshold, case.bandwidth).sum()
+        pull = losses.pull(pre[:, case.dead], threshold[case.dead], decoder[case.dead]) * len(case.x)
     perp = losses.orthogonality(z_concept, z, bank.perp_weight) if z_concept.shape[1] else z.new_zeros(())
     rec = losses.reconstruction(x, out) * len(case.x)
-    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * perp).backward()
+    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * perp + WEIGHTS[3] * pull).backward()
     active = pre > (0 if bank.threshold is None else bank.threshold)
-    return _figures(out, sp, perp, [_grad(t) for t in leaves], active.sum())
+    return _figures((out, sp, perp, pull), [_grad(t) for t in leaves], active.sum())
 
 
 def by_kernel(
-    kernel: BankKernel,
+    kernel: RunKernel,
     case: Case,
     *,
     bf16: bool = False,
@@ -94,7 +108,7 @@ def by_kernel(
     pairs: type[RowPairs] | None = None,
 ) -> dict[str, Tensor]:
     """The same from a kernel, in fp32 or with bf16 products; `pairs` offers it the correlation over pairs of rows."""
-    W_enc, b_enc, W_dec, recon, z_concept = leaves = case.leaves()
+    W_enc, b_enc, W_dec, threshold, recon, z_concept = leaves = case.leaves()
     perp = None
     if z_concept.shape[1]:
         code = z_concept.detach()
@@ -102,16 +116,17 @@ def by_kernel(
         if pairs is not None:
             perp.pairs = pairs(perp.concept, perp.rows, len(b_enc), torch.bfloat16 if bf16 else torch.float32)
     context = StepContext(case.x, case.x.bfloat16() if bf16 else None, perp)
-    out, sp, value = kernel(case.bank(W_enc, b_enc, W_dec), recon, context)
+    out, sp, value, pull = kernel([case.bank(W_enc, b_enc, W_dec, threshold)], recon, context)
     rec = (case.x - out).square().sum()
-    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value).backward()
+    (WEIGHTS[0] * rec + WEIGHTS[1] * sp + WEIGHTS[2] * value + WEIGHTS[3] * pull).backward()
     if perp is not None:
         z_concept.grad = WEIGHTS[2] * perp.concept_gradient()
-    figures = _figures(out, sp, value, [_grad(t) for t in leaves], context.stats[0].active)
+    figures = _figures((out, sp, value, pull), [_grad(t) for t in leaves], context.stats[0].active)
     if context.stats[0].squares is not None and case.perp_weight is not None:
         counted = (context.stats[0].squares * case.perp_weight).sum()
         torch.testing.assert_close(counted, value.detach(), equal_nan=True)
-    assert torch.equal(context.stats[0].fired, figures["grad b_enc"] != 0) or bf16 or not len(case.x)
+    firing = context.stats[0].fired, figures["grad b_enc"] != 0
+    assert torch.equal(*firing) or bf16 or not len(case.x) or case.bandwidth
     return figures
 
 
@@ -119,9 +134,10 @@ def _grad(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _figures(out: Tensor, sp: Tensor, perp: Tensor, grads: list[Tensor], active: Tensor) -> dict[str, Tensor]:
-    names = ("grad W_enc", "grad b_enc", "grad W_dec", "grad recon", "grad z_concept")
-    return {"recon": out, "sp": sp, "perp": perp, "active": active.float(), **dict(zip(names, grads, strict=True))}
+def _figures(values: tuple[Tensor, ...], grads: list[Tensor], active: Tensor) -> dict[str, Tensor]:
+    found = dict(zip(("recon", "sp", "perp", "pull"), values, strict=True)) | {"active": active.float()}
+    names = ("W_enc", "b_enc", "W_dec", "threshold", "recon", "z_concept")
+    return found | {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

@@ -14,7 +14,8 @@ from tools.timing.setting import Setting
 
 def test_quick_bench_writes_every_figure(tmp_path, capsys):
     file = tmp_path / "bench.json"
-    code = main(["bench", "--quick", "--repeats", "1", "--no-memory", "--json", str(file), "--sweep-l0", "8", "32"])
+    more = ["--json", str(file), "--sweep-l0", "8", "32", "--gates", "relu", "jumprelu"]
+    code = main(["bench", "--quick", "--repeats", "1", "--no-memory", *more])
     assert code == 0
     found = json.loads(file.read_text())
     for key in ("floor_s", "encoder_product_s", "adam_s", "dense_fp32_step_s", "rows_per_s"):
@@ -26,7 +27,8 @@ def test_quick_bench_writes_every_figure(tmp_path, capsys):
     assert found["floor_s"] == pytest.approx(found["encoder_product_s"] + found["adam_s"])
     low, high = found["sweeps"]["l0"]
     assert low["mean_l0"] < high["mean_l0"]
-    assert "step / floor (pretrain)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "step / floor (pretrain)" in shown and "gate jumprelu over relu" in shown
 
 
 def test_sweeps_show_how_cost_grows_and_leave_out_what_does_not_fit(tmp_path, capsys):
@@ -57,7 +59,7 @@ def test_a_compiler_that_fails_is_reported(monkeypatch, capsys):
     assert "no compiler at hand" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gate", ["relu", "batch_topk"])
+@pytest.mark.parametrize("gate", ["relu", "batch_topk", "jumprelu"])
 def test_the_bias_or_the_threshold_sets_the_density(gate):
     ours = OurStep(Setting(rows=256, width=32, slots=1000, bank_slots=300, l0=20.0, gate=gate))
     ours.prepare("dense", sparse=True)

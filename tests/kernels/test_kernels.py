@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.kernels.kernel_oracle import Case, assert_same, by_kernel, by_oracle, make_case
-from trainer.kernels import BankKernel, KernelChoice, Orthogonality, RowPairs, StepContext
+from trainer.dictionary import apply_gate, steps
+from trainer.kernels import KernelChoice, Orthogonality, RowPairs, RunKernel, StepContext
 
 FP32 = 2e-5
 # bf16 keeps 8 bits: rows of products are off by about 2^-9 each, and entries near 0 change sides.
@@ -16,8 +17,8 @@ SHAPES = [(1, 1, 1), (1, 70, 3), (5, 6, 1), (33, 130, 6), (64, 6, 1500), (130, 1
 KERNELS = ("dense", "sparse")
 
 
-def kernel_named(name: str) -> BankKernel:
-    return KernelChoice(name, [1]).kernels()[0]
+def kernel_named(name: str) -> RunKernel:
+    return KernelChoice(name, [1]).runs(0, True)[0][0]
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -29,6 +30,13 @@ def test_matches_the_oracle_in_fp32(name: str, decoder_norm: str, shape: tuple[i
     # With 1,500 concepts a column with one active entry gets a small difference of large sums, in any fp32 arithmetic.
     tolerance = FP32 if shape[2] < 100 else 1e-4
     assert_same(by_kernel(kernel_named(name), case), by_oracle(case), tolerance)
+
+
+class Always(RowPairs):
+    """Pairs of rows whatever they cost."""
+
+    def cheaper(self, per_slot: torch.Tensor) -> bool:
+        return True
 
 
 THRESHOLDS = {
@@ -47,6 +55,59 @@ THRESHOLDS = {
 def test_thresholds(name: str, decoder_norm: str, shape: tuple[int, int, int], threshold: tuple[float, float]) -> None:
     case = make_case(*shape, bias=-0.2, decoder_norm=decoder_norm, threshold=threshold)
     assert_same(by_kernel(kernel_named(name), case), by_oracle(case), FP32 if shape[2] < 100 else 1e-4)
+
+
+TRAINED = {
+    "narrow": (0.0, 2.0, 1e-2),
+    "wide": (0.5, 2.0, 1.5),
+    "all around": (0.0, 0.3, 9.0),
+    "dead": (50.0, 90.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("pairs", [None, Always], ids=["columns", "pairs"])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 6, 1), (33, 130, 6), (40, 257, 0)])
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+def test_thresholds_that_are_trained(
+    name: str,
+    decoder_norm: str,
+    shape: tuple[int, int, int],
+    trained: tuple[float, float, float],
+    pairs: type[RowPairs] | None,
+) -> None:
+    """The pseudo-gradient of thresholds, and the term that pulls dead slots towards them."""
+    *ends, bandwidth = trained
+    case = make_case(*shape, decoder_norm=decoder_norm, threshold=(ends[0], ends[1]), bandwidth=bandwidth)
+    expected = by_oracle(case)
+    assert expected["pull"] > 0 or shape[0] == 1
+    assert_same(by_kernel(kernel_named(name), case, pairs=pairs), expected, FP32)
+
+
+def test_the_pseudo_gradient_of_a_threshold_by_hand() -> None:
+    """Rows at -0.1, 0.1 and 0.3 of the threshold 1 with a bandwidth of 0.5: the first two are in the window."""
+    pre, threshold = torch.tensor([[0.9], [1.1], [1.3]]), torch.tensor([1.0], requires_grad=True)
+    slopes = torch.tensor([[2.0], [3.0], [5.0]])
+    (apply_gate(pre, threshold, 0.5) * slopes).sum().backward()
+    assert threshold.grad == pytest.approx(-(1.0 / 0.5) * (2.0 + 3.0))
+    threshold.grad = None
+    assert steps(pre, threshold, 0.5).flatten().tolist() == [0.0, 1.0, 1.0]
+    steps(pre, threshold, 0.5).sum().backward()
+    assert threshold.grad == pytest.approx(-2 / 0.5)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_thresholds_that_are_held_get_no_gradient(name: str) -> None:
+    case = make_case(20, 60, 2, threshold=(0.0, 2.0), bandwidth=0.5)
+    W_enc, b_enc, W_dec, threshold, recon, _ = case.leaves()
+    with torch.no_grad():
+        out, sp, _, pull = kernel_named(name)(
+            [case.bank(W_enc, b_enc, W_dec, threshold)], recon, StepContext(case.x, None, None)
+        )
+    expected = by_oracle(case)
+    torch.testing.assert_close(out.double(), expected["recon"].detach(), rtol=1e-5, atol=1e-5)
+    assert sp == expected["active"] and pull.item() == pytest.approx(expected["pull"].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -186,13 +247,6 @@ class Ranks:
         return results
 
 
-class Always(RowPairs):
-    """Pairs of rows whatever they cost."""
-
-    def cheaper(self, per_slot: torch.Tensor) -> bool:
-        return True
-
-
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2]])
 @pytest.mark.parametrize("bias", [-9.0, -2.0, -0.5, 9.0])
@@ -234,9 +288,8 @@ def test_pairs_of_rows_are_taken_where_they_cost_less(rows: int, bias: float, ta
 def test_weights_that_are_not_numbers_reach_the_loss(name: str, threshold: tuple[float, float] | None) -> None:
     case = make_case(8, 20, 0, bias=-3.0, threshold=threshold)
     case.W_enc[3, 5] = float("nan")
-    W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    context = StepContext(case.x, case.x.bfloat16(), None)
-    out, _, _ = kernel_named(name)(case.bank(W_enc, b_enc, W_dec), recon, context)
+    *weights, recon, _ = case.leaves()
+    out, *_ = kernel_named(name)([case.bank(*weights)], recon, StepContext(case.x, case.x.bfloat16(), None))
     assert not torch.isfinite(out).all()
 
 
@@ -244,12 +297,12 @@ def test_weights_that_are_not_numbers_reach_the_loss(name: str, threshold: tuple
 def test_two_backward_passes_add_up(name: str) -> None:
     """Gradient accumulation: the buffers of the first pass are still in use in the second."""
     case = make_case(30, 64, 3, bias=-1.0)
-    W_enc, b_enc, W_dec, recon, z_concept = case.leaves()
+    W_enc, b_enc, W_dec, threshold, recon, z_concept = case.leaves()
     grads = []
     for _ in range(2):
         orthogonality = Orthogonality.standardise(z_concept.detach(), torch.tensor(30.0), lambda t: t)
         context = StepContext(case.x, None, orthogonality)
-        out, sp, perp = kernel_named(name)(case.bank(W_enc, b_enc, W_dec), recon, context)
+        out, sp, perp, _ = kernel_named(name)([case.bank(W_enc, b_enc, W_dec, threshold)], recon, context)
         (out.square().sum() + sp + perp).backward()
         grads.append([t.grad.clone() for t in (W_enc, b_enc, W_dec) if t.grad is not None])
     for once, twice in zip(*grads, strict=True):

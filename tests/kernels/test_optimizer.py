@@ -60,11 +60,11 @@ def test_state_goes_through_a_state_dict():
 @pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 def test_the_noted_norm_is_the_norm_and_is_forgotten_on_change(decoder_norm):
     case = make_case(40, 90, 0, bias=-1.0, decoder_norm=decoder_norm)
-    W_enc, b_enc, W_dec, recon, _ = case.leaves()
+    W_enc, b_enc, W_dec, _, recon, _ = case.leaves()
 
     def backward():
-        out, sp, _ = KernelChoice("sparse", [1]).kernels()[0](
-            BankWeights(W_enc, b_enc, W_dec, None, decoder_norm), recon, StepContext(case.x, None, None)
+        out, sp, *_ = KernelChoice("sparse", [1]).runs(0, True)[0][0](
+            [BankWeights(W_enc, b_enc, W_dec, None, decoder_norm)], recon, StepContext(case.x, None, None)
         )
         (out.square().sum() + sp).backward()
 
@@ -137,9 +137,9 @@ def test_torch_takes_the_step_where_there_are_no_compiled_operators(monkeypatch,
 def test_the_norm_of_large_gradients_is_finite():
     """Their squares are beyond fp32, in a kernel's own sum and in the one over the rest."""
     case = make_case(40, 90, 0, bias=-1.0)
-    W_enc, b_enc, W_dec, recon, _ = case.leaves()
-    out, _, _ = KernelChoice("sparse", [1]).kernels()[0](
-        BankWeights(W_enc, b_enc, W_dec), recon, StepContext(case.x, None, None)
+    W_enc, b_enc, W_dec, _, recon, _ = case.leaves()
+    out, *_ = KernelChoice("sparse", [1]).runs(0, True)[0][0](
+        [BankWeights(W_enc, b_enc, W_dec)], recon, StepContext(case.x, None, None)
     )
     (out.sum() * 1e20).backward()
     grads = gradients(W_enc, b_enc, W_dec)
@@ -226,3 +226,12 @@ def test_a_run_with_bf16_moments_resumes_bitwise_and_converts_others(tmp_path, s
     assert_same(tensors(again), saved)
     assert train_here(other, small_data, *few, f"checkpoint.resume={middle}", "optim.state=fp32") == 0
     assert all(t.dtype == torch.float32 for name, t in tensors(other).items() if name.startswith("optimizer/"))
+
+
+def test_clipping_leaves_the_buffers_of_gradients_to_the_next_step():
+    weight = torch.zeros(33, 7)
+    gradient = gradient_buffer(weight).fill_(1.0)
+    where = gradient.data_ptr()
+    assert float(square_norm([gradient])) == pytest.approx(33 * 7)
+    del gradient
+    assert gradient_buffer(weight).data_ptr() == where

@@ -1,4 +1,4 @@
-"""Runs interpreted_triton.py in Triton's interpreter, which has to be chosen before triton is first imported."""
+"""Runs the interpreted_*.py here in Triton's interpreter, which has to be chosen before triton is first imported."""
 
 import importlib.util
 import os
@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("interpreted_triton.py")
+CASES = [
+    pytest.param(Path(__file__).with_name("interpreted_triton.py"), id="kernels"),
+    pytest.param(Path(__file__).with_name("interpreted_step.py"), id="step", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
-def test_triton_kernel_in_the_interpreter():
+@pytest.mark.parametrize("cases", CASES)
+def test_in_the_interpreter(cases):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CASES.parents[2])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cases.parents[2])
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout

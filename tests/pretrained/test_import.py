@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.pretrained import foreign
 from tests.pretrained.foreign import SLOTS, WIDTH, computed, gemma_scope, rows, saelens, sparsify, weights
 from tests.support.data import write_data
+from tests.support.modes import private_files
 from tests.support.runs import train_here
 from tools.cli import main
 from trainer import pretrained
@@ -27,7 +28,7 @@ def imported(source, tmp_path, *more: str) -> ConceptDictionary:
     """The dictionary that the command makes of a source."""
     assert main(["import", str(source), "--out", str(tmp_path / "imported"), *more]) == 0
     assert not list(tmp_path.glob("*.partial"))
-    assert not list((tmp_path / "imported").glob("scratch*"))
+    assert not list((tmp_path / "imported").glob("scratch*")) and not private_files(tmp_path / "imported")
     return pretrained.load(tmp_path / "imported")
 
 

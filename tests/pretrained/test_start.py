@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.pretrained.foreign import SLOTS, WIDTH, gemma_scope, saelens, weights
 from tests.support.data import write_data
 from tests.support.ranks import run_ranks
 from tests.support.runs import arguments, assert_same, edit_json, metrics, tensors, train_here, train_rank
 from tools.cli import main
-from trainer import pretrained
+from trainer import load, pretrained
+from trainer.analysis.results import rows_of
+from trainer.analysis.rivals import training_rows
+from trainer.analysis.steering import SlotEdit
 from trainer.checkpoint import load_dictionary
+from trainer.errors import DataError
 
 ALIGN = "stages=[{name: align, epochs: 3}]"
 
@@ -49,6 +53,37 @@ def test_align_alone_names_slots_and_leaves_the_others_as_they_are(tmp_path, sma
     torch.testing.assert_close(code, imported.encode(h), rtol=1e-4, atol=1e-4)
     assert load_dictionary(tmp_path / "run")[0].form.k == 7
     assert (tmp_path / "run" / "config.yaml").read_text().count("gate: batch_topk") == 1
+
+
+def test_slots_beside_held_ones_write_what_their_concepts_add(tmp_path, small_data, source, caplog):
+    """Setting a slot writes the difference that its concept makes, in the run, its exports and imports of those; what
+    is reconstructed stays."""
+    chosen = [ALIGN, f"dictionary.start_from={source}", "dictionary.freeze=free", "checkpoint.every=10"]
+    assert train_here(tmp_path, small_data, *chosen) == 0
+    assert load(tmp_path / "run" / "checkpoints" / "step-00000020").dictionary.written is None
+    assert "is measured at the end of the run, and was not yet" in caplog.text
+    trained = load(tmp_path / "run")
+    slots = range(len(trained.concepts))
+    edit = SlotEdit(trained.dictionary, slots, "set", torch.full((1, len(slots)), torch.nan), "cpu")
+    rows = training_rows(rows_of([str(small_data)], trained.dictionary)[0], len(slots))
+    means = torch.stack([rows.acts[rows.member[:, number]].mean(dim=0) for number in slots])
+    gains = torch.tensor([trained.gains[name] for name in trained.concepts])
+    torch.testing.assert_close(edit.rows * gains[:, None], means - means.mean(dim=0), rtol=0.05, atol=0.05)
+    run = str(tmp_path / "run")
+    for form in ("huggingface", "safetensors"):
+        exported, unit = tmp_path / form, tmp_path / f"{form}-unit"
+        assert main(["export", "--run", run, "--out", str(exported), "--format", form]) == 0
+        assert main(["export", "--run", run, "--out", str(unit), "--format", form, "--unit-norm"]) == 0
+        assert main(["import", str(exported), "--out", str(tmp_path / f"{form}-in")]) == 0
+        for folder in (exported, unit, tmp_path / f"{form}-in"):
+            other = load(folder)
+            again = SlotEdit(other.dictionary, slots, "set", torch.full((1, len(slots)), torch.nan), "cpu")
+            theirs = torch.tensor([other.gains[name] for name in other.concepts])
+            torch.testing.assert_close(again.rows * theirs[:, None], edit.rows * gains[:, None])
+    assert "`W_write` in `concepts.safetensors`" in (tmp_path / "huggingface" / "README.md").read_text()
+    save_file({"W_write": torch.zeros(2, WIDTH + 1)}, tmp_path / "huggingface" / "concepts.safetensors")
+    with pytest.raises(DataError, match="W_write has shape"):
+        load(tmp_path / "huggingface")
 
 
 def test_what_is_held_costs_no_moments(tmp_path, small_data, source):
@@ -150,15 +185,17 @@ def test_held_and_trained_runs_do_not_resume_each_other(tmp_path, small_data, so
     assert "was made with dictionary.freeze=free, not none" in capsys.readouterr().err
 
 
-def test_per_slot_thresholds_are_held(tmp_path, small_data, capsys):
+def test_per_slot_thresholds_are_held_or_trained(tmp_path, small_data):
     gemma_scope(tmp_path / "gemma")
     assert main(["import", str(tmp_path / "gemma"), "--out", str(tmp_path / "source")]) == 0
-    capsys.readouterr()
-    start = f"dictionary.start_from={tmp_path / 'source'}"
-    assert_refused(tmp_path, capsys, "thresholds of single slots are not trained", small_data, ALIGN, start)
+    start, theirs = f"dictionary.start_from={tmp_path / 'source'}", pretrained.load(tmp_path / "source")
     assert train_here(tmp_path, small_data, ALIGN, start, "dictionary.freeze=free") == 0
     code, _, h = free_slots(tmp_path)
-    torch.testing.assert_close(code, pretrained.load(tmp_path / "source").encode(h), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(code, theirs.encode(h), rtol=1e-4, atol=1e-4)
+    assert train_here(tmp_path / "on", small_data, ALIGN, start, "loss.sp=0.01", "loss.bandwidth=0.5") == 0
+    dictionary, _ = load_dictionary(tmp_path / "on/run")
+    before, after = (torch.cat([bank.get_parameter("level") for bank in d.free_banks()]) for d in (theirs, dictionary))
+    assert (after - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ SlurmctldPort={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+# A job that is requeued begins again when its credential has expired, two minutes later by default.
+AuthInfo=socket={folder}/munge/socket,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

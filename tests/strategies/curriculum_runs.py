@@ -76,11 +76,25 @@ VARIANTS = {
         "loss.perp=0",
         "optim.accumulate=2",
     ],
-    # A threshold that follows what all ranks have counted, in every bank.
+    # A threshold that follows what all ranks have counted, in every bank; slots that begin along rows of all ranks.
     "batch_topk": [
         "dictionary.gate=batch_topk",
+        "dictionary.begin=rows",
+        "dictionary.initial_norm=0.3",
         "dictionary.k=4",
         "dictionary.k_fall=12",
+        "checkpoint.every=10",
+        "checkpoint.keep=9",
+    ],
+    # Thresholds that are trained, and slots that die and are pulled back.
+    "jumprelu": [
+        "dictionary.gate=jumprelu",
+        "dictionary.target_l0=4",
+        "dictionary.k_fall=8",
+        "loss.sp=0.02",
+        "loss.pull=0.05",
+        "loss.bandwidth=0.2",
+        "revival.dead_after=3",
         "checkpoint.every=10",
         "checkpoint.keep=9",
     ],

@@ -24,10 +24,11 @@ from accelerate.state import AcceleratorState
 
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.losses import LossWeights
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import OptimConfig
 from trainer.private import reach
 from trainer.strategies import Layout, ParallelConfig, build_strategy, join, owned_banks
+from trainer.sums import MicroBatch
 from trainer.topology import Topology, launched_world
 
 
@@ -117,7 +118,7 @@ def exercise(args: argparse.Namespace, layout: Layout, topology: Topology) -> Se
             MicroBatch(acts, concept, torch.full((rows,), -1), counts), LossWeights(), True, step
         )
         strategy.backward(loss, last=True)
-        strategy.update(1e-3, 1.0)
+        strategy.update(1e-3, 1.0, torch.tensor(True))
         topology.barrier()
         end = tcp_bytes()
         moved = (end[0] - start[0], end[1] - start[1])

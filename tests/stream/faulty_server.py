@@ -100,7 +100,7 @@ class HubHandler(_Handler):
 
     REPOSITORY = "/api/datasets/me/acts"
     OBJECTS = "/storage/v1/b/bucket/o/"
-    FILES = ("/datasets/me/acts/resolve/main/", "/download" + OBJECTS)
+    FILES: tuple[str, ...] = ("/datasets/me/acts/resolve/main/", "/download" + OBJECTS)
 
     def do_GET(self):
         path = "/" + super().asked()

@@ -63,7 +63,7 @@ def test_rows_that_are_not_finite_count_once_when_their_shard_is_replaced(tmp_pa
             assert not source.rows(0).valid[5] and source.counters()["nonfinite_rows"] == 1
             (tmp_path / "copy").write_bytes(path.read_bytes())
             (tmp_path / "copy").replace(path)
-            source.extents.close()  # as if many other shards had been read in between
+            source.blocks.close()  # as if many other shards had been read in between
 
 
 def read_epoch(folder, manifest, budget):

@@ -70,8 +70,8 @@ def test_server_without_ranges_is_read_by_whole_shards(tmp_path):
     assert got == want
     same(local, remote)
     # Shards hold three blocks: fewer downloads than blocks although every block was needed.
-    assert len(manifest.shards) <= stream.sources[0].extents.downloads < len(manifest.blocks)
-    assert len(seen) > stream.sources[0].extents.downloads
+    assert len(manifest.shards) <= stream.sources[0].blocks.extents.downloads < len(manifest.blocks)
+    assert len(seen) > stream.sources[0].blocks.extents.downloads
 
 
 def test_pipe_command_only_when_permitted(tmp_path):
@@ -141,11 +141,11 @@ def test_cache_serves_a_second_run_and_a_changed_file_is_fetched_again(tmp_path)
     with http_server(tmp_path) as (url, _, _):
         first = epochs(setting(f"{url}/d", tmp_path / "cache"))
         again = epochs(setting(f"{url}/d", tmp_path / "cache"))
-        assert first[2].sources[0].extents.downloads > 0 and again[2].sources[0].extents.downloads == 0
+        assert first[2].sources[0].blocks.extents.downloads > 0 and again[2].sources[0].blocks.extents.downloads == 0
         assert first[0] == again[0]
         write(tmp_path / "d", 300, overwrite=True, dtype="float16")
         changed = epochs(setting(f"{url}/d", tmp_path / "cache"))
-    assert changed[2].sources[0].extents.downloads > 0 and changed[1][0].acts.dtype == torch.float16
+    assert changed[2].sources[0].blocks.extents.downloads > 0 and changed[1][0].acts.dtype == torch.float16
 
 
 def test_cache_stays_within_its_bound_and_evicts_by_last_use(tmp_path):
@@ -254,7 +254,7 @@ def test_damage_at_the_source_is_named_or_masked(tmp_path):
 def run_process(url, cache, queue):
     """Another rank of the same node."""
     digest, _, stream = epochs(setting(url, cache))
-    queue.put((digest, stream.sources[0].extents.downloads))
+    queue.put((digest, stream.sources[0].blocks.extents.downloads))
 
 
 def test_processes_of_a_node_share_the_cache(tmp_path):

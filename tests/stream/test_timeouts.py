@@ -97,7 +97,8 @@ def test_one_place_retries_over_http(tmp_path):
     manifest = write(tmp_path / "d", 64, rows_per_block=32, shard_bytes=1 << 20)
     with http_server(tmp_path, faults=("error",)) as (url, counters, seen):
         with stream_of(f"{url}/d", tmp_path / "cache", retries=3, threads=0, download_threads=1) as stream:
-            stream.sources[0].extents._key(0, manifest.shards[0].blocks[0], Deadline(9.0))  # the version is known
+            # The version is known from here on.
+            stream.sources[0].blocks.extents._key(0, manifest.shards[0].blocks[0], Deadline(9.0))
             counters.share, before = 1.0, len(seen)
             with pytest.raises(DataError, match=r"ClientResponseError 503, 4 attempts failed"):
                 stream.sources[0].rows(0)

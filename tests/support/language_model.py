@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from trainer.analysis.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
+from trainer.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.stream import ShardSpec, ShardWriter
 from trainer.train import main as train
 
@@ -103,7 +103,13 @@ def write_shards(folder: Path, model: GPT2LMHeadModel, prompts: list[Prompt], la
     acts = capture(model, ids, mask, [layer])[layer][torch.arange(len(prompts)), last_token(mask)]
     answers = sorted({a for group in ANSWERS.values() for a in group})
     spec = ShardSpec(
-        width=WIDTH, dtype="float32", concepts=CONCEPTS, answers=answers, model="tiny", hook_point=hook_point(layer)
+        width=WIDTH,
+        dtype="float32",
+        concepts=CONCEPTS,
+        answers=answers,
+        model="tiny",
+        hook_point=hook_point(layer),
+        extra={"token_position": "last prompt token"},
     )
     with ShardWriter(folder, split, spec, rows_per_block=8) as writer:
         concept = torch.tensor([CONCEPTS.index(p.concept) for p in prompts])
@@ -121,14 +127,13 @@ def train_tiny_run(folder: Path) -> Path:
     for name, stages in STAGES.items():
         path = folder / f"{name}.yaml"
         path.write_text(f"{CONFIG}stages: {stages}\n")
-        assert (
-            train(["--config", str(path), f"data.shards={folder / 'data' / 'train'}", f"run.dir={folder / name}"]) == 0
-        )
+        data = [f"data.shards={folder / 'data' / 'train'}", f"data.heldout={folder / 'data' / 'heldout'}"]
+        assert train(["--config", str(path), *data, f"run.dir={folder / name}"]) == 0
     return folder
 
 
 CONFIG = """
-run: {precision: fp32, log_every: 10}
+run: {precision: fp32, log_every: 10, evaluate_every: 30}
 data: {global_batch: 12, lanes: 1, threads: 0}
 dictionary: {free_slots: 64, bank_slots: 32}
 optim: {lr: 0.01, warmup: 5}

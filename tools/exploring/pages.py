@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 PART = 200_000  # bytes of a part, about
-ASSETS = ("explore.css", "explore.js")
+ASSETS = ("base.css", "explore.css", "explore.js")
 
 
 class Parts:

@@ -6,16 +6,28 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from trainer.analysis.results import read_result
 from trainer.pretrained import Trained, trainer_name
 from trainer.run_folder import RunFolder
+from trainer.tracking import measured
 
 NAMED = 50  # concepts that are listed
+# Figures that a reader of a card asks for, by their names in trainer.tracking.measured.
+SAID = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "active slots of a row",
+    "dead": "share of dead slots",
+    "diagonal_accuracy": "diagonal binding accuracy",
+    "slot_accuracy": "rows that choose their own slot",
+    "auroc": "mean AUROC of concept slots",
+    "firing_on_text": "firing of a concept slot on rows without a concept",
+    "loss_recovered": "share of the model's loss that the reconstruction recovers over the mean",
+    "slots": "concept swaps that succeed",
+}
 
 
-def card(trained: Trained, run: Path, licence: str) -> str:
+def card(trained: Trained, run: Path, licence: str, repository: str) -> str:
     """The text. run: folder that evaluation.json and swap.json are looked for in. licence: an identifier of the hub, or
-    "" for none."""
+    "" for none. repository: OWNER/NAME that the card says to load."""
     environment = Environment(
         loader=PackageLoader("tools"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -24,6 +36,7 @@ def card(trained: Trained, run: Path, licence: str) -> str:
     training = {name: value for name, value in facts.training.items() if isinstance(value, str | int | float) and value}
     return environment.get_template("card.md").render(
         licence=licence,
+        repository=repository,
         model=trained.model,
         hook_point=trained.hook_point,
         width=trained.width,
@@ -33,42 +46,20 @@ def card(trained: Trained, run: Path, licence: str) -> str:
         concepts=trained.concepts[:NAMED],
         more=max(0, len(trained.concepts) - NAMED),
         gains=trained.gains,
+        writes=dictionary.written is not None,
         training=training,
-        figures=list(_figures(RunFolder(run))),
+        figures=list(_figures(RunFolder.around(run))),
         trainer=trainer_name(),
     )
 
 
 def _figures(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """What was measured, as (what, figure)."""
-    if folder.evaluation.exists():
-        evaluation = read_result(folder.evaluation, "run `alignsae evaluate` again")
-        for split in ("train", "heldout"):
-            found = evaluation.get(split, {})
-            places = {
-                "fraction of variance unexplained": ("reconstruction", "fvu"),
-                "active slots of a row": ("reconstruction", "l0"),
-                "share of dead slots": ("reconstruction", "dead"),
-                "diagonal binding accuracy": ("binding", "diagonal_accuracy"),
-                "rows that choose their own slot": ("binding", "slot_accuracy"),
-                "mean AUROC of concept slots": ("labels", "auroc"),
-                "firing of a concept slot on rows without a concept": ("text", "concept_firing_rate"),
-            }
-            for what, (section, key) in places.items():
-                value = found.get(section, {}).get(key)
-                if isinstance(value, int | float):
-                    yield f"{what}, {split} rows ({found['rows']})", f"{value:.4g}"
-        recovered = (evaluation.get("loss_recovered") or {}).get("recovered_over_mean")
-        if isinstance(recovered, int | float):
-            yield "share of the model's loss that the reconstruction recovers over the mean", f"{recovered:.4g}"
-    if folder.swap.exists():
-        swap = read_result(folder.swap, "run `alignsae swap` again")
-        success = swap.get("slots", {}).get("best_success")
-        if isinstance(success, int | float):
-            yield (
-                f"concept swaps that succeed ({swap.get('split')} prompts, {swap.get('pairs')} swaps)",
-                f"{success:.4g}",
-            )
+    for name, (_, value) in measured(folder).items():
+        split, _, figure = name.rpartition("/")
+        if said := SAID.get(figure):
+            rows = {"train": "training rows", "heldout": "held-out rows"}.get(split)
+            yield f"{said}, {rows}" if rows else said, f"{value:.4g}"
 
 
 def _cell(text: object) -> str:

@@ -6,6 +6,7 @@ of the last epoch.
 """
 
 import json
+import math
 import os
 import sys
 
@@ -30,8 +31,9 @@ def saelens(setting: dict):
     common["metadata"] = SAEMetadata(model_name="", hook_name="")
     if setting["trainer"] == "saelens_batchtopk":
         sae = saes.BatchTopKTrainingSAE(saes.BatchTopKTrainingSAEConfig(k=float(setting["l0"]), **common))
-    else:  # the loss that is told an L0
-        how = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": float(setting["l0"])}
+    else:  # thresholds, band and penalty of SAELens's "tanh" setting
+        how = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_ste_to_input": True, "pre_act_loss_coefficient": 3e-6}
+        how |= {"jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 2.0, "l0_coefficient": 1.0}
         sae = saes.JumpReLUTrainingSAE(saes.JumpReLUTrainingSAEConfig(**how, **common))
     rows = setting["rows"]
     config = SAETrainerConfig(
@@ -47,7 +49,12 @@ def saelens(setting: dict):
     def step(x):
         output = trainer.step(x)
         trainer.n_training_steps += 1
-        return output.feature_acts.bool().any(dim=0)
+        active = output.feature_acts.bool()
+        for coefficient in trainer.coefficient_schedulers.values():
+            # It has no way to be told an L0 that it keeps: its coefficient is followed to it, as ours of relu is.
+            change = active.float().sum(dim=1).mean().item() / setting["l0"] - 1.0
+            coefficient.final_value *= math.exp(0.03 * max(-1.0, min(1.0, change)))
+        return active.any(dim=0)
 
     return step, lambda: sae.save_inference_model(setting["out"])
 

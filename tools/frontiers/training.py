@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from trainer import pretrained
 from trainer.analysis.evaluation import at_most, reconstruct
 from trainer.analysis.results import all_rows, rows_of
 from trainer.checkpoint import load_dictionary
-from trainer.config import load_config
+from trainer.config import flatten, load_config
 from trainer.errors import UserError
 from trainer.inputs import Inputs, read_inputs
 from trainer.stream import Manifest, Stream, lanes_of_rank
@@ -44,10 +44,25 @@ class Setting:
     launcher: str
     splits: dict[str, str]
     peers_python: str = ""
+    tracked: list[str] = field(default_factory=list)
 
     def inputs(self, point: Point) -> Inputs:
         """The run of ours that the point is, or whose rows a peer is given. Raises UserError for one that cannot be."""
-        return read_inputs(load_config(self.config, [*self.common, *point.overrides()]))
+        return read_inputs(load_config(self.config, self.overrides(point)))
+
+    def overrides(self, point: Point) -> list[str]:
+        """What the point sets beside the YAML."""
+        said = [*self.common, *point.overrides()]
+        if point.share == 1.0:
+            return said
+        config = load_config(self.config, said)
+        said.append(f"optim.warmup={round(point.share * config.optim.warmup)}")
+        for number, stage in enumerate(config.stages):
+            if stage.epochs is not None:
+                said.append(f"stages.{number}.epochs={point.share * stage.epochs!r}")
+            elif stage.steps is not None:
+                said.append(f"stages.{number}.steps={max(1, round(point.share * stage.steps))}")
+        return said
 
 
 @contextmanager
@@ -74,10 +89,11 @@ def train(point: Point, setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def _ours(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[str, Any]:
-    command = [*shlex.split(setting.launcher), "trainer.train", "--config", setting.config, *setting.common]
+    command = [*shlex.split(setting.launcher), "trainer.train", "--config", setting.config]
     found: dict[str, Any] = {}
     with cpu_seconds(found), (folder / "train.log").open("w") as log:
-        run = [*command, *point.overrides(), f"run.dir={folder / 'run'}"]
+        named = [f"tracking.run_name={point.name}", f"run.dir={folder / 'run'}"]
+        run = [*command, *setting.overrides(point), *setting.tracked, *named]
         code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         raise UserError(f"{point.name} failed with exit code {code}; see {folder / 'train.log'}")
@@ -93,21 +109,50 @@ def _ours(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[
     return found
 
 
+def made_with(point: Point, setting: Setting) -> dict[str, Any]:
+    """What the figures of a point depend on, as JSON keeps it: of a peer, what it is told and the order of its rows.
+
+    Raises UserError for a point that cannot be trained or measured.
+    """
+    inputs = setting.inputs(point)
+    facts: dict[str, Any] = {"data": inputs.manifest.digest}
+    for name, folder in setting.splits.items():
+        manifest = Manifest.load(folder)
+        if manifest.width != inputs.manifest.width:
+            raise UserError(
+                f"--{name} {folder} has rows of width {manifest.width}, data.shards of {inputs.manifest.width}"
+            )
+        facts[name] = manifest.digest
+    config = flatten(inputs.config)
+    if point.trainer in OURS:
+        facts["config"] = {key: config[key] for key in config if not key.startswith(("run.dir", "tracking"))}
+    else:
+        order = ("data.lanes", "data.window", "data.max_norm", "run.seed")
+        facts |= {"told": told(point, inputs), "order": {key: config[key] for key in order}}
+    return json.loads(json.dumps(facts))
+
+
+def told(point: Point, inputs: Inputs) -> dict[str, Any]:
+    """What peer_training.py is told, but for where to save."""
+    config, steps = inputs.config, inputs.curriculum.total
+    return {
+        "trainer": point.trainer, "width": inputs.manifest.width, "slots": config.dictionary.free_slots,
+        "l0": point.l0, "lr": point.lr, "seed": point.seed, "steps": steps, "rows": config.data.global_batch,
+        "warmup": config.optim.warmup, "decay": round(config.optim.decay * steps),
+        "epoch": min(inputs.plan.steps_per_epoch, steps),
+    }  # fmt: skip
+
+
 def _peer(point: Point, setting: Setting, folder: Path, inputs: Inputs) -> dict[str, Any]:
     """Peers are given normalised rows times sqrt(D), which is how SAELens scales activations itself."""
     config, manifest, steps = inputs.config, inputs.manifest, inputs.curriculum.total
-    told = {
-        "trainer": point.trainer, "width": manifest.width, "slots": config.dictionary.free_slots, "l0": point.l0,
-        "lr": point.lr, "seed": point.seed, "steps": steps, "rows": config.data.global_batch,
-        "warmup": config.optim.warmup, "decay": round(config.optim.decay * steps),
-        "epoch": min(inputs.plan.steps_per_epoch, steps), "out": str(folder / "dictionary"),
-    }  # fmt: skip
+    asked = told(point, inputs) | {"out": str(folder / "dictionary")}
     found: dict[str, Any] = {}
     lanes = lanes_of_rank(config.data.lanes, 0, 1)
     with cpu_seconds(found), (folder / "train.log").open("w") as log:
         try:
             peer = subprocess.Popen(
-                [setting.peers_python, str(_PEER), json.dumps(told)],
+                [setting.peers_python, str(_PEER), json.dumps(asked)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         except OSError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.analysis.language_model import Prompt, encode_answer
+from trainer.language_model import Prompt, encode_answer
 
 # Batches are cut from runs of this many batches sorted by length: little padding, still random company.
 SORTED_RUN = 8

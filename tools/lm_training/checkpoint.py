@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.files import allow_as_umask
 
 NAME = "checkpoint"
 
@@ -33,6 +34,7 @@ def save(folder: Path, model: Any, optimizer: torch.optim.Optimizer, step: int, 
     save_file(weights, temporary / "model.safetensors")
     save_file(state, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2), encoding="utf-8")
+    allow_as_umask(temporary)
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tools.lm_training.batches import Batch, collate, encode_question
-from trainer.analysis.language_model import Prompt
+from trainer.language_model import Prompt
 
 
 def predicted_logits(model: Any, batch: Batch) -> Tensor:

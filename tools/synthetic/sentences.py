@@ -86,3 +86,13 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{name} is employed in {value}.",
     ),
 }
+
+
+def as_prompt(question: str) -> str:
+    """What the language model is given; its answer follows after a space."""
+    return f"Q: {question}\nA:"
+
+
+def split_of(template: int) -> str:
+    """Split of the questions of a template."""
+    return "train" if template in TRAIN_TEMPLATES else "heldout"

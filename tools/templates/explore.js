@@ -1,6 +1,6 @@
 "use strict";
 // A line: slot, concept or null, share of rows, mean where active, largest, AUROC or null, false share, missed share,
-// token of the first context, first promoted token, part of the details.
+// token of the first context, first promoted token, part of the details. lines[s] is that of slot s.
 const SLOT = 0, NAME = 1, PEAK = 8, TOKEN = 9, PART = 10, SHOWN = 100;
 const body = document.body, byId = id => document.getElementById(id);
 const lines = [], details = new Map(), waiting = new Map();
@@ -16,6 +16,7 @@ function load(name, part) {
   if (!waiting.has(file)) waiting.set(file, new Promise((done, failed) => {
     const script = document.createElement("script");
     script.src = file;
+    script.async = name !== "lines"; // lines run in their order, however they arrive
     script.onload = done;
     script.onerror = () => failed(new Error(`${file} cannot be read`));
     document.head.append(script);
@@ -32,8 +33,8 @@ function make(tag, text, options = {}) {
   return element;
 }
 
-const number = (value, digits = 3) => value === null || value === undefined ? "-" : value.toFixed(digits);
-const share = value => value === null || value === undefined ? "-" : `${(100 * value).toPrecision(3)}%`;
+const number = (value, digits = 3) => value === null ? "" : value.toPrecision(digits);
+const share = value => value === null ? "" : value === 0 ? "0" : `${(100 * value).toPrecision(3)}%`;
 
 function choose() {
   const query = byId("query").value.trim().toLowerCase(), kind = byId("kind").value;
@@ -44,7 +45,7 @@ function choose() {
       || [line[NAME], line[PEAK], line[TOKEN]].some(text => text && text.toLowerCase().includes(query));
   });
   const sign = descending ? -1 : 1;
-  chosen.sort((a, b) => {
+  if (column !== SLOT || descending) chosen.sort((a, b) => {
     const x = a[column], y = b[column];
     if (x === y) return a[SLOT] - b[SLOT];
     if (x === null || x === "") return 1;
@@ -57,19 +58,21 @@ function choose() {
 
 function show() {
   const rows = chosen.slice(page * SHOWN, (page + 1) * SHOWN).map(line => {
-    const row = make("tr"), first = make("td"), link = make("a", line[SLOT], { href: `#${line[SLOT]}` });
-    first.append(link);
-    row.append(first, make("td", line[NAME] ?? "", { class: "text" }), make("td", share(line[2])),
-      make("td", number(line[3])), make("td", number(line[4])), make("td", number(line[5])),
-      make("td", share(line[6])), make("td", share(line[7])),
-      make("td", line[PEAK], { class: "text" }), make("td", line[TOKEN], { class: "text" }));
+    const row = make("tr"), first = make("td");
+    first.append(make("a", line[SLOT], { href: `#${line[SLOT]}` }));
+    const text = (value, kind) => make("td", value ?? "", { class: kind, title: value ?? "" });
+    row.append(first, text(line[NAME], "text"), make("td", share(line[2])),
+      ...[3, 4, 5].map(place => make("td", number(line[place]))),
+      ...[6, 7].map(place => make("td", share(line[place]))),
+      text(line[PEAK], "text token"), text(line[TOKEN], "text token"));
     return row;
   });
   byId("lines").replaceChildren(...rows);
   const pages = Math.max(1, Math.ceil(chosen.length / SHOWN));
   byId("page").textContent = `page ${page + 1} of ${pages}`;
   const more = loaded < Number(body.dataset.parts) ? ", still loading" : "";
-  byId("found").textContent = `${chosen.length} of ${lines.length} slots${more}`;
+  const [few, all] = [chosen, lines].map(list => list.length.toLocaleString("en"));
+  byId("found").textContent = `${few} of ${all} slots${more}`;
   byId("before").disabled = page === 0;
   byId("after").disabled = page >= pages - 1;
   for (const button of document.querySelectorAll("th button")) {
@@ -83,7 +86,9 @@ function context(item, off) {
   const box = make("div", null, { class: off ? "context off" : "context" });
   const where = item.d === undefined ? `row ${item.r}` : `row ${item.r}, document ${item.d}, position ${item.p}`;
   const labels = item.l ? `, ${item.l.join(", ")}` : "";
-  box.append(make("div", `${item.v ? item.v.toFixed(3) : "silent"}, ${where}${labels}`, { class: "what" }));
+  const what = make("div", null, { class: "what" });
+  what.append(make("b", item.v ? item.v.toFixed(3) : "silent"), ` ${where}${labels}`);
+  box.append(what);
   if (item.t) {
     const text = make("div", null, { class: "tokens" });
     item.t.forEach((token, place) => {
@@ -104,7 +109,8 @@ function group(title, note, nodes) {
 function histogram(counts) {
   const bars = make("div", null, { class: "bars", role: "img" }), most = Math.max(...counts);
   counts.forEach((count, bin) => {
-    const low = 2 ** (bin / 2 - 8), bar = make("div", null, { title: `${low.toPrecision(2)} to ${(low * Math.SQRT2).toPrecision(2)}: ${count} rows` });
+    const low = 2 ** (bin / 2 - 8), range = [low, low * Math.SQRT2].map(edge => edge.toPrecision(2)).join(" to ");
+    const bar = make("div", null, { title: `${range}: ${count} rows` });
     bar.style.height = `${most ? 100 * Math.log1p(count) / Math.log1p(most) : 0}%`;
     bars.append(bar);
   });
@@ -124,32 +130,54 @@ function chips(items, label) {
   return box;
 }
 
-async function open(slot) {
-  const line = lines.find(item => item[SLOT] === slot), box = byId("slot");
-  if (!line) return;
-  try { await load("details", line[PART]); } catch (error) { box.textContent = error.message; return; }
-  const item = details.get(slot);
-  const nav = make("p");
+function way(slot) {
+  const nav = make("nav", null, { class: "way", "aria-label": "Slots" });
   nav.append(make("a", "All slots", { href: "#" }));
-  for (const [name, other] of [["previous", slot - 1], ["next", slot + 1]]) {
-    if (lines.some(found => found[SLOT] === other)) nav.append(" | ", make("a", name, { href: `#${other}` }));
+  for (const [name, other] of [["Previous", slot - 1], ["Next", slot + 1]]) {
+    if (lines[other]) nav.append(make("a", name, { href: `#${other}` }));
   }
-  const known = [["active on", `${share(line[2])} of ${body.dataset.rows} rows`], ["mean where active", number(line[3])], ["largest", number(line[4])]];
+  return nav;
+}
+
+function figures(line, item) {
+  const known = [["active on", `${share(line[2])} of ${body.dataset.rows} rows`],
+    ["mean where active", number(line[3])], ["largest", number(line[4])]];
   if (line[5] !== null) known.push(["AUROC", number(line[5], 4)]);
   if (item.k) known.push(["false firings", `${item.k.f} of ${item.k.n} rows without the concept (${share(line[6])})`],
     ["misses", `${item.k.m} of ${item.k.p} rows with it (${share(line[7])})`]);
-  const tokens = list => chips(list, ([text, value]) => make("span", text, { title: value.toFixed(3) }));
-  box.replaceChildren(nav, make("h2", line[NAME] === null ? `Slot ${slot}` : `Slot ${slot}: ${line[NAME]}`), facts(known),
-    ...group("Activations", "rows by activation, in half octaves from 2^-8; heights are logarithms of counts", item.h ? [histogram(item.h)] : []),
-    ...group("Promotes", "tokens whose logits the decoder row raises most", item.u ? [tokens(item.u)] : []),
-    ...group("Suppresses", "tokens whose logits it lowers most", item.s ? [tokens(item.s)] : []),
-    ...group("Nearest slots", "by the cosine of decoder rows", item.n ? [chips(item.n, ([other, cosine]) => {
-      const found = lines.find(candidate => candidate[SLOT] === other), name = found && found[NAME] !== null ? ` ${found[NAME]}` : "";
-      return make("a", `${other}${name} ${cosine.toFixed(3)}`, { href: `#${other}` });
-    })] : []),
-    ...group("Contexts", "rows with the largest activations; shades show the slot on the tokens around", (item.c || []).map(found => context(found, false))),
-    ...group("False firings", "rows without the concept on which the slot is most active", (item.w || []).map(found => context(found, true))),
-    ...group("Misses", "rows with the concept on which the slot is silent", (item.m || []).map(found => context(found, true))));
+  return facts(known.filter(([, value]) => value !== ""));
+}
+
+function neighbour([other, cosine]) {
+  const found = lines[other], name = found && found[NAME] !== null ? ` ${found[NAME]}` : "";
+  return make("a", `${other}${name} ${cosine.toFixed(3)}`, { href: `#${other}` });
+}
+
+async function open(slot) {
+  const line = lines[slot], box = byId("slot");
+  if (!line) return;
+  try { await load("details", line[PART]); } catch (error) { box.textContent = error.message; return; }
+  if (location.hash !== `#${slot}`) return;
+  const item = details.get(slot), columns = make("div", null, { class: "columns" });
+  const left = make("div"), right = make("div");
+  const tokens = list => list ? [chips(list, ([text, value]) => make("span", text, { title: value.toFixed(3) }))] : [];
+  const contexts = (list, off) => (list || []).map(found => context(found, off));
+  left.append(figures(line, item),
+    ...group("Activations", "rows by activation, in half octaves from 2^-8; heights are logarithms of counts",
+      item.h ? [histogram(item.h)] : []),
+    ...group("Promotes", "tokens whose logits the decoder row raises most", tokens(item.u)),
+    ...group("Suppresses", "tokens whose logits it lowers most", tokens(item.s)),
+    ...group("Nearest slots", "by the cosine of decoder rows",
+      item.n && item.n.length ? [chips(item.n, neighbour)] : []));
+  right.append(
+    ...group("Contexts", "rows with the largest activations; shades show the slot on the tokens around",
+      contexts(item.c, false)),
+    ...group("False firings", "rows without the concept on which the slot is most active", contexts(item.w, true)),
+    ...group("Misses", "rows with the concept on which the slot is silent", contexts(item.m, true)));
+  if (!right.childNodes.length) right.append(make("p", "No row activates it.", { class: "note" }));
+  columns.append(left, right);
+  const title = line[NAME] === null ? `Slot ${slot}` : `Slot ${slot}: ${line[NAME]}`;
+  box.replaceChildren(way(slot), make("h2", title), columns);
   byId("list").hidden = true;
   box.hidden = false;
   box.focus();
@@ -184,18 +212,19 @@ document.addEventListener("keydown", event => {
   else if (event.key === "/") { event.preventDefault(); location.hash = ""; route(); byId("query").focus(); }
   else if ((event.key === "j" || event.key === "k") && location.hash.length > 1) {
     const other = slot + (event.key === "j" ? 1 : -1);
-    if (lines.some(line => line[SLOT] === other)) location.hash = String(other);
+    if (lines[other]) location.hash = String(other);
   }
 });
 window.addEventListener("hashchange", route);
 
 (async () => {
   try {
-    for (let part = 0; part < Number(body.dataset.parts); part += 1) {
-      await load("lines", part);
-      if (part === 0 || part === Number(body.dataset.parts) - 1) choose();
-      if (part === 0) route();
-    }
-    if (location.hash.length > 1 && byId("slot").hidden) route();
+    const parts = Number(body.dataset.parts);
+    await load("lines", 0);
+    choose();
+    route();
+    await Promise.all(Array.from({ length: parts - 1 }, (_, part) => load("lines", part + 1)));
+    if (parts > 1) choose();
+    if (byId("slot").hidden) route();
   } catch (error) { byId("found").textContent = error.message; }
 })();

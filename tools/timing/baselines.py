@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from tools.timing.setting import Setting, bias_for, make_rows
+from tools.timing.rows import bias_for, make_rows
+from tools.timing.setting import Setting
 from trainer.kernels import usable_precision
 
 

@@ -2,14 +2,16 @@
 
 import torch
 
-from tools.timing.setting import Setting, bias_for, make_rows
+from tools.timing.rows import bias_for, make_rows
+from tools.timing.setting import Setting
 from trainer.dictionary import GATES, ConceptDictionary, DictionaryConfig
 from trainer.kernels import KernelChoice, usable_precision
 from trainer.kernels.gradients import gradient_buffer
 from trainer.losses import LossWeights
-from trainer.objective import SUMS, AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import OptimConfig
 from trainer.strategies.local import LocalStrategy
+from trainer.sums import SUMS, MicroBatch
 from trainer.topology import Topology
 
 
@@ -36,7 +38,8 @@ class OurStep:
         self.objective = AlignObjective(dictionary, self.topology, kernel=kernel, precision=precision)
         self.strategy = LocalStrategy(self.topology)
         self.strategy.prepare(self.objective, OptimConfig(), 0)
-        self.l0 = 0.0
+        self.active = torch.zeros((), device=setting.device)
+        self.made = torch.tensor(True, device=setting.device)
         bank = next(iter(dictionary.free_banks()))
         self.sparse_level = -bias_for(x, bank.W_enc[:2048], setting.l0, setting.slots)
 
@@ -58,10 +61,16 @@ class OurStep:
         """One optimizer step."""
         loss, sums = self.strategy.forward(self.rows, self.weights, align, 1)
         self.strategy.backward(loss, last=True)
-        self.strategy.update(0.0, OptimConfig.clip)
-        self.l0 = float(sums[SUMS.index("active")]) / len(self.rows.acts)
+        self.strategy.update(0.0, OptimConfig.clip, self.made)
+        self.active = sums[SUMS.index("active")]
+        l0 = self.active / len(self.rows.acts)
         # Aiming at where it is: the threshold is followed, and stays where it was set.
-        self.objective.take_up(self.l0, max(self.l0, 1.0) if GATES[self.setting.gate].fixes_l0 else None)
+        self.objective.take_up(self.made, l0, l0.clamp_min(1e-9) if GATES[self.setting.gate].fixes_l0 else None)
+
+    @property
+    def l0(self) -> float:
+        """Mean active free slots of a row at the last step."""
+        return float(self.active) / len(self.rows.acts)
 
 
 class FloorAdamW:

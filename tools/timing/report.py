@@ -30,6 +30,9 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     for name, seconds_or_reason in found.get("peers_s", {}).items():
         if not isinstance(seconds_or_reason, str):
             out[f"rows/s over {name}"] = seconds_or_reason / pretrain
+    for gate, seconds in itertools.islice(found.get("gates_s", {}).items(), 1, None):
+        first = next(iter(found["gates_s"]))
+        out[f"pretrain step, gate {gate} over {first}"] = seconds / found["gates_s"][first]
     for axis, points in found.get("sweeps", {}).items():
         stage = "align" if axis == "concepts" else "pretrain"
         for before, after in itertools.pairwise(p for p in points if "skipped" not in p):

@@ -14,18 +14,6 @@ from trainer.errors import DataError
 MOST_WHOLE = 256  # concepts; the matrix of 5,000 is 200 MB of JSON
 
 
-def predicted_slots(concept_code: Tensor) -> Tensor:
-    """The concept slot [B] that each row chooses from its code [B, R]; -1 where no concept slot is active.
-
-    Where any slot is active this is the argmax of the pre-activations too. A row that activates none says nothing
-    about its concept: it is counted as silent (wrong), never as slot 0 or as the least negative pre-activation.
-    """
-    if concept_code.shape[1] == 0:
-        return concept_code.new_full((concept_code.shape[0],), -1, dtype=torch.int64)
-    strength, slot = concept_code.max(dim=1)
-    return torch.where(strength > 0, slot, -1)
-
-
 def confusion_matrix(predicted: Tensor, concept: Tensor, concepts: int) -> Tensor:
     """Counts [R, R + 1] fp64: row = true concept, column = chosen slot, last column = no slot; over rows that list a
     concept.

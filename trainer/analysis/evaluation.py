@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.analysis.binding_matrix import binding, confusion_matrix, predicted_slots, stored
-from trainer.analysis.label_scores import label_figures
+from trainer.analysis.binding_matrix import binding, confusion_matrix, stored
+from trainer.analysis.label_scores import figures_of, slot_scores
 from trainer.analysis.rows import RowSource
 from trainer.dictionary import ConceptDictionary, SlotBank
 from trainer.errors import DataError
 from trainer.labels import listing, membership
+from trainer.scores import predicted_slots
 
+DECADES = 6  # of the density of slots, four bins to a decade, the last one ending at all rows
 # Per-concept sums [R, n] are held for as many slots as fit here; more slots mean more passes over the rows.
 SUMS_BYTES = 1 << 30
 
@@ -112,13 +114,15 @@ def concept_means(rows: RowSource, concepts: int) -> Tensor:
 @dataclass
 class Reconstruction:
     """rows; FVU = fraction of variance unexplained, about the mean of these rows; L0 = mean active slots per row;
-    dead = share of slots that are active on no row; alive [R] = whether each concept slot is active on some row;
-    confusion [R, R + 1] of `confusion_matrix`."""
+    dead = share of slots that are active on no row; density = free slots by the share of rows on which they are active,
+    of those that are on any, DECADES x 4 bins; alive [R] = whether each concept slot is active on some row; confusion
+    [R, R + 1] of `confusion_matrix`."""
 
     rows: int
     fvu: float
     l0: float
     dead: float
+    density: list[int]
     alive: list[bool]
     confusion: Tensor
 
@@ -134,7 +138,7 @@ def reconstruct(
     concepts = len(dictionary.concept_names)
     count, active, residual, square = 0, 0.0, 0.0, 0.0
     total = torch.zeros_like(dictionary.mean, dtype=torch.float64)
-    fired = [torch.zeros_like(bank.b_enc, dtype=torch.bool) for bank in dictionary.all_banks()]
+    fired = [torch.zeros_like(bank.b_enc, dtype=torch.int64) for bank in dictionary.all_banks()]
     confusion = torch.zeros(concepts, concepts + 1, dtype=torch.float64, device=total.device)
     for acts, concept in rows():
         # FVU is the same in normalised units, where sums of squares do not cancel.
@@ -147,7 +151,7 @@ def reconstruct(
             x_hat += bank.decode(z)
             on = z > 0
             active += float(on.sum())
-            fired[index] |= on.any(dim=0)
+            fired[index] += on.sum(dim=0)
         count += x.shape[0]
         residual += float((x - x_hat).double().square().sum())
         square += float(x.double().square().sum())
@@ -162,10 +166,17 @@ def reconstruct(
         rows=count,
         fvu=residual / variance if variance > 0 else float("nan"),
         l0=active / count,
-        dead=1.0 - float(torch.cat(fired).double().mean()),
-        alive=fired[0].tolist(),
+        dead=float((torch.cat(fired) == 0).double().mean()),
+        density=density(torch.cat(fired[1:]).double() / count),
+        alive=(fired[0] > 0).tolist(),
         confusion=confusion,
     )
+
+
+def density(share: Tensor) -> list[int]:
+    """How many slots, of shares of rows [n] above 0, are in each quarter of a decade; the first takes all below it."""
+    bins = (4 * (DECADES + share[share > 0].log10())).floor().clamp(0, 4 * DECADES - 1).long()
+    return torch.bincount(bins, minlength=4 * DECADES).tolist()
 
 
 def at_most(rows: RowSource, norm: float | None) -> RowSource:
@@ -230,7 +241,7 @@ def evaluate_split(
             "alive": dict(zip(dictionary.concept_names, measured.alive, strict=True)),
             "confusion": stored(measured.confusion),
         }
-        result |= label_figures(dictionary, rows, text)
+        result |= figures_of(slot_scores(dictionary), dictionary.concept_names, rows, text)
     return result
 
 
@@ -240,6 +251,7 @@ def _fit(measured: Reconstruction, dictionary: ConceptDictionary) -> dict[str, A
         "l0": measured.l0,
         "l0_share": measured.l0 / dictionary.slots,
         "dead": measured.dead,
+        "density": measured.density,
     }
 
 

@@ -4,11 +4,10 @@ Shapes: B prompts of a batch, D model width, R concepts. An edit maps the residu
 of the B prompts to the residual that the remaining blocks read; row i belongs to prompt i.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import Any, Literal
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +15,24 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from trainer.analysis.language_model import (
-    Match,
-    Prompt,
-    answer_matches,
-    edit_residual,
-    encode_answer,
-    generate_answers,
-)
-from trainer.analysis.steering import SlotEdit
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
+from trainer.language_model import (
+    Edit,
+    Match,
+    Prompt,
+    Tokens,
+    answer_matches,
+    capture,
+    edit_residual,
+    edit_tokens,
+    encode_answer,
+    encode_prompts,
+    generate_answers,
+    last_token,
+)
 
-Edit = Callable[[Tensor], Tensor]
-WriteBack = Literal["add", "replace"]
+EditFor = Callable[[Tensor, Tensor], Edit]  # (source [B], target [B]) -> edit of B rows
 
 
 @dataclass(frozen=True)
@@ -100,39 +103,12 @@ def swap_pairs(
     return picked[:pairs]
 
 
-def slot_swap(
-    dictionary: ConceptDictionary, source: Tensor, target: Tensor, strength: Tensor, write_back: WriteBack = "add"
-) -> Edit:
-    """Edit that sets slot source[i] to 0 and slot target[i] to strength[target[i]].
-
-    source, target [B] int64; strength [R] in units of the code, normally alpha times `evaluation.concept_slot_means`.
-    add: h + decode(z') - decode(z), which keeps what the dictionary does not reconstruct. replace: decode(z').
-    """
-    slots = torch.cat([source, target]).unique()
-    row, value = torch.arange(len(source)), torch.full((len(source), len(slots)), torch.nan)
-    value[row, torch.searchsorted(slots, source)] = 0.0
-    value[row, torch.searchsorted(slots, target)] = strength.cpu()[target]
-    change = SlotEdit(dictionary, slots.tolist(), "set", value, dictionary.mean.device)
-
-    def edit(h: Tensor) -> Tensor:
-        lost = 0.0 if write_back == "add" else h.float() - dictionary.decode(dictionary.encode(h))
-        return (change(h) - lost).to(h.dtype)
-
-    return edit
-
-
-def mean_difference_swap(means: Tensor, source: Tensor, target: Tensor, alpha: float) -> Edit:
-    """Edit h + alpha (mean of target - mean of source), class means [R, D]: the yardstick that needs no dictionary."""
-    difference = alpha * (means[target] - means[source])
-    return lambda h: (h.float() + difference).to(h.dtype)
-
-
 def generate_edited(
     model: Any,
     tokenizer: Any,
     layer: int,
     swaps: Sequence[Swap],
-    edit_for: Callable[[Tensor, Tensor], Edit],
+    edit_for: EditFor,
     *,
     max_new_tokens: int,
     batch_size: int = 256,
@@ -150,12 +126,28 @@ def generate_edited(
     return texts
 
 
+@torch.no_grad()
+def prompt_ends(model: Any, tokenizer: Any, layer: int, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Activations [n, D] after block `layer` at the last token of each prompt: what an edit of a swap is given."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = (t.to(model.device) for t in encode_prompts(tokenizer, prompts[start : start + batch_size]))
+        h = capture(model, ids, mask, [layer])[layer]
+        found.append(h[torch.arange(len(h), device=h.device), last_token(mask)])
+    return torch.cat(found)
+
+
 @dataclass
 class SwapScore:
     """What the model answered. kinds[i] belongs to swap i: target_answer (success), source_answer (unchanged),
     target_category (an answer of the target relation that belongs to somebody else) or other."""
 
     kinds: list[str]
+
+    def where(self, applied: Tensor, otherwise: "SwapScore") -> "SwapScore":
+        """This score where `applied` [n] bool, another one's elsewhere."""
+        both = zip(applied.tolist(), self.kinds, otherwise.kinds, strict=True)
+        return SwapScore([here if edited else there for edited, here, there in both])
 
     def share(self, kind: str) -> float:
         """Share of the swaps that ended as `kind`."""
@@ -203,6 +195,34 @@ def answer_sets(records: Sequence[Prompt], concepts: Sequence[str]) -> list[froz
     return [frozenset(r.answer for r in records if r.concept == name and r.answer) for name in concepts]
 
 
+def answer_cross_entropy(
+    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], layer: int, edit: Edit | None = None
+) -> tuple[Tensor, int]:
+    """Sum of the cross-entropy (nats, fp32) of the answers after their prompts, with `edit` at the last prompt token,
+    and the number of their tokens. Differentiable in what the edit computes.
+
+    One pass over prompts and answers, padded behind them: then positions need no correction.
+    """
+    before = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    after = [encode_answer(tokenizer, answer) for answer in answers]
+    ids = [torch.tensor(b + a) for b, a in zip(before, after, strict=True)]
+    told = [torch.tensor([-100] * len(b) + a) for b, a in zip(before, after, strict=True)]
+    end = torch.tensor([len(b) - 1 for b in before], device=model.device)
+
+    def at_prompt_end(h: Tensor, tokens: Tokens) -> Tensor:
+        if edit is None:
+            return h
+        row, edited = torch.arange(len(h), device=h.device), h.clone()
+        edited[row, end] = edit(h[row, end]).to(h.dtype)
+        return edited
+
+    with edit_tokens(model, layer, at_prompt_end):
+        logits = model(input_ids=pad_sequence(ids, batch_first=True).to(model.device), use_cache=False).logits
+    told_next = pad_sequence(told, batch_first=True, padding_value=-100)[:, 1:].to(model.device)
+    total = cross_entropy(logits[:, :-1].float().flatten(0, 1), told_next.flatten(), ignore_index=-100, reduction="sum")
+    return total, sum(map(len, after))
+
+
 @torch.no_grad()
 def answer_loss(
     model: Any,
@@ -211,34 +231,18 @@ def answer_loss(
     layer: int,
     edit: Edit | None = None,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> float:
-    """Mean cross-entropy (nats per token) of the answers after their prompts, with `edit` at the last prompt token.
-
-    Prompts are batched by equal token length: then nothing is padded in front and positions need no correction.
-    """
-    prompts = [tokenizer(r.prompt)["input_ids"] for r in records]
-    answers = [encode_answer(tokenizer, r.answer) for r in records]
-    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    """Mean cross-entropy (nats per token) of the answers after their prompts, with `edit` at the last prompt token."""
+    order = sorted(records, key=lambda r: len(r.prompt))  # little padding
     total, tokens = 0.0, 0
-    for _, same_length in groupby(order, key=lambda i: len(prompts[i])):
-        group = list(same_length)
-        for start in range(0, len(group), batch_size):
-            part = group[start : start + batch_size]
-            prompt = torch.tensor([prompts[i] for i in part], device=model.device)
-            answer = pad_sequence([torch.tensor(answers[i]) for i in part], batch_first=True, padding_value=-100).to(
-                model.device
-            )
-            with edit_residual(model, layer, edit) if edit else nullcontext():
-                first = model(input_ids=prompt, use_cache=True)
-                rest = model(input_ids=answer.clamp_min(0), past_key_values=first.past_key_values, use_cache=True)
-            logits = torch.cat([first.logits[:, -1:], rest.logits[:, :-1]], dim=1)
-            total += float(
-                cross_entropy(logits.float().flatten(0, 1), answer.flatten(), ignore_index=-100, reduction="sum")
-            )
-            tokens += int((answer >= 0).sum())
-            progress(len(part))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        prompts, answers = [r.prompt for r in part], [r.answer for r in part]
+        found, count = answer_cross_entropy(model, tokenizer, prompts, answers, layer, edit)
+        total, tokens = total + float(found), tokens + count
+        progress(len(part))
     return total / tokens
 
 
@@ -253,15 +257,26 @@ def loss_recovered(
     """Cross-entropy of the answers (nats per token) with h, h_hat, the mean activation and 0 at the last prompt token,
     and the shares recovered: (CE of the ablation - CE of h_hat) / (CE of the ablation - CE of h), None for x / 0.
     """
-    edits: dict[str, Edit | None] = {
+    return shares_recovered(
+        {
+            name: answer_loss(model, tokenizer, records, layer, edit, progress=progress)
+            for name, edit in ablations(dictionary).items()
+        }
+    )
+
+
+def ablations(dictionary: ConceptDictionary) -> dict[str, Edit | None]:
+    """What activations [B, D] are replaced by to tell what the reconstruction is worth, by name."""
+    return {
         "original": None,
-        "reconstruction": lambda h: dictionary.decode(dictionary.encode(h)).to(h.dtype),
+        "reconstruction": lambda h: dictionary.reconstruct(h).to(h.dtype),
         "mean": lambda h: dictionary.mean.to(h.dtype).expand_as(h),
         "zero": torch.zeros_like,
     }
-    loss = {
-        name: answer_loss(model, tokenizer, records, layer, edit, progress=progress) for name, edit in edits.items()
-    }
+
+
+def shares_recovered(loss: Mapping[str, float]) -> dict[str, float | None]:
+    """The cross-entropies (nats per token) under each of `ablations`, and the shares of loss recovered."""
 
     def recovered(ablation: str) -> float | None:
         harm = loss[ablation] - loss["original"]

@@ -1,12 +1,14 @@
 """Reading the files of a run folder, and the rows that it was trained on."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -47,8 +49,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def run_config(run: Path) -> DictConfig:
-    """The resolved configuration of a run."""
-    path = RunFolder(run).config
+    """The resolved configuration of a run, or of the run that a checkpoint is of."""
+    path = RunFolder.around(run).config
     try:
         config = OmegaConf.load(path)
     except OSError as error:
@@ -58,18 +60,37 @@ def run_config(run: Path) -> DictConfig:
 
 
 def run_shards(run: Path) -> list[str]:
-    """Folders or URLs of the shards that the run was trained on; of several sources, those that name concepts."""
+    """Folders or URLs of the shards that the run was trained on; of several sources, those that name concepts.
+
+    Raises UserError for a run whose rows were all computed (data.live).
+    """
     data = run_config(run).data
     sources = data.get("sources")
+    shards = [str(source.shards) for source in sources.values() if source.shards] if sources else [str(data.shards)]
+    if not any(shards):
+        raise UserError(
+            f"{run} was trained on rows that were computed (data.live); `alignsae extract` some for --train"
+        )
     if not sources:
-        return [str(data.shards)]
-    shards = [str(source.shards) for source in sources.values()]
+        return shards
     return [folder for folder in shards if Manifest.load(folder).concepts] or shards
+
+
+def run_heldout(run: Path) -> tuple[list[str], list[str]]:
+    """Folders or URLs of the held-out rows of a run (data.heldout): those that name concepts, and the others, text that
+    slots are to be silent on; where none names concepts, all are the first."""
+    data = run_config(run).data
+    sources = data.get("sources") or {"": data}
+    folders = [str(source.heldout) for source in sources.values() if source.get("heldout")]
+    named = [folder for folder in folders if Manifest.load(folder).concepts]
+    return (named, [folder for folder in folders if folder not in named]) if named else (folders, [])
 
 
 def most_norm(run: Path, trained_on: Manifest) -> float | None:
     """The norm above which rows had no weight in the training of the run, None where all had."""
-    multiple = run_config(run).data.get("max_norm", 0.0) if RunFolder(run).config.exists() else DataConfig.max_norm
+    multiple = (
+        run_config(run).data.get("max_norm", 0.0) if RunFolder.around(run).config.exists() else DataConfig.max_norm
+    )
     return trained_on.most_norm(multiple)
 
 
@@ -97,6 +118,23 @@ def rows_of(
         all_rows(folder, manifest, dictionary.mean.device, common) for folder, manifest in sources.manifests.items()
     ]
     return (lambda: chain.from_iterable(rows() for rows in each)), sources
+
+
+def documents_of(folders: Sequence[str], names: Sequence[str]) -> dict[str, int]:
+    """How many documents the rows of each concept are from; empty where a shard does not say it of its rows."""
+    found: set[tuple[int, int, int]] = set()
+    for number, folder in enumerate(folders):
+        manifest = Manifest.load(folder)
+        with closing(BlockSource(DataConfig(shards=folder, max_norm=0.0), manifest)) as source:
+            for index in range(len(manifest.blocks)):
+                origin = source.origin(index)
+                if origin is None:
+                    return {}
+                for concept in relabelled(source.rows(index).concept, manifest.concepts, names).T:
+                    pairs = np.unique(np.stack([concept, origin[:, 1]])[:, concept >= 0], axis=1)
+                    found.update((number, *pair) for pair in pairs.T.tolist())
+    counts = Counter(concept for _, concept, _ in found)
+    return {name: counts[concept] for concept, name in enumerate(names)}
 
 
 def all_rows(

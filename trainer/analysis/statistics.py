@@ -15,3 +15,12 @@ def mean_by_subject(values: Sequence[float], subjects: Sequence[str]) -> tuple[f
         return mean, None
     spread = sum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
     return mean, math.sqrt(spread) / len(values)
+
+
+def jackknife_error(without: Sequence[float]) -> float | None:
+    """Standard error of a figure from its values without each of n independent parts (Efron 1982); None for
+    one."""
+    if len(without) < 2:
+        return None
+    mean = sum(without) / len(without)
+    return math.sqrt(sum((value - mean) ** 2 for value in without) * (len(without) - 1) / len(without))

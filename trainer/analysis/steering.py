@@ -5,7 +5,7 @@
     s.trace["employer"]
 
 h becomes h + (z' - z) W_dec over the chosen slots alone: what the dictionary does not reconstruct stays, and no other
-slot is computed.
+slot is computed. Where a dictionary says what its slots write (ConceptDictionary.written), that is in place of W_dec.
 
 Shapes: B sequences, T tokens, D model width, m chosen slots.
 """
@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trainer.analysis.language_model import Tokens, edit_tokens
 from trainer.dictionary import BankWeights, ConceptDictionary, normalisation
 from trainer.errors import UserError
+from trainer.language_model import Tokens, edit_tokens
 from trainer.pretrained import Trained
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,17 @@ class SlotEdit:
         value: Tensor,
         device: torch.device | str,
     ):
-        rows = dictionary.rows(slots)
+        rows = dictionary.steered_rows(slots)
         threshold = None if rows.threshold is None else rows.threshold.to(device)
         self._weights = BankWeights(rows.W_enc.to(device), rows.b_enc.to(device), rows.W_dec.to(device), threshold)
         self._mean, self._scale = dictionary.mean.to(device), dictionary.scale.to(device)
         self._change, self._value = MODES[mode], value.float().to(device)
         self._decoder = self._weights.decoder() * self._scale
+
+    @property
+    def rows(self) -> Tensor:
+        """What an activation of 1 writes, in raw units, [m, D] fp32."""
+        return self._decoder
 
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:

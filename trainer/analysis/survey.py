@@ -7,8 +7,6 @@ Shapes: N rows in all, B of a batch, D width, S slots, n of a bank, R concepts, 
 a slot, w tokens on either side of one.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,6 @@ from trainer.kernels import StepContext, active_entries
 from trainer.labels import known, membership
 
 BINS = 24  # of the histogram of a slot: two to an octave, from 2^-8
-PIECE = 1024  # contexts whose surroundings are computed at a time
 FINE, OCTAVE = 513, 16  # bins from which AUROC is computed: 0, then OCTAVE to an octave from 2^-20
 
 
@@ -91,7 +88,8 @@ class Survey:
     def add(self, h: Tensor, concept: Tensor, valid: Tensor) -> None:
         """The next rows: raw h [B, D], labels concept [B, M], valid bool [B]; others count as silent and unlabelled."""
         x = self.dictionary.normalise(h.to(self.dictionary.mean.device))
-        context, begin = StepContext(x, None, None), 0
+        # The product in bf16 only says where to look: activations are fp32 whatever it is (trainer/kernels/sparse.py).
+        context, begin = StepContext(x, x.bfloat16(), None), 0
         for bank in self.dictionary.all_banks():
             if bank.slots:
                 self._add_bank(bank.weights(), begin, context, valid.to(x.device))
@@ -110,26 +108,32 @@ class Survey:
         part = slice(begin, begin + slots)
         self.fired[part] += torch.bincount(slot, minlength=slots).cpu()
         self.total[part] += torch.bincount(slot, weights=value.double(), minlength=slots).cpu()
-        cells = torch.bincount(slot * BINS + bin_of(value), minlength=slots * BINS)
-        self.histogram[begin * BINS : (begin + slots) * BINS] += cells.cpu()
+        self.histogram.index_add_(
+            0, ((slot + begin) * BINS + bin_of(value)).cpu(), torch.ones(len(slot), dtype=torch.int64)
+        )
         most = torch.zeros(slots, device=value.device).scatter_reduce(0, slot, value, "amax")
         self.most[part] = torch.maximum(self.most[part], most.cpu())
-        wanted = value > self.top.value[part, -1].to(value.device)[slot]
-        row, slot, value = row[wanted], slot[wanted], value[wanted]
-        windows = torch.cat([self._around(weights, context.x, r, s) for r, s in _pieces(row, slot)])
-        windows *= valid.cpu()[self._near(row.cpu(), len(valid))[0]]
-        self.top.offer(slot.cpu() + begin, value.cpu(), row.cpu() + self._first, windows)
+        row, slot, value = row.cpu(), slot.cpu(), value.cpu()
+        wanted = value > self.top.value[part, -1][slot]
+        windows = self._around(slot * len(valid) + row, value, row[wanted], slot[wanted], len(valid))
+        self.top.offer(slot[wanted] + begin, value[wanted], row[wanted] + self._first, windows)
 
     def _near(self, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """The rows [m, 2w + 1] around rows of this batch, and which of them are in it; the others are at its edge."""
         near = row[:, None] + torch.arange(-self.width, self.width + 1, device=row.device)
         return near.clamp(0, rows - 1), (near >= 0) & (near < rows)
 
-    def _around(self, weights: BankWeights, x: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-        """Activations [m, 2w + 1] of slots on the rows around rows of this batch; 0 beyond it."""
-        near, inside = self._near(row, len(x))
-        z = weights.encode_one(x[near.flatten()], slot.repeat_interleave(near.shape[1]))
-        return (z.view(near.shape) * inside).cpu()
+    def _around(self, places: Tensor, value: Tensor, row: Tensor, slot: Tensor, rows: int) -> Tensor:
+        """Activations [m, 2w + 1] of slots on the rows around rows of this batch; 0 beyond it.
+
+        places: slot x rows + row of all active entries, ascending, and value: their activations, [E].
+        """
+        if not len(row):
+            return torch.zeros(0, 2 * self.width + 1)
+        near, inside = self._near(row, rows)
+        wanted = slot[:, None] * rows + near
+        at = torch.searchsorted(places, wanted).clamp_max(len(places) - 1)
+        return value[at] * (inside & (places[at] == wanted))
 
     def _add_concepts(self, z: Tensor, concept: Tensor, valid: Tensor) -> None:
         member = membership(concept, self.concepts)
@@ -163,7 +167,3 @@ class Survey:
         below = negative.cumsum(dim=1) - negative
         won = (positive * (below + negative / 2)).sum(dim=1)
         return won / (self.negatives * self.positives)
-
-
-def _pieces(row: Tensor, slot: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(row.split(PIECE), slot.split(PIECE), strict=True)

@@ -13,6 +13,8 @@ class CheckpointConfig:
 
     every: int = 1000  # steps between saves; 0 = only at the end
     keep: int = 2  # verified checkpoints kept
+    # Figure of the held-out rows, as metrics.jsonl names it (heldout/fvu), whose best evaluation is saved and kept too.
+    best: str | None = None
     resume: str = "auto"  # auto: the newest of this run that verifies | none | a checkpoint or run folder
     asynchronous: bool = True  # copy first, write while training goes on; the last save always waits
     on_error: str = "continue"  # continue: a save that fails is reported and the run goes on | stop

@@ -1,7 +1,9 @@
-"""Files of a checkpoint: synced to disk, and hashed."""
+"""Files of a checkpoint: synced to disk, hashed, and what is left of those that were never finished."""
 
 import hashlib
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +30,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clean(root: Path) -> None:
+    """Remove what killed or failed saves left.
+
+    A checkpoint that stood aside is put back when its successor did not arrive.
+    """
+    with suppress(OSError):  # a folder that cannot be written is reported by the next save
+        for aside in root.glob("step-*.old"):
+            final = aside.with_suffix("")
+            if (final / "COMPLETE").exists():
+                shutil.rmtree(aside)
+            else:
+                shutil.rmtree(final, ignore_errors=True)
+                aside.rename(final)
+        for stale in root.glob("step-*.tmp"):
+            shutil.rmtree(stale)
+        # The first is what older versions left.
+        for stale in (root / "latest.tmp", root / ".latest.tmp", root / ".best.tmp"):
+            stale.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Finding a checkpoint that can be trusted, and loading it."""
 
+import logging
 import re
 import zlib
 from collections.abc import Iterator
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.checkpoint.files import digest
@@ -25,7 +25,10 @@ from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
 from trainer.topology import Topology
 
+log = logging.getLogger(__name__)
+
 _NAME = re.compile(r"(?:(?:dictionary|optimizer)/[a-z0-9-]+\.safetensors|state\.json|manifest\.json)\Z")
+POINTERS = ("latest", "best")  # files beside checkpoints that hold the name of one
 LOOKS = 10  # at checkpoints that a run under way replaces while they are read
 _STEP = re.compile(r"step-(\d{8,})\Z")
 
@@ -38,7 +41,7 @@ class ListedFile:
     xxh3_128: str
 
 
-ADDED = {"dependence"}  # buffers that checkpoints of earlier versions lack; they start anew
+ADDED = {"dependence", "W_write"}  # buffers that checkpoints of earlier versions lack; they start anew
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -111,6 +114,16 @@ def find(resume: str, root: Path, topology: Topology | None = None) -> tuple[Pat
     return None, skipped
 
 
+def folder_name(step: int) -> str:
+    """Name of the folder of the checkpoint after this many steps."""
+    return f"step-{step:08d}"
+
+
+def is_complete(root: Path, step: int) -> bool:
+    """Whether `root` holds a checkpoint after this many steps, damaged or not."""
+    return (root / folder_name(step) / "COMPLETE").exists()
+
+
 def step_of(folder: Path) -> int:
     """Step in the name of a checkpoint folder; -1 for another name."""
     match = _STEP.match(folder.name)
@@ -124,7 +137,7 @@ def saved(root: Path) -> list[Path]:
 
 def _candidates(path: Path) -> Iterator[Path]:
     try:
-        is_pointer = path.name == "latest" and path.is_file()
+        is_pointer = path.name in POINTERS and path.is_file()
     except OSError as error:
         raise UserError(f"checkpoint.resume={str(path)[:100]}: {error.strerror}") from error
     if is_pointer:
@@ -174,11 +187,11 @@ def load_unit(folder: Path, name: str, unit: nn.Module) -> str | None:
     """Fill a unit (ConceptDictionary.units) in place, before an engine has it; returns the kernel of its bank."""
     path = folder / "dictionary" / f"{name}.safetensors"
     own = unit.state_dict()
-    tensors = {key: own[key] for key in ADDED & own.keys()} | _read(path)
+    read, metadata = _read(path)
+    tensors = {key: own[key] for key in ADDED & own.keys()} | read
     _refuse_other_shapes(path, tensors, {key: tuple(t.shape) for key, t in own.items()})
     unit.load_state_dict(tensors)
-    with safe_open(path, framework="pt") as file:
-        return (file.metadata() or {}).get("kernel")
+    return metadata.get("kernel")
 
 
 def load_moments(folder: Path, strategy: Strategy) -> None:
@@ -187,7 +200,7 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
     for unit in form.units():
         if strategy.holds(unit):
             path = folder / "optimizer" / f"{unit}.safetensors"
-            moments = _read(path)
+            moments, _ = _read(path)
             shapes = form.shapes(unit) if strategy.trains(unit) else {}
             _refuse_other_shapes(path, moments, {f"{k}.{n}": s for k in MOMENTS for n, s in shapes.items()})
             strategy.write(unit, UnitState({}, _strip(moments, "exp_avg."), _strip(moments, "exp_avg_sq.")))
@@ -196,8 +209,8 @@ def load_moments(folder: Path, strategy: Strategy) -> None:
 def load_dictionary(path: str | Path) -> tuple[ConceptDictionary, Manifest]:
     """The whole dictionary and the manifest of its training data.
 
-    path: a run folder, a checkpoint folder or `checkpoints/latest`. Where a run under way replaces its checkpoints
-    meanwhile, the next one is taken.
+    path: a run folder (its newest checkpoint is read), a checkpoint folder, `checkpoints/latest` or `checkpoints/best`.
+    Where a run under way replaces its checkpoints meanwhile, the next one is taken.
     Raises UserError when there is no usable checkpoint.
     """
     for _ in range(LOOKS):
@@ -234,13 +247,19 @@ def build(folder: Path, state: RunState, manifest: Manifest) -> ConceptDictionar
         raise DataError(f"manifest.json of the checkpoint has width {manifest.width}, state.json {form.width}")
     dictionary = ConceptDictionary(form, on_unit=partial(load_unit, folder))
     dictionary.set_normalisation(manifest.mean, manifest.scale)
+    if state.writes_apart:
+        dictionary.written = dictionary.concepts.W_write
+    elif state.freeze == "free" and state.awake:
+        log.warning("%s: what its concept slots write is measured at the end of the run, and was not yet", folder)
     return dictionary
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises DataError, also where it vanishes meanwhile."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch maps the file, and has errors of its own
         raise DataError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
 
 

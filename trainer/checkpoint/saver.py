@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.config import CheckpointConfig
-from trainer.checkpoint.files import seal, sync_folder
-from trainer.checkpoint.restore import saved, verify
-from trainer.checkpoint.state import RunState
+from trainer.checkpoint.files import clean, seal, sync_folder
+from trainer.checkpoint.restore import folder_name, saved, verify
+from trainer.checkpoint.state import Best, RunState
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.errors import DataError, UserError
 from trainer.files import read_json, write_atomically, write_json
+from trainer.late import Mark
 from trainer.optimizer import MOMENTS
 from trainer.strategies import Strategy, UnitState
 from trainer.stream import Manifest
@@ -55,14 +55,22 @@ class Saver:
         strategy: whose units are saved.
         manifest: of the training data, stored with each checkpoint.
         trusted: checkpoint that this run resumed from, already verified.
+        best: evaluation whose checkpoint is there and kept.
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, strategy: Strategy, manifest: Manifest, trusted: Path | None = None
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        strategy: Strategy,
+        manifest: Manifest,
+        trusted: Path | None = None,
+        best: Best | None = None,
     ):
         self.root, self.config, self.strategy, self.manifest = root, config, strategy, manifest
         self.topology = strategy.topology
         self.last: Path | None = trusted  # newest checkpoint known to be good
+        self.best = best  # as far as its checkpoint is known to be good
         self.last_step = -1  # of the last save that was begun
         self._seconds = 0.0
         self._last = False
@@ -70,6 +78,7 @@ class Saver:
         self._verified = {trusted.name} if trusted is not None and trusted.parent == root else set()
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._phase = ""
+        self._stale = 0  # votes still to be read that are about an earlier phase
         self._task: Future[None] = Future()
         self._state: RunState
         if self.topology.is_main:
@@ -79,22 +88,23 @@ class Saver:
         """Whether a save begins after `step` steps."""
         return self.config.every > 0 and step % self.config.every == 0
 
-    def save(self, state: RunState, last: bool = False) -> None:
+    def save(self, state: RunState, last: bool = False, best: Best | None = None) -> None:
         """Begin a save, and finish it unless saves are asynchronous.
 
         An earlier one that is still under way is finished first. `last`: of the run. It is finished in any case, and
-        its failure raises UserError whatever checkpoint.on_error says.
+        its failure raises UserError whatever checkpoint.on_error says. `best`: the evaluation of this step, if none
+        before it is as good.
         """
         began = time.perf_counter()
         self.wait()
         self._last = last
-        self._save(state)
+        self._save(replace(state, best=best or self.best))
         if last:
             self.wait()
         self._seconds += time.perf_counter() - began
 
     def _save(self, state: RunState) -> None:
-        self._state, self.last_step = replace(state), state.step
+        self._state, self.last_step = state, state.step
         prepared = self._attempt(self._prepare) if self.topology.is_main else _done()
         if self.topology.any_over_world(prepared.exception() is not None):
             self._task = prepared
@@ -106,9 +116,9 @@ class Saver:
             for name in self.strategy.unit_names():
                 if files := self._capture(name, self._snapshot.get(name)):
                     self._snapshot[name] = files
-            self._task = self._pool.submit(
-                self._write, list(self._snapshot.items()), self.strategy.objective.bank_kernels()
-            )
+            copied = Mark(self.topology.device)
+            kernels = self.strategy.objective.bank_kernels()
+            self._task = self._pool.submit(self._write, list(self._snapshot.items()), kernels, copied)
         else:
             self._snapshot.clear()
             stream = ((name, files) for name in self.strategy.unit_names() if (files := self._capture(name)))
@@ -125,8 +135,12 @@ class Saver:
 
     def advance(self, done: float, failed: float) -> None:
         """Go on as the votes, summed over all ranks, say. UserError when a save failed and checkpoint.on_error=stop."""
+        if self._stale:
+            self._stale -= 1
+            return
         if not self.pending or done < self.topology.world:
             return
+        self._stale = self.topology.lag  # votes under way are about the phase that ends
         if failed:
             self._fail()
         elif self._phase == "write":
@@ -134,14 +148,23 @@ class Saver:
             self._task = self._submit(self._commit) if self.topology.is_main else _done()
         else:
             self._phase = ""
-            self.last = self._final
+            self.last, self.best = self._final, self._state.best
 
     def wait(self) -> None:
-        """Finish the save under way, if there is one."""
+        """Finish the save under way, if there is one. No votes may be under way."""
+        self._stale = 0
         while self.pending:
             wait([self._task])
             votes = torch.tensor(self.votes(), dtype=torch.float64, device=self.topology.device)
             self.advance(*self.topology.sum_over_world(votes).tolist())
+            self._stale = 0
+
+    def best_so_far(self) -> Best | None:
+        """The best evaluation whose checkpoint is there. A save under way is finished first: it may fail."""
+        began = time.perf_counter()
+        self.wait()
+        self._seconds += time.perf_counter() - began
+        return self.best
 
     def take_seconds(self) -> float:
         """Seconds that training stood still for saves since the last call."""
@@ -159,7 +182,11 @@ class Saver:
 
     @property
     def _final(self) -> Path:
-        return self.root / f"step-{self._state.step:08d}"
+        return self.root / folder_name(self._state.step)
+
+    @property
+    def _best_name(self) -> str:
+        return "" if self._state.best is None else folder_name(self._state.best.step)
 
     @property
     def _work(self) -> Path:
@@ -194,7 +221,11 @@ class Saver:
             return None
         return old or UnitFiles(state, pinned=self.topology.device.type == "cuda")
 
-    def _write(self, units: Iterable[tuple[str, UnitFiles]], kernels: dict[str, str]) -> None:
+    def _write(
+        self, units: Iterable[tuple[str, UnitFiles]], kernels: dict[str, str], copied: Mark | None = None
+    ) -> None:
+        if copied is not None:
+            copied.wait()
         hashes = {}
         for unit, files in units:
             metadata = {"kernel": kernels[unit]} if unit in kernels else {}
@@ -224,17 +255,23 @@ class Saver:
         sync_folder(final)
         shutil.rmtree(aside, ignore_errors=True)
         write_atomically(self.root / "latest", f"{final.name}\n".encode())
+        if self._best_name:
+            write_atomically(self.root / "best", f"{self._best_name}\n".encode())
+        else:
+            (self.root / "best").unlink(missing_ok=True)
         sync_folder(self.root)
         self._verified.add(final.name)
         self._retain()
 
     def _retain(self) -> None:
-        """Delete what is older than the newest `keep` checkpoints that verify.
+        """Delete what is older than the newest `keep` checkpoints that verify, and not the best one.
 
         Damaged ones between them stay, to be looked at.
         """
         good = 0
         for folder in saved(self.root):
+            if good >= self.config.keep and folder.name == self._best_name:
+                continue
             if good >= self.config.keep:
                 self._verified.discard(folder.name)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -265,25 +302,6 @@ class Saver:
             raise UserError(f"{message}; stopped because checkpoint.on_error=stop")
         if error is not None or self.topology.is_main:
             log.warning("%s; training goes on", message)
-
-
-def clean(root: Path) -> None:
-    """Remove what killed or failed saves left.
-
-    A checkpoint that stood aside is put back when its successor did not arrive.
-    """
-    with suppress(OSError):  # a folder that cannot be written is reported by the next save
-        for aside in root.glob("step-*.old"):
-            final = aside.with_suffix("")
-            if (final / "COMPLETE").exists():
-                shutil.rmtree(aside)
-            else:
-                shutil.rmtree(final, ignore_errors=True)
-                aside.rename(final)
-        for stale in root.glob("step-*.tmp"):
-            shutil.rmtree(stale)
-        for stale in (root / "latest.tmp", root / ".latest.tmp"):  # the first is what older versions left
-            stale.unlink(missing_ok=True)
 
 
 def _done() -> "Future[None]":

@@ -18,6 +18,15 @@ from trainer.losses import STAGES
 SCHEMA = 1
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far: the figure of held-out rows that decides, its value there, and the step."""
+
+    metric: str
+    value: float
+    step: Count
+
+
 @dataclass
 class RunState:
     """What a run needs beside weights and moments. Random numbers need no state: all come from (seed, step).
@@ -28,7 +37,7 @@ class RunState:
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
     multiplied with (following.followed_sparsity). gains: mean activation of each concept slot on the rows of its own
-    concept, 0 for one without rows; None before the end of a run.
+    concept, 0 for one without rows; None before the end of a run. best: whose checkpoint is kept; None: none is.
     """
 
     step: Count
@@ -46,11 +55,18 @@ class RunState:
     freeze: str = "none"
     sparsity: Annotated[float, Meta(ge=LEAST_SPARSITY, le=MOST_SPARSITY)] = 1.0
     gains: list[float] | None = None
+    best: Best | None = None
 
     @property
     def awake(self) -> bool:
         """Whether the concept slots are awake; checkpoints that do not say so are of the stage that tells it."""
         return self.stage == "align" if self.woken is None else self.woken
+
+    @property
+    def writes_apart(self) -> bool:
+        """Whether W_write of the concept slots holds what they write: it is measured with the gains, where the free
+        slots are held."""
+        return self.freeze == "free" and self.gains is not None
 
     @classmethod
     def fresh(cls, seed: int, form: DictionaryForm, freeze: str = "none") -> "RunState":
@@ -85,6 +101,8 @@ def read_state(folder: Path) -> RunState:
         raise DataError(f"{path}: {error}; {remedy}") from error
     if not (-(1 << 63) <= state.seed < 1 << 64 and 0 <= state.rows_digest < 1 << 64):
         raise DataError(f"{path}: seed or rows_digest is no number of 64 bits; {remedy}")
+    if state.best is not None and not (state.best.step <= state.step and math.isfinite(state.best.value)):
+        raise DataError(f"{path}: best is {state.best}, which cannot be at step {state.step}; {remedy}")
     if state.stage not in ("", *STAGES) or state.stream.get("step", state.step) != state.step:
         raise DataError(f"{path}: stage {state.stage!r:.40} or the position of the stream cannot be; {remedy}")
     return state

@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 class BankWeights(NamedTuple):
     """The weights of a bank while it lends them: W_enc [n, D], b_enc [n], W_dec [n, D], threshold [n] or None (0), all
-    fp32."""
+    fp32; and what the objective knows about its slots.
+
+    perp_weight [n]: how much they count in the orthogonality term, None: once each. bandwidth: of the pseudo-gradient
+    of thresholds, 0 where they are constants; with one, the sparsity term counts active slots. dead [n] bool: slots
+    that the term `pull` pulls towards their thresholds, None: none.
+    """
 
     W_enc: Tensor
     b_enc: Tensor
@@ -25,6 +30,8 @@ class BankWeights(NamedTuple):
     threshold: Tensor | None = None
     decoder_norm: str = "free"
     perp_weight: Tensor | None = None
+    bandwidth: float = 0.0
+    dead: Tensor | None = None
 
     def counted(self) -> Tensor:
         """How much each slot counts in the orthogonality term, [n] fp32 from 0 to 1."""
@@ -37,7 +44,7 @@ class BankWeights(NamedTuple):
 
     def encode(self, x: Tensor) -> Tensor:
         """Code z [B, n] fp32 of normalised activations x [B, D]."""
-        return apply_gate(self.pre_activations(x), self.threshold)
+        return apply_gate(self.pre_activations(x), self.threshold, self.bandwidth)
 
     def decoder(self) -> Tensor:
         """The rows [n, D] that the code is multiplied with: W_dec, or its rows at norm 1."""
@@ -73,20 +80,24 @@ class SlotBank(nn.Module):
     """n slots that directly own their weights, so that ZeRO-3 gathers and releases them together.
 
     W_enc [n, D], b_enc [n], W_dec [n, D], fp32. `last_fired` [n] int64 is the last step at which a slot was active,
-    `dependence` [n] fp32 how much it depends on the concepts (following.followed_dependence).
+    `dependence` [n] fp32 how much it depends on the concepts (following.followed_dependence), `W_write` [n, D] fp32, of
+    concept slots alone, what `ConceptDictionary.written` is kept in.
 
     Args:
         slots: n.
         width: D.
-        zero: start from zero weights; else from random directions of norm 1.
+        zero: start from zero weights; else from random directions.
+        norm: of encoder and decoder rows.
         bias: value of b_enc.
         gate: name of the gate (gate.GATES).
         decoder_norm: see ChosenForm.
         generator: of the random directions.
+        writes: whether there is a W_write, which begins at 0.
     """
 
     last_fired: Tensor
     dependence: Tensor
+    W_write: Tensor
 
     def __init__(
         self,
@@ -94,33 +105,42 @@ class SlotBank(nn.Module):
         width: int,
         *,
         zero: bool = False,
+        norm: float = 1.0,
         bias: float = 0.0,
         gate: str = "relu",
         decoder_norm: str = "free",
         generator: torch.Generator | None = None,
+        writes: bool = False,
     ):
         super().__init__()
         if zero:
             decoder = torch.zeros(slots, width)
         else:
             decoder = torch.randn(slots, width, generator=generator)
-            decoder /= decoder.norm(dim=1, keepdim=True)
+            decoder /= decoder.norm(dim=1, keepdim=True) / norm
         # Encoder starts as the transposed decoder: every slot then reads the direction that it writes.
         self.W_enc = nn.Parameter(decoder.clone())
         self.b_enc = nn.Parameter(torch.full((slots,), bias))
         self.W_dec = nn.Parameter(decoder)
         self.gate, self.decoder_norm = GATES[gate], decoder_norm
-        for name, value in self.gate.parameters(slots).items():
+        for name, value in self.gate.parameters(slots, width).items():
             self.register_parameter(name, nn.Parameter(value))
         for name, value in self.gate.buffers(slots, width).items():
             self.register_buffer(name, value)
         self.register_buffer("last_fired", torch.zeros(slots, dtype=torch.int64))
         self.register_buffer("dependence", torch.ones(slots))
+        if writes:
+            self.register_buffer("W_write", torch.zeros(slots, width))
 
     @property
     def slots(self) -> int:
         """Number of slots n (valid under ZeRO-3 too, where the weights may be elsewhere)."""
         return self.last_fired.numel()
+
+    @property
+    def jumps(self) -> bool:
+        """Whether thresholds are trained: those of such a gate that are not held."""
+        return self.gate.jumps and self.W_enc.requires_grad
 
     def forward(self, use: Callable[Concatenate[BankWeights, P], T], *args: P.args, **options: P.kwargs) -> T:
         """Lend the weights to `use(weights, *args)`.

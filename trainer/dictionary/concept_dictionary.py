@@ -20,12 +20,17 @@ class ConceptDictionary(nn.Module):
 
     Args:
         form: sizes, names and gate.
-        initial_l0: see DictionaryConfig.
+        initial_l0, initial_norm: see DictionaryConfig.
         seed: initialisation; each bank draws from its own generator, so that a bank does not depend on where it lives.
         owned: numbers of the free banks that this process holds (None = all).
         on_unit: called with name and module of each unit (see `units`) right after it was made and before the next one
             is: who loads or places weights there never holds the whole dictionary where it was made.
+
+    written: what an activation of 1 of the first m slots writes where they are changed, [m, D] of normalised
+    activations, in place of the decoder rows that reconstruct; None: the decoder rows.
     """
+
+    written: Tensor | None
 
     mean: Tensor
     scale: Tensor
@@ -35,6 +40,7 @@ class ConceptDictionary(nn.Module):
         form: DictionaryForm,
         *,
         initial_l0: int | None = None,
+        initial_norm: float = 1.0,
         seed: int = 0,
         owned: Sequence[int] | None = None,
         on_unit: Callable[[str, nn.Module], object] = lambda name, unit: None,
@@ -44,17 +50,18 @@ class ConceptDictionary(nn.Module):
         self.form = form
         sizes = form.bank_sizes
         self.owned = list(range(len(sizes))) if owned is None else list(owned)
-        self.concepts = SlotBank(len(form.concepts), form.width, zero=True)
+        self.concepts = SlotBank(len(form.concepts), form.width, zero=True, writes=True)
         self.banks = nn.ModuleDict()
         self.output = OutputBias(form.width)
         self.value_head = value_head(form, _generator(seed, -1))
         for name, unit in self.shared_units().items():
             on_unit(name, unit)
-        bias = initial_bias(form, initial_l0)
+        bias = initial_norm * initial_bias(form, initial_l0)
         for i in self.owned:
             bank = SlotBank(
                 sizes[i],
                 form.width,
+                norm=initial_norm,
                 bias=bias,
                 gate=form.gate,
                 decoder_norm=form.decoder_norm,
@@ -64,6 +71,7 @@ class ConceptDictionary(nn.Module):
             self.banks[f"{i:05d}"] = bank
         self.register_buffer("mean", torch.zeros(form.width))
         self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("written", None, persistent=False)
 
     @property
     def width(self) -> int:
@@ -127,6 +135,17 @@ class ConceptDictionary(nn.Module):
         return found.rows(ascending.indices.argsort().to(found.b_enc.device))
 
     @torch.no_grad()
+    def steered_rows(self, slots: Sequence[int]) -> BankWeights:
+        """As `rows`, with what a change of the slots writes as decoder rows."""
+        found = self.rows(slots)
+        if self.written is None:
+            return found
+        wanted = torch.tensor(slots, dtype=torch.int64, device=self.written.device)
+        apart = wanted < len(self.written)
+        instead = self.written[wanted.clamp_max(len(self.written) - 1)]
+        return found._replace(W_dec=torch.where(apart[:, None], instead, found.W_dec))
+
+    @torch.no_grad()
     def encode(self, raw: Tensor) -> Tensor:
         """Code z [B, S] (fp32, R concept slots first) of raw activations [B, D].
 
@@ -134,6 +153,15 @@ class ConceptDictionary(nn.Module):
         """
         x = self.normalise(raw)
         return torch.cat([bank.encode(x) for bank in self.all_banks()], dim=1)
+
+    @torch.no_grad()
+    def reconstruct(self, raw: Tensor) -> Tensor:
+        """decode(encode(raw)) of raw activations [B, D], bank by bank: it holds the code of one bank at a time."""
+        x = self.normalise(raw)
+        x_hat = self.output(torch.zeros_like(x))
+        for bank in self.all_banks():
+            x_hat += bank.decode(bank.encode(x))
+        return self.denormalise(x_hat)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -147,14 +175,20 @@ class ConceptDictionary(nn.Module):
 
 
 def initial_bias(form: DictionaryForm, initial_l0: int | None) -> float:
-    """b_enc at which `initial_l0` (None: D) of the free slots are active on a row, at most half of them.
+    """b_enc at which `initial_l0` (None: D) of the free slots are active on a row, at most half of them, where encoder
+    rows have norm 1.
 
     With x of norm 1 and random encoder rows of norm 1, pre-activations have standard deviation 1 / sqrt(D). About D
     active slots reconstruct something of the size of x; with the usual bias of 0, K / 2 of them overshoot it (K /
     2D)-fold and the first steps go into unlearning that.
     """
-    share = min(0.5, (form.width if initial_l0 is None else initial_l0) / form.free_slots)
-    return -NormalDist().inv_cdf(1.0 - share) / form.width**0.5
+    return -NormalDist().inv_cdf(1.0 - initial_share(form, initial_l0)) / form.width**0.5
+
+
+def initial_share(form: DictionaryForm, initial_l0: int | None) -> float:
+    """Share of the rows on which a free slot is active, where `initial_l0` (None: D) of them are on a row; at most a
+    half."""
+    return min(0.5, (form.width if initial_l0 is None else initial_l0) / form.free_slots)
 
 
 def value_head(form: DictionaryForm, generator: torch.Generator | None = None) -> nn.Sequential | None:

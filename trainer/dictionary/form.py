@@ -27,7 +27,7 @@ class ChosenForm:
     bank_slots: int = 8_192  # slots that are computed, placed and saved together
     decoder_norm: str = "free"  # free: norm-weighted L1 | unit: rows of norm 1 and plain L1
     value_hidden: int = 256  # hidden width of the value head V
-    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk | jumprelu (held)
+    gate: str = "relu"  # what makes a code of pre-activations: relu | batch_topk | jumprelu
     k: int = 32  # free slots that the gate batch_topk leaves active on a row, on average
 
     def validate(self) -> None:
@@ -65,9 +65,11 @@ class ChosenForm:
 class DictionaryConfig(ChosenForm):
     """The section `dictionary` of a configuration: the form, and how its weights begin."""
 
+    begin: str = "random"  # directions in which free slots start: random | rows (of the first batches)
+    initial_norm: float = 1.0  # of the encoder and decoder rows of free slots at the start
     initial_l0: int | None = None  # active free slots of a row at initialisation; None: D
     k_fall: int = 100  # steps over which the number that is aimed at falls from initial_l0 to k or target_l0
-    # Active free slots of a row that the weight of sparsity is followed to with the gate relu; 0: loss.sp stays.
+    # Active free slots of a row that the weight of sparsity follows to with relu and jumprelu; 0: loss.sp stays.
     target_l0: float = 0.0
     start_from: str = ""  # folder that `alignsae import` wrote: the free slots, their number and gate begin there
     freeze: str = "none"  # free: the free slots stay as they began, the rest learns | none
@@ -79,6 +81,12 @@ class DictionaryConfig(ChosenForm):
             raise UserError(
                 f"dictionary.initial_l0={self.initial_l0} must be between 1 and {self.free_slots} free slots"
             )
+        if self.begin not in ("random", "rows"):
+            raise UserError(f"dictionary.begin={self.begin!r} is unknown; use random or rows")
+        if self.begin == "rows" and self.start_from:
+            raise UserError("dictionary.begin=rows does not go with dictionary.start_from; leave one of them out")
+        if not 1e-6 <= self.initial_norm <= 1e6:
+            raise UserError(f"dictionary.initial_norm={self.initial_norm} must be between 1e-06 and 1e+06")
         if not 0 <= self.k_fall <= MOST_SLOTS:
             raise UserError(f"dictionary.k_fall={self.k_fall} must be between 0 and {MOST_SLOTS}")
         if self.gate == "batch_topk" and self.k > self.free_slots:
@@ -177,4 +185,4 @@ class DictionaryForm(ChosenForm):
 
     def _bank_shapes(self, slots: int, gate: str) -> Shapes:
         own = {"W_enc": (slots, self.width), "b_enc": (slots,), "W_dec": (slots, self.width)}
-        return own | {name: tuple(value.shape) for name, value in GATES[gate].parameters(slots).items()}
+        return own | {name: tuple(value.shape) for name, value in GATES[gate].parameters(slots, self.width).items()}

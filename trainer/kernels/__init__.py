@@ -2,15 +2,15 @@
 
 from trainer.kernels.choice import KernelChoice, usable_precision
 from trainer.kernels.entries import active_entries
-from trainer.kernels.interface import BankKernel, BankStats, Orthogonality, StepContext
+from trainer.kernels.interface import BankStats, Orthogonality, RunKernel, StepContext
 from trainer.kernels.pairs import RowPairs
 
 __all__ = [
-    "BankKernel",
     "BankStats",
     "KernelChoice",
     "Orthogonality",
     "RowPairs",
+    "RunKernel",
     "StepContext",
     "active_entries",
     "usable_precision",

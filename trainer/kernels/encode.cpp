@@ -1,7 +1,8 @@
 // The encoder product of one bank, and the active entries in it.
 //
 // Shapes: B rows, D width, n slots of the bank, E active entries. Entries are kept slot by slot: those of slot j are
-// start[j] .. start[j + 1], each with its row and its pre-activation z, which is above the threshold of the slot.
+// start[j] .. start[j + 1], each with its row and its code z: its pre-activation where that is above the threshold of
+// the slot, else 0, for an entry in the window below.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -65,14 +66,14 @@ struct Bank {
   const float* rows;                         // [B, D]
   const void* blocks;                        // the rows as the product takes them
   int64_t B, D, width, block_rows, count;    // count: of blocks
-  float max_row_norm;
-  bool plain;  // no block product
+  float max_row_norm, window;                // window: below a threshold, in which entries are kept with a code of 0
+  bool plain;                                // no block product
 
   float threshold(int64_t slot) const { return thresholds ? thresholds[slot] : 0; }
 };
 
 // Slots c .. c + size. An entry is a candidate when the product does not rule it out; its pre-activation is then
-// computed again in fp32, and kept where it is above the threshold.
+// computed again in fp32, and kept where it is above the window.
 template <typename T>
 void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& found, int64_t* start) {
   constexpr bool narrow = sizeof(T) == sizeof(uint16_t);
@@ -85,7 +86,7 @@ void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& fo
   if (narrow) scratch.weights.resize(size * width);
   T* copy = (T*)scratch.weights.data();
   for (int64_t j = 0; j < size; ++j) {
-    const SlotBounds slot{bank.bias[c + j], bank.threshold(c + j), bank.max_row_norm};
+    const SlotBounds slot{bank.bias[c + j], bank.threshold(c + j) - bank.window, bank.max_row_norm};
     scratch.bound[j] = prepare<T>(w + j * D, copy + j * width, D, slot);
     if (width > D) copy[j * width + D] = 0;
   }
@@ -108,9 +109,10 @@ void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& fo
     if (e + 1 < candidates) fetch_ahead(bank.rows + row[e + 1] * D, D), fetch_ahead(w + slot[e + 1] * D, D);
     const int64_t j = slot[e];
     const float pre = dot(w + j * D, bank.rows + row[e] * D, D) + bank.bias[c + j];
-    if (pre <= bank.threshold(c + j)) continue;  // what is not a number goes on, to be seen in the loss
+    const float threshold = bank.threshold(c + j);
+    if (pre <= threshold - bank.window) continue;  // what is not a number goes on, to be seen in the loss
     found.row.push_back(row[e]);
-    found.z.push_back(pre);
+    found.z.push_back(pre <= threshold ? 0 : pre);
     ++start[c + j + 1];
   }
 }
@@ -119,13 +121,14 @@ void find(const Bank& bank, int64_t c, int64_t size, Scratch& scratch, Found& fo
 // cache.
 constexpr int64_t MOST_SLOTS = 64, LEAST_SLOTS = 16, CHUNK_ENTRIES = 1 << 17;
 
-// -> start [n + 1] int64, row [E] int32, z [E]. threshold [n], or none for 0. blocks, contiguous, is x in blocks of
-// rows as `multiply` takes them (product.h), the last one padded with zeros: fp32 [count, D, block_rows], or bf16 or
-// int16 [count, words, block_rows * 2]. max_row_norm is the largest norm of a row of x. Every thread takes chunks of
-// slots on its own: weights converted, product, scan, all on one core's cache, and no thread waits.
+// -> start [n + 1] int64, row [E] int32, z [E]. threshold [n], or none for 0, and the window below it. blocks,
+// contiguous, is x in blocks of rows as `multiply` takes them (product.h), the last one padded with zeros: fp32 [count,
+// D, block_rows], or bf16 or int16 [count, words, block_rows * 2]. max_row_norm is the largest norm of a row of x.
+// Every thread takes chunks of slots on its own: weights converted, product, scan, all on one core's cache, and no
+// thread waits.
 std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_enc,
-                                          const std::optional<Tensor>& threshold, const Tensor& x, const Tensor& blocks,
-                                          double max_row_norm) {
+                                          const std::optional<Tensor>& threshold, double window, const Tensor& x,
+                                          const Tensor& blocks, double max_row_norm) {
   const auto type = blocks.scalar_type();
   const int64_t pair = type == at::kFloat ? 1 : 2;
   const int64_t n = W_enc.size(0), B = x.size(0), threads = at::get_num_threads();
@@ -143,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
       .block_rows = blocks.size(2) / pair,
       .count = blocks.size(0),
       .max_row_norm = float(max_row_norm),
+      .window = float(window),
       .plain = type == at::kFloat && !has_blocks<float>(),
   };
   TORCH_CHECK(blocks.is_contiguous() && bank.count * bank.block_rows >= B, "encode needs blocks of all rows");
@@ -177,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> encode(const Tensor& W_enc, const Tensor& b_e
 
 TORCH_LIBRARY_FRAGMENT(alignsae, m) {
   m.def(
-      "encode(Tensor W_enc, Tensor b_enc, Tensor? threshold, Tensor x, Tensor blocks, float max_row_norm) "
+      "encode(Tensor W_enc, Tensor b_enc, Tensor? threshold, float window, Tensor x, Tensor blocks, "
+      "float max_row_norm) "
       "-> (Tensor start, Tensor row, Tensor z)",
       &encode);
   m.def("bf16_products() -> bool", &bf16_products);

@@ -13,7 +13,7 @@ namespace {
 using at::Tensor;
 
 // Slot by slot: the entries of slot j are start[j] .. start[j + 1], each with its row and its code z, which the gate
-// let pass.
+// let pass, or 0 in the window below a threshold that is trained.
 struct Entries {
   int64_t slots;         // n
   const int64_t* start;  // [n + 1]

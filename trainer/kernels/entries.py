@@ -3,7 +3,6 @@
 Shapes: B rows, D width, n slots of the bank, E active entries.
 """
 
-import torch
 from torch import Tensor
 
 from trainer.dictionary import BankWeights
@@ -12,7 +11,8 @@ from trainer.kernels.interface import StepContext
 
 
 def active_entries(weights: BankWeights, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-    """Row [E] int64, slot [E] int64 and activation [E] fp32 of the entries above 0 of context.x [B, D].
+    """Row [E] int64, slot [E] int64 and activation [E] fp32 of the entries above 0 of context.x [B, D], by slots and
+    in a slot by rows.
 
     On a CPU the compiled operators find them where they can be built (trainer/kernels/sparse.py), else a dense product.
     """
@@ -20,8 +20,7 @@ def active_entries(weights: BankWeights, context: StepContext) -> tuple[Tensor, 
         from trainer.kernels.sparse import find_entries
 
         found = find_entries(weights.W_enc, weights.b_enc, weights.threshold, context)
-        slot = torch.arange(len(weights.b_enc)).repeat_interleave(found.start.diff())
-        return found.row.long(), slot, found.z
-    z = weights.encode(context.x)
-    row, slot = z.nonzero(as_tuple=True)
-    return row, slot, z[row, slot]
+        return found.row.long(), found.slots(), found.z
+    z = weights.encode(context.x).T
+    slot, row = z.nonzero(as_tuple=True)
+    return row, slot, z[slot, row]

@@ -1,22 +1,27 @@
-"""What a bank kernel is given and what it owes.
+"""What a kernel is given and what it owes.
 
-A kernel computes one bank of free slots: `recon, sp, perp = kernel(weights, recon, context)`, with the bank's weights
-(fp32 masters, see BankWeights), recon [B, D] fp32 (the running reconstruction), and returns
+A kernel computes a run of banks of free slots: `recon, sp, perp, pull = kernel(banks, recon, context)`, with those of
+each bank (fp32 masters, see BankWeights), recon [B, D] fp32 (the running reconstruction). Most visit bank after bank
+(`one_by_one`), in the form `kernel(weights, recon, context)`; for one bank z, a kernel returns
 - recon + z W_dec [B, D], where z is the bank's code and W_dec its decoder rows as they are used, out of place (the
   banks form one autograd chain);
-- sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj;
+- sp, a scalar: the sum over rows and slots of ||W_dec_j|| z_bj, or with `weights.bandwidth` the active entries;
 - perp, a scalar: the sum over this bank of squared correlations with the concept slots, over the global batch, each
-  slot counted as often as `weights.counted()` says (0 without `context.perp`).
-All three are differentiable in the weights and in recon; x gets no gradient (the language model is frozen). Gradients
-of perp flow to the concept code through `Orthogonality.grad_concept`, which a kernel adds to in its forward pass.
+  slot counted as often as `weights.counted()` says (0 without `context.perp`);
+- pull, a scalar: the sum over rows and the slots `weights.dead` of ||W_dec_j|| max(threshold_j - pre_bj, 0);
+and for several, the sums over them. All four are differentiable in the weights and in recon; x gets no gradient (the
+language model is frozen). Gradients of perp flow to the concept code through `Orthogonality.grad_concept`, which a
+kernel adds to in its forward pass.
 
 The code is that of `apply_gate`: z_bj = pre_bj where pre_bj > threshold_j (0 without `weights.threshold`), else 0; what
 is not a number passes, to be seen in the loss. An entry is active where the gate lets it pass, and gradients live on
 active entries alone. Kernels take thresholds of any sign as that formula says; it is a gate's duty to give none below
-0, where a code would be negative. A threshold is a constant here: it gets no gradient.
+0, where a code would be negative. A threshold is a constant; but with `weights.bandwidth` it is not below 0 and has the
+pseudo-gradient of `apply_gate` and `steps`, for which entries count that are not active: those within half a bandwidth
+below it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -69,7 +74,7 @@ class Orthogonality:
 class BankStats:
     """What a kernel reports about its bank, without gradient.
 
-    fired [n] bool: slots active on some row. active, a scalar fp32: active entries in all. squares [n] fp32: of each
+    fired [n] bool: slots active on some row. active, a scalar: active entries in all. squares [n] fp32: of each
     slot, the sum of its squared correlations with the concept slots, whatever it counts; None without `context.perp`.
     """
 
@@ -82,13 +87,19 @@ class BankStats:
 class StepContext:
     """What all banks of one step share, and where each leaves its statistics.
 
-    x [B, D] fp32 normalised activations; x_bf16 the same in bf16, or None when products run in fp32.
+    x [B, D] fp32 normalised activations; x_bf16 the same in bf16, or None when products run in fp32. stats: of each
+    bank, in order. room: entries that a kernel on a device makes room for, None: as many as there are, for which it
+    waits. needed: scalars, what the calls of such kernels would have needed; one above `room` makes the step void.
+    zero: a scalar 0 where x is.
     """
 
     x: Tensor
     x_bf16: Tensor | None
     perp: Orthogonality | None
     stats: list[BankStats] = field(default_factory=list)
+    room: int | None = None
+    needed: list[Tensor] = field(default_factory=list)
+    zero: Tensor = field(default_factory=lambda: torch.zeros(()))
     _kept: dict[Callable[["StepContext"], Tensor], Tensor] = field(default_factory=dict)
 
     @property
@@ -102,16 +113,64 @@ class StepContext:
             self._kept[compute] = compute(self)
         return self._kept[compute]
 
+    def room_for(self, needed: Tensor) -> int:
+        """Entries to make room for where `needed`, a scalar, are there."""
+        if self.room is None:
+            return max(int(needed), 1)
+        self.needed.append(needed)
+        return self.room
+
+    def note_cramped(self, into: Tensor) -> None:
+        """Write how many calls had too little room into a scalar that is 0."""
+        if self.room is not None and len(self.needed) == 1:
+            torch.gt(self.needed[0], self.room, out=into)
+        elif self.room is not None and self.needed:
+            into.copy_((torch.stack(self.needed) > self.room).sum())
+
+    @cached_property
+    def row_norms(self) -> Tensor:
+        """The norm of each row of x, [B]."""
+        return torch.linalg.vector_norm(self.x, dim=1)
+
     @cached_property
     def max_row_norm(self) -> float:
         """The largest norm of a row of x; bounds the rounding error of a product with it."""
-        return float(self.x.norm(dim=1).max()) if len(self.x) else 0.0
+        return float(self.row_norms.max()) if len(self.x) else 0.0
 
 
-class BankKernel(Protocol):
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+BankKernel = Callable[[BankWeights, Tensor, StepContext], Result]  # for one bank
+
+
+class RunKernel(Protocol):
     """Signature of every kernel."""
 
-    def __call__(self, weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]: ...
+    def __call__(self, banks: Sequence[BankWeights], recon: Tensor, context: StepContext) -> Result: ...
+
+
+def one_by_one(kernel: BankKernel) -> RunKernel:
+    """The kernel of a run of banks that calls `kernel` for each."""
+
+    def run(banks: Sequence[BankWeights], recon: Tensor, context: StepContext) -> Result:
+        sp = perp = pull = recon.new_zeros(())
+        for bank in banks:
+            recon, bank_sp, bank_perp, bank_pull = kernel(bank, recon, context)
+            sp, perp, pull = sp + bank_sp, perp + bank_perp, pull + bank_pull
+        return recon, sp, perp, pull
+
+    return run
+
+
+def end_to_end(parts: Sequence[Tensor]) -> Tensor:
+    """Vectors one after the other: a view where they lie so in memory, else a copy."""
+    if not parts:
+        return torch.empty(0)
+    place, storage = parts[0].data_ptr(), parts[0].untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+            return torch.cat(list(parts))
+        place += part.nbytes
+    return parts[0].as_strided((sum(map(len, parts)),), (1,))
 
 
 def column_scale(total: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,22 +27,26 @@ class RowPairs:
     """
 
     def __init__(self, concept: Tensor, rows: Tensor, slots: int, dtype: torch.dtype):
-        self._a = concept.to(dtype)
+        self._concept, self._dtype = concept, dtype
         self._rows = rows
         self._slots = slots
         self._shared: Tensor | None = None  # H, once a bank adds to it
+
+    @cached_property
+    def _a(self) -> Tensor:
+        return self._concept.to(self._dtype)
 
     def cheaper(self, per_slot: Tensor) -> bool:
         """Whether a bank with these numbers of active rows [n] needs less memory and time this way.
 
         Its share of the dense products counts.
         """
-        rows, concepts = self._a.shape
+        rows, concepts = self._concept.shape
         if rows * rows > per_slot.numel() * concepts or rows != int(self._rows):
             return False
         entries, pairs = int(per_slot.sum()), int(per_slot.square().sum())
         dense = rows * rows * concepts * per_slot.numel() / self._slots
-        return PAIR * pairs + DENSE[self._a.dtype] * dense < entries * concepts
+        return PAIR * pairs + DENSE[self._dtype] * dense < entries * concepts
 
     @cached_property
     def gram(self) -> Tensor:

@@ -50,6 +50,7 @@ std::tuple<Tensor, double> decode(const Tensor& W_dec, const Tensor& recon, cons
       std::memcpy(after + b * D, before + b * D, D * sizeof(float));
       for (int64_t k = by.start[b]; k < by.start[b + 1]; ++k) {
         if (k + 1 < by.start[end]) fetch_ahead(w + by.slot[k + 1] * D, D);
+        if (code[by.entry[k]] == 0) continue;  // in the window
         const float* decoder = w + by.slot[k] * D;
         // The norm costs nothing here, where the row is in the cache; a pass of its own would fetch every row again.
         const float norm = std::sqrt(dot(decoder, decoder, D)), value = code[by.entry[k]];
@@ -80,6 +81,19 @@ struct ColumnSlope {
   float at(const float* code, float z) const { return dot(code, column, concepts) - (z - mean) * q; }
 };
 
+// Thresholds that are trained, by the rectangle kernel: dL/dthreshold is -1/bandwidth times the sum over the entries
+// within half a bandwidth of (threshold dL/dz + dL/dsp), where sp counts active entries.
+struct Jump {
+  const float* threshold;  // [n]; nullptr where they are constants
+  float bandwidth, g_sp;
+  float* grad;  // [n]
+
+  // Adds to `sum`, for an entry of slot j with this code and dL/dz, what is summed.
+  void add(double& sum, int64_t j, float z, float slope) const {
+    if (z < threshold[j] + bandwidth / 2) sum += threshold[j] * slope + g_sp;
+  }
+};
+
 // What the gradients of one bank are made of.
 struct Backward {
   const float *W_dec, *x, *g_recon;  // [n, D], [B, D], [B, D]
@@ -89,6 +103,7 @@ struct Backward {
   Entries entries;
   Correlation correlation;
   const float* slopes;  // dperp/dz [E] where it is known already, else nullptr
+  Jump jump;
 
   // dL/dz of entry e of a slot, which is also its dL/dpre.
   float slope(int64_t e, const float* decoder, float norm, const std::optional<ColumnSlope>& column) const {
@@ -116,22 +131,25 @@ struct Backward {
     const float* decoder = W_dec + j * D;
     const float norm = std::sqrt(dot(decoder, decoder, D)), inverse = 1 / std::max(norm, LEAST_NORM);
     const auto column = correlation.concepts ? std::optional<ColumnSlope>({correlation, j}) : std::nullopt;
-    const int64_t first = entries.start[j];
     float bias = 0, total = 0;
-    for (int64_t e = first; e < entries.start[j + 1]; ++e) {
+    double jumped = 0;
+    bool none = true;  // was active so far
+    for (int64_t e = entries.start[j]; e < entries.start[j + 1]; ++e) {
       if (e + 1 < last) fetch(e + 1);
       const float own = slope(e, decoder, norm, column), z = entries.z[e];
+      if (jump.threshold) {
+        jump.add(jumped, j, z, own);
+        if (z == 0) continue;
+      }
       bias += own;
       total += z;
       const float *x_row = x + entries.row[e] * D, *g_row = g_recon + entries.row[e] * D;
-      if (e == first) {
-        set_scaled(enc, x_row, own, D);
-        set_scaled(dec, g_row, z, D);
-      } else {
-        add_scaled(enc, x_row, own, D);
-        add_scaled(dec, g_row, z, D);
-      }
+      (none ? set_scaled : add_scaled)(enc, x_row, own, D);
+      (none ? set_scaled : add_scaled)(dec, g_row, z, D);
+      none = false;
     }
+    if (none) set_zero(enc, D), set_zero(dec, D);
+    if (jump.threshold) jump.grad[j] = -jumped / jump.bandwidth;
     if (unit_rows) {  // gradient of a row divided by its norm: what is orthogonal to the row
       const float along = dot(dec, decoder, D) * inverse * inverse;
       for (int64_t i = 0; i < D; ++i) dec[i] = (dec[i] - along * decoder[i]) * inverse;
@@ -142,24 +160,29 @@ struct Backward {
   }
 };
 
-// Gradients of W_enc [n, D], b_enc [n] and W_dec [n, D], written into the three `grads`; rows of idle slots are zero.
-// Returns the sums of squares of the first and the last. g_sp is dL/dsp, g_perp dL/dperp. With a correlation term,
-// `correlation` is what Correlation is made of; or `slopes` [E] are its gradients with respect to z, where they are
-// known already.
+// Gradients of W_enc [n, D], b_enc [n], W_dec [n, D] and, where `threshold` [n] is trained with a bandwidth, of it,
+// written into the four `grads`; rows of idle slots are zero. Returns the sums of squares of the first and the third.
+// g_sp is dL/dsp, g_perp dL/dperp; with a threshold sp counts active entries, else it is the L1 term. With a
+// correlation term, `correlation` is what Correlation is made of; or `slopes` [E] are its gradients with respect to z,
+// where they are known already.
 std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const Tensor& g_recon, at::TensorList entries,
                                     double g_sp, bool unit_rows, double g_perp, at::TensorList correlation,
-                                    const std::optional<Tensor>& slopes, at::TensorList grads) {
-  TORCH_CHECK(grads.size() == 3, "gradients are those of W_enc, b_enc and W_dec");
+                                    const std::optional<Tensor>& slopes, const std::optional<Tensor>& threshold,
+                                    double bandwidth, at::TensorList grads) {
+  TORCH_CHECK(grads.size() == 4, "gradients are those of W_enc, b_enc, W_dec and the thresholds");
+  const Jump jump{threshold ? threshold->const_data_ptr<float>() : nullptr, float(bandwidth), float(g_sp),
+                  grads[3].mutable_data_ptr<float>()};
   const Backward bank{W_dec.const_data_ptr<float>(),
                       x.const_data_ptr<float>(),
                       g_recon.const_data_ptr<float>(),
                       W_dec.size(1),
-                      g_sp,
+                      threshold ? 0 : g_sp,
                       g_perp,
                       unit_rows,
                       Entries(entries),
                       Correlation(correlation),
-                      slopes ? slopes->const_data_ptr<float>() : nullptr};
+                      slopes ? slopes->const_data_ptr<float>() : nullptr,
+                      jump};
   const int64_t D = bank.D, *start = bank.entries.start;
   float *grad_enc = grads[0].mutable_data_ptr<float>(), *grad_b = grads[1].mutable_data_ptr<float>(),
         *grad_dec = grads[2].mutable_data_ptr<float>();
@@ -171,6 +194,7 @@ std::tuple<double, double> backward(const Tensor& W_dec, const Tensor& x, const 
       if (j + 1 < end && start[j + 1] < start[j + 2]) fetch_ahead(bank.W_dec + (j + 1) * D, D);
       if (start[j] == start[j + 1]) {
         grad_b[j] = 0;
+        if (jump.threshold) jump.grad[j] = 0;
         stream_zero(grad_enc + j * D, D);
         stream_zero(grad_dec + j * D, D);
         continue;
@@ -196,6 +220,7 @@ TORCH_LIBRARY_FRAGMENT(alignsae, m) {
         &decode);
   m.def(
       "backward(Tensor W_dec, Tensor x, Tensor g_recon, Tensor[] entries, float g_sp, bool unit_rows, float g_perp, "
-      "Tensor[] correlation, Tensor? slopes, Tensor(a!)[] grads) -> (float enc_square, float dec_square)",
+      "Tensor[] correlation, Tensor? slopes, Tensor? threshold, float bandwidth, Tensor(a!)[] grads) "
+      "-> (float enc_square, float dec_square)",
       &backward);
 }

@@ -4,6 +4,9 @@ Where z is 0 so is its gradient in every term, so an exact step needs one dense 
 int16: it only says where to look; the pre-activations that count are computed again in fp32
 (trainer/kernels/encode.cpp). What is kept for backward is O(active).
 
+A threshold that is trained needs the entries in the window below it too. They are entries like the others, with a code
+of 0.
+
 Shapes: B rows, D width, R concepts, n slots of the bank, E active entries, m columns (slots active on some data rank).
 """
 
@@ -17,24 +20,34 @@ from trainer.dictionary import BankWeights
 from trainer.kernels.gradients import gradient_buffer, note_square
 from trainer.kernels.interface import BankStats, Orthogonality, StepContext, column_scale
 from trainer.kernels.pairs import RowPairs
+from trainer.kernels.pull import Pull
 
 ops = torch.ops.alignsae
 # Rows in a block of the encoder product, where it is fastest: bf16 on AVX-512, fp32 and int16 on AVX2.
 BLOCK_ROWS = {torch.bfloat16: 64, torch.float32: 32, torch.int16: 16}
 
 
-def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
+def sparse_kernel(weights: BankWeights, recon: Tensor, context: StepContext) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One bank on its active entries; see trainer/kernels/interface.py for shapes and duties."""
     W_enc, b_enc, W_dec, threshold, *_ = weights
     return _Sparse.apply(W_enc, b_enc, W_dec, threshold, recon, context, weights)
 
 
 class Entries(NamedTuple):
-    """The entries of a bank above their thresholds, slot by slot: those of slot j are start[j] .. start[j + 1]."""
+    """The entries of a bank above their thresholds, slot by slot: those of slot j are start[j] .. start[j + 1]; where
+    thresholds are trained also those in the window below, whose z is 0."""
 
     start: Tensor  # [n + 1] int64
     row: Tensor  # [E] int32
     z: Tensor  # [E] fp32
+
+    def active(self) -> Tensor:
+        """Number of active entries of each slot [n], where no code of an active entry is 0."""
+        return torch.cat([self.start[:1], (self.z != 0).cumsum(0)])[self.start].diff()
+
+    def slots(self) -> Tensor:
+        """The slot of each entry, [E] int64."""
+        return torch.arange(len(self.start) - 1).repeat_interleave(self.start.diff())
 
 
 class RowEntries(NamedTuple):
@@ -55,12 +68,15 @@ class Columns(NamedTuple):
     weight: Tensor  # [m] fp32, how much each counts
 
 
-def find_entries(W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext) -> Entries:
-    """Entries (b, j) with x_b . W_enc_j + b_enc_j above threshold [n] (None: 0), in fp32, and their pre-activations."""
+def find_entries(
+    W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, context: StepContext, window: float = 0.0
+) -> Entries:
+    """Entries (b, j) with x_b . W_enc_j + b_enc_j above threshold [n] (None: 0), in fp32, and their pre-activations;
+    with a code of 0 those that lie above threshold - window alone."""
     blocks = context.once(_operand_blocks)
     if threshold is not None:
         threshold = threshold.contiguous()  # one number for all slots comes expanded
-    return Entries(*ops.encode(W_enc, b_enc, threshold, context.x, blocks, context.max_row_norm))
+    return Entries(*ops.encode(W_enc, b_enc, threshold, window, context.x, blocks, context.max_row_norm))
 
 
 class _Sparse(torch.autograd.Function):
@@ -74,15 +90,20 @@ class _Sparse(torch.autograd.Function):
         recon: Tensor,
         context: StepContext,
         bank: BankWeights,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         decoder_norm, counted = bank.decoder_norm, bank.counted()
         perp = context.perp
-        entries = find_entries(W_enc, b_enc, threshold, context)
+        # Held thresholds need no window.
+        window = bank.bandwidth / 2 if ctx.needs_input_grad[3] else 0.0
+        entries = find_entries(W_enc, b_enc, threshold, context, window)
         by_row = RowEntries(*ops.by_row(entries, len(context.x)))
         recon, sp = ops.decode(W_dec, recon.contiguous(), entries.z, by_row, decoder_norm == "unit")
         per_slot = entries.start.diff()
-        stats = BankStats(per_slot > 0, recon.new_tensor(float(entries.z.numel())))
+        active = entries.active() if window else per_slot
+        stats = BankStats(active > 0, active.sum().float())
         context.stats.append(stats)
+        if bank.bandwidth:
+            sp = float(stats.active)
         value = recon.new_zeros(())
         ctx.columns = ctx.slopes = None
         if perp is not None and perp.pairs is not None and perp.pairs.cheaper(per_slot):
@@ -91,36 +112,47 @@ class _Sparse(torch.autograd.Function):
             stats.squares, ctx.columns = _by_columns(entries, by_row, perp, counted)
         if stats.squares is not None:
             value = (stats.squares * counted).sum()
-        ctx.save_for_backward(W_enc, b_enc, W_dec)
-        ctx.entries, ctx.context, ctx.decoder_norm = entries, context, decoder_norm
-        return recon, recon.new_tensor(sp), value
+        ctx.pull = None
+        if bank.dead is not None:
+            passed = entries.z != 0
+            ctx.pull = Pull.of(bank, context, entries.slots()[passed], entries.row[passed].long())
+        ctx.save_for_backward(W_enc, b_enc, W_dec, threshold)
+        ctx.entries, ctx.context, ctx.bank = entries, context, bank
+        return recon, recon.new_tensor(sp), value, recon.new_zeros(()) if ctx.pull is None else ctx.pull.value()
 
     @staticmethod
-    def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_recon: Tensor, g_sp: Tensor, g_perp: Tensor, g_pull: Tensor) -> tuple[Tensor | None, ...]:
         context: StepContext = ctx.context
-        W_enc, b_enc, W_dec = ctx.saved_tensors
+        W_enc, b_enc, W_dec, threshold = ctx.saved_tensors
+        bank: BankWeights = ctx.bank
         columns: Columns | None = ctx.columns
         correlation: tuple[Tensor, ...] = ()
         if context.perp is not None and columns is not None:
             # Again: kept for all banks, the sums would be the R x S block that nobody may hold.
             sums = _column_sums(ctx.entries, columns.slots, context.perp)
             correlation = (context.perp.concept.contiguous(), *columns[1:], sums)
-        grad_enc, grad_b, grad_dec = gradient_buffer(W_enc), torch.empty_like(b_enc), gradient_buffer(W_dec)
+        grads = gradient_buffer(W_enc), torch.empty_like(b_enc), gradient_buffer(W_dec), torch.empty_like(b_enc)
+        grad_enc, grad_b, grad_dec, grad_threshold = grads
         enc_square, dec_square = ops.backward(
             W_dec,
             context.x,
             g_recon.contiguous(),
             ctx.entries,
             float(g_sp),
-            ctx.decoder_norm == "unit",
+            bank.decoder_norm == "unit",
             float(g_perp),
             correlation,
             ctx.slopes,
-            (grad_enc, grad_b, grad_dec),
+            threshold.contiguous() if bank.bandwidth else None,
+            bank.bandwidth,
+            grads,
         )
+        if ctx.pull is not None:
+            more = ctx.pull.add_gradients(g_pull, grads)
+            enc_square, dec_square = enc_square + more[0], dec_square + more[1]
         note_square(grad_enc, enc_square)
         note_square(grad_dec, dec_square)
-        return grad_enc, grad_b, grad_dec, None, g_recon, None, None
+        return grad_enc, grad_b, grad_dec, grad_threshold if bank.bandwidth else None, g_recon, None, None
 
 
 def in_blocks(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ SOURCE --open_source--> Source (raw weights, a few slots at a time) --write--> f
 """
 
 from trainer.pretrained.calibration import Measured, calibrate, measure, sample
-from trainer.pretrained.exporting import fold, gains, named, saelens_config, trainer_name
+from trainer.pretrained.exporting import fold, gains, named, saelens_config, trainer_name, written
 from trainer.pretrained.folder import Description, Imported, load, new_folder, refuse_existing, write
 from trainer.pretrained.gating import Gated, fit_gate
 from trainer.pretrained.locate import open_source
@@ -38,4 +38,5 @@ __all__ = [
     "take_over",
     "trainer_name",
     "write",
+    "written",
 ]

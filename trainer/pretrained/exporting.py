@@ -33,16 +33,29 @@ def fold(dictionary: ConceptDictionary, unit_norm: bool = False) -> dict[str, Te
     return tensors if whole.threshold is None else tensors | {"threshold": whole.threshold}
 
 
+def written(dictionary: ConceptDictionary, unit_norm: bool = False) -> Tensor | None:
+    """What the first m slots write where they are steered, [m, D] raw, for the codes that `fold` leaves; None where
+    their decoder rows do."""
+    if dictionary.written is None:
+        return None
+    raw = dictionary.written * dictionary.scale
+    return raw / _raw_norms(dictionary, len(raw))[:, None] if unit_norm else raw
+
+
 @torch.no_grad()
 def gains(dictionary: ConceptDictionary, facts: Facts, unit_norm: bool = False) -> dict[str, float]:
     """Concept -> gain, in the units of the codes that `fold` leaves."""
     names = dictionary.concept_names or facts.concepts
     if not unit_norm or not facts.gains:
         return facts.gains
-    # fold multiplies codes by the norms of raw decoder rows.
-    rows = dictionary.rows(range(len(names)))
-    norms = dict(zip(names, _norms(normalisation.fold(rows, dictionary.mean, dictionary.scale)).tolist(), strict=True))
+    norms = dict(zip(names, _raw_norms(dictionary, len(names)).tolist(), strict=True))
     return {name: gain * norms[name] for name, gain in facts.gains.items()}
+
+
+def _raw_norms(dictionary: ConceptDictionary, slots: int) -> Tensor:
+    """What `fold` multiplies the codes of the first slots with, for decoder rows at norm 1; [slots]."""
+    rows = dictionary.rows(range(slots))
+    return _norms(normalisation.fold(rows, dictionary.mean, dictionary.scale))
 
 
 def _norms(bank: BankWeights) -> Tensor:

@@ -1,7 +1,7 @@
 """The folder that `alignsae import` writes and that `dictionary.start_from` and `load` read.
 
     dictionary.json            form, where it comes from, size and hash of every other file; written last
-    output.safetensors         b_dec [D]
+    output.safetensors         b_dec [D]; W_write [m, D] where the source says so (Source.written)
     bank-00000.safetensors     W_enc [n, D], b_enc [n], W_dec [n, D]; threshold [n] unless the gate is relu
 
 Weights are fp32, act on raw activations and give raw reconstructions: they belong to no data set's normalisation.
@@ -34,7 +34,7 @@ from trainer.dictionary import (
 )
 from trainer.dictionary.units import OUTPUT
 from trainer.errors import DataError, UserError
-from trainer.files import checked, read_json, write_json
+from trainer.files import allow_as_umask, checked, read_json, write_json
 from trainer.pretrained.source import Facts, Source, rescale
 
 SCHEMA = 1
@@ -88,6 +88,7 @@ def new_folder(out: Path) -> Iterator[tuple[Path, Path]]:
         (partial / "scratch").mkdir(parents=True)
         yield partial, partial / "scratch"
         shutil.rmtree(partial / "scratch")
+        allow_as_umask(partial)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {error}; free some space or choose another place") from error
@@ -105,7 +106,10 @@ def write(
     """
     bank_slots = min(source.slots, DictionaryConfig().bank_slots)
     norms, low, high, names = 0.0, float("inf"), 0.0, ["output.safetensors"]
-    save_file({"b_dec": source.output_bias()}, folder / names[0])
+    output = {"b_dec": source.output_bias()}
+    if source.written is not None:
+        output["W_write"] = source.written
+    save_file(output, folder / names[0])
     for number, begin in enumerate(range(0, source.slots, bank_slots)):
         weights = source.bank(begin, min(begin + bank_slots, source.slots))
         if theta is not None:
@@ -200,6 +204,14 @@ class Imported:
             weights = normalisation.unfold(self.bank(begin, begin + unit.slots), place.mean, place.scale)
             unit.begin_at(rescale(weights, place.gain))
 
+    def written(self) -> Tensor | None:
+        """See Source.written."""
+        with self._file(OUTPUT) as file:
+            found = file.get_tensor("W_write") if "W_write" in file.keys() else None  # noqa: SIM118
+        if found is not None and (found.ndim != 2 or found.shape[1] != self.form.width):
+            raise DataError(f"{self.path}: W_write has shape {tuple(found.shape)}; import it again")
+        return found
+
     def bank(self, begin: int, end: int) -> BankWeights:
         """The slots [begin, end), raw."""
         parts, size = [], self.form.bank_slots
@@ -228,4 +240,5 @@ def load(path: str | Path) -> ConceptDictionary:
     imported = Imported(path)
     place = Place(imported.form.bank_slots, torch.zeros(imported.form.width), torch.ones(()))
     dictionary = ConceptDictionary(imported.form, on_unit=lambda name, unit: imported.fill(name, unit, place))
+    dictionary.written = imported.written()
     return dictionary.eval().requires_grad_(False)

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.errors import DataError, UserError
 from trainer.files import read_json
-from trainer.pretrained.source import Facts, Layout, Source, StoredSource, sha256_of
+from trainer.pretrained.source import Facts, Layout, Source, StoredSource, finite, sha256_of
 from trainer.pretrained.tensors import NpzStore, SafetensorsStore
 
 SAELENS, SPARSIFY, GEMMA, OWN = "sae_weights.safetensors", "sae.safetensors", "params.npz", "dictionary.safetensors"
+WRITTEN = "concepts.safetensors"  # of this trainer's exports: W_write [m, D], see Source.written
 # Architectures of SAELens whose code is decided slot by slot, or row by row by the k largest.
 _SAELENS = {
     "standard": (),
@@ -70,6 +73,7 @@ def saelens(folder: Path, location: str) -> Source:
         found.top_k = _k(config.get("k"), found.slots, path)
     else:
         found.k = _positive(config.get("k", details.get("k")))
+    found.written = _written(folder, found)
     return found
 
 
@@ -119,7 +123,9 @@ def own_export(folder: Path, location: str) -> Source:
     facts = Facts("alignsae", architecture, location, str(named.get("model", "")), str(named.get("hook_point", "")))
     facts.files, facts.concepts = sha256_of(folder, OWN, "concepts.json"), _concepts(folder)
     facts.training, facts.gains = _dict(named.get("training")), _gains(folder)
-    return StoredSource(facts, store, layout)
+    found = StoredSource(facts, store, layout)
+    found.written = _written(folder, found)
+    return found
 
 
 def hook_point_of(name: str) -> str:
@@ -177,6 +183,18 @@ def _gains(folder: Path) -> dict[str, float]:
     path = folder / "concepts.json"
     found = _dict(_json(path).get("gains")) if path.is_file() else {}
     return {str(name): gain for name, value in found.items() if (gain := _positive(value)) is not None}
+
+
+def _written(folder: Path, source: Source) -> Tensor | None:
+    path = folder / WRITTEN
+    if not path.is_file():
+        return None
+    store = SafetensorsStore(path)
+    shape = store.shape("W_write")
+    if len(shape) != 2 or shape[1] != source.width or not 1 <= shape[0] <= source.slots:
+        raise DataError(f"{path}: W_write has shape {shape}, but there are {source.slots} slots {source.width} wide")
+    source.facts.files |= sha256_of(folder, WRITTEN)
+    return finite(store.whole("W_write"), store, "W_write")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from trainer.errors import UserError
 from trainer.pretrained import folder as imported
-from trainer.pretrained.formats import FOLDERS, GEMMA, gemma_scope
+from trainer.pretrained.formats import FOLDERS, GEMMA, WRITTEN, gemma_scope
 from trainer.pretrained.own import CheckpointSource
 from trainer.pretrained.source import Source
 from trainer.redact import redact
@@ -14,7 +14,7 @@ from trainer.stream.location import check_allowed, is_remote, join, local_path
 from trainer.stream.remote import save
 
 _PICKLES = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
-_BESIDE = ("concepts.json", "activation_scaler.json")  # read where they are there
+_BESIDE = ("concepts.json", WRITTEN, "activation_scaler.json")  # read where they are there
 
 
 def open_source(location: str, scratch: Path) -> Source:

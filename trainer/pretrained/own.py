@@ -35,6 +35,7 @@ class CheckpointSource(Source):
         if manifest.width != self._form.width:
             raise DataError(f"manifest.json of {folder} has width {manifest.width}, state.json {self._form.width}")
         self._mean, self._scale = torch.tensor(manifest.mean), torch.tensor(manifest.scale)
+        self._writes_apart = state.writes_apart
         self._units: OrderedDict[str, BankWeights] = OrderedDict()
         names = [bank_unit(number) for number in range(self._form.banks)]
         sizes = self._form.bank_sizes
@@ -67,8 +68,12 @@ class CheckpointSource(Source):
         if name not in self._units:
             gate = "relu" if name == CONCEPTS else self._form.gate
             norm = "free" if name == CONCEPTS else self._form.decoder_norm
-            bank = SlotBank(slots, self.width, zero=True, gate=gate, decoder_norm=norm).requires_grad_(False)
+            bank = SlotBank(
+                slots, self.width, zero=True, gate=gate, decoder_norm=norm, writes=name == CONCEPTS
+            ).requires_grad_(False)
             checkpoint.load_unit(self._folder, name, bank)
+            if name == CONCEPTS and self._writes_apart:
+                self.written = bank.W_write * self._scale
             self._units[name] = normalisation.fold(bank.weights(), self._mean, self._scale)
             while len(self._units) > _KEPT:
                 self._units.popitem(last=False)

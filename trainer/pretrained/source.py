@@ -43,7 +43,8 @@ class Source(ABC):
 
     facts: see Facts. width: D. slots: S. top_k: k of a dictionary that keeps the k largest pre-activations of a row
     and has no threshold; None: what is active is decided slot by slot. k: mean active slots of a row as the source
-    states it, None where it does not.
+    states it, None where it does not. written: what an activation of 1 of the first m slots writes where they are
+    steered, [m, D] raw, None: their decoder rows.
     """
 
     facts: Facts
@@ -51,6 +52,7 @@ class Source(ABC):
     slots: int
     top_k: int | None = None
     k: float | None = None
+    written: Tensor | None = None
 
     @abstractmethod
     def bank(self, begin: int, end: int) -> BankWeights:
@@ -106,16 +108,16 @@ class StoredSource(Source):
         for name, shapes in wanted.items():
             if name and store.shape(name) not in shapes:
                 raise DataError(f"{store.path}: {name} has shape {store.shape(name)}, not {shapes[0]}")
-        self._b_dec = _finite(store.whole(layout.b_dec), store, layout.b_dec)
+        self._b_dec = finite(store.whole(layout.b_dec), store, layout.b_dec)
 
     def bank(self, begin: int, end: int) -> BankWeights:
         store, layout = self._store, self._layout
         W_enc = store.columns(layout.W_enc, begin, end).T if layout.encoder_columns else None
-        W_enc = _finite(store.rows(layout.W_enc, begin, end) if W_enc is None else W_enc, store, layout.W_enc)
-        W_dec = _finite(store.rows(layout.W_dec, begin, end), store, layout.W_dec)
+        W_enc = finite(store.rows(layout.W_enc, begin, end) if W_enc is None else W_enc, store, layout.W_enc)
+        W_dec = finite(store.rows(layout.W_dec, begin, end), store, layout.W_dec)
         b_enc = torch.zeros(end - begin)
         if layout.b_enc:
-            b_enc = _finite(store.rows(layout.b_enc, begin, end), store, layout.b_enc)
+            b_enc = finite(store.rows(layout.b_enc, begin, end), store, layout.b_enc)
         threshold = self._threshold(begin, end)
         if layout.subtracts_b_dec:
             b_enc = (b_enc.double() - W_enc.double() @ self._b_dec.double()).float()
@@ -134,7 +136,7 @@ class StoredSource(Source):
             return None
         one = store.shape(name) != (self.slots,)
         found = store.whole(name).reshape(-1).expand(end - begin) if one else store.rows(name, begin, end)
-        found = _finite(found.exp() if self._layout.log_threshold else found, store, name)
+        found = finite(found.exp() if self._layout.log_threshold else found, store, name)
         # z = relu(pre) where pre > threshold: one below 0 says nothing.
         return found.clamp_min(0.0).contiguous()
 
@@ -142,7 +144,7 @@ class StoredSource(Source):
         return self._b_dec / self._layout.factor
 
 
-def _finite(tensor: Tensor, store: TensorStore, name: str) -> Tensor:
+def finite(tensor: Tensor, store: TensorStore, name: str) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise DataError(f"{store.path}: {name} holds NaN or infinity; fetch it again, or ask who trained it")
     return tensor

@@ -20,7 +20,6 @@ from trainer.pretrained.formats import FOLDERS
 from trainer.pretrained.locate import open_source
 from trainer.pretrained.own import facts_of
 from trainer.pretrained.source import Facts, Source
-from trainer.stream import Manifest
 from trainer.stream.location import is_remote, local_path
 
 
@@ -116,18 +115,9 @@ def read_trained(path: str | Path) -> Trained:
     dictionary, manifest = checkpoint.load_dictionary(folder)
     facts = facts_of(checkpoint.read_state(folder), manifest, str(path))
     facts.concepts = dictionary.concept_names
-    facts.training["token_position"] = token_position(manifest)
+    stated = manifest.extra.get("token_position")  # which `alignsae extract` writes
+    facts.training["token_position"] = stated if isinstance(stated, str) else ""
     return Trained(dictionary, facts)
-
-
-def token_position(manifest: Manifest) -> str:
-    """At which token of a text the rows were taken: what the manifest says, or what `alignsae extract` does; "" for
-    unknown."""
-    stated = manifest.extra.get("token_position")
-    if isinstance(stated, str):
-        return stated
-    # Of prompts alone come labels, and the model's weights are in the manifest of every extraction of ours.
-    return "last prompt token" if "weights" in manifest.extra and manifest.concepts else ""
 
 
 def _whole(source: Source) -> ConceptDictionary:
@@ -140,6 +130,7 @@ def _whole(source: Source) -> ConceptDictionary:
     if source.bank(0, 1).threshold is not None:
         chosen.gate = "jumprelu"
     dictionary = ConceptDictionary(chosen.form(source.width), on_unit=partial(_fill, source, chosen.bank_slots))
+    dictionary.written = source.written
     return dictionary.eval().requires_grad_(False)
 
 

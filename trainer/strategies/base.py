@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from trainer.losses import LossWeights
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import OptimConfig
+from trainer.sums import MicroBatch
 from trainer.topology import Topology
 
 
@@ -56,10 +57,12 @@ class Strategy(ABC):
         ranks."""
 
     @abstractmethod
-    def update(self, lr: float, clip: float) -> float:
+    def update(self, lr: float, clip: float, allowed: Tensor) -> tuple[Tensor, Tensor]:
         """Clip by the global norm (0 = off), step, clear gradients.
 
-        Returns the norm before clipping; a norm that is not finite updates nothing.
+        allowed: whether to, a scalar bool. Returns the norm before clipping, a scalar fp64, and whether weights were
+        updated, a scalar bool: where it was allowed and the norm is finite. The norm of a step that was not allowed may
+        be nan.
         """
 
     @abstractmethod
@@ -101,8 +104,9 @@ class Strategy(ABC):
 
 
 def on_host(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """A copy in host memory that no later step changes; in the memory of `into` where that is given."""
-    return tensor.detach().to("cpu", copy=True) if into is None else into.copy_(tensor.detach())
+    """A copy in host memory that no later step changes; in the memory of `into` where that is given, and there once a
+    device has come to a late.Mark that is set after this call."""
+    return tensor.detach().to("cpu", copy=True) if into is None else into.copy_(tensor.detach(), non_blocking=True)
 
 
 def owned_banks(banks: int, topology: Topology) -> list[int]:

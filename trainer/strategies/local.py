@@ -6,6 +6,7 @@ dictionary ranks replicate get the same gradient on each of them, since the part
 the loss.
 """
 
+import math
 import warnings
 from contextlib import nullcontext
 
@@ -15,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainer.dictionary import bank_number
 from trainer.losses import LossWeights
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer, square_norm
 from trainer.strategies.base import Strategy, UnitState, on_host
+from trainer.sums import MicroBatch
 from trainer.topology import Topology
 
 
@@ -34,6 +36,7 @@ class LocalStrategy(Strategy):
         self.optimizer = build_optimizer(learning, optim)
         for parameter in learning:
             self.optimizer.make_state(parameter, updates)
+        self._one = torch.ones((), device=self.topology.device)
         self.engine: nn.Module = objective
         if self.topology.data_world > 1:
             # Its replacement is not there yet: buffers would still be sent around at the start.
@@ -68,29 +71,38 @@ class LocalStrategy(Strategy):
     def backward(self, loss: Tensor, last: bool) -> None:
         wait = self.engine.no_sync() if isinstance(self.engine, DistributedDataParallel) and not last else nullcontext()
         with wait:
-            loss.backward()
+            loss.backward(self._one)
 
-    def update(self, lr: float, clip: float) -> float:
-        norm = self._global_norm()
-        if not torch.isfinite(norm):
-            self.discard()
-            return float(norm)
+    def update(self, lr: float, clip: float, allowed: Tensor) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step(grad_scale=min(1.0, clip / (float(norm) + 1e-6)) if clip > 0 else 1.0)
+        if self.topology.lag:  # nothing may wait for the device: it decides
+            norm = self._global_norm()
+            made = allowed & (norm < math.inf)
+            divisor = self._one
+            if clip > 0:
+                divisor = torch.add(norm, 1e-6, out=torch.empty_like(self._one)).div_(clip).clamp_min_(1.0)
+            self.optimizer.step_where(made, divisor)
+        else:
+            norm = self._global_norm() if allowed else torch.tensor(math.nan, dtype=torch.float64)
+            made = torch.isfinite(norm)
+            if made:
+                self.optimizer.step(grad_scale=min(1.0, clip / (float(norm) + 1e-6)) if clip > 0 else 1.0)
         self.discard()
-        return float(norm)
+        return norm, made
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of the whole dictionary, replicated ones counted once."""
-        dictionary = self.objective.dictionary
+        dictionary, wait = self.objective.dictionary, not self.topology.lag
         own = [p.grad for bank in dictionary.free_banks() for p in bank.parameters() if p.grad is not None]
         shared = [p.grad for u in dictionary.shared_units().values() for p in u.parameters() if p.grad is not None]
-        square = self.topology.sum_over_dictionary(square_norm(own))
-        return (square + square_norm(shared)).sqrt().float()
+        if self.topology.dictionary_group is None:
+            return square_norm([*own, *shared], wait).sqrt()
+        square = self.topology.sum_over_dictionary(square_norm(own, wait))
+        return (square + square_norm(shared, wait)).sqrt()
 
     def read(self, unit: str, *, everywhere: bool = False, into: UnitState | None = None) -> UnitState | None:
         if not self.holds(unit) or not (everywhere or self._saves(unit)):

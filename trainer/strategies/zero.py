@@ -5,6 +5,7 @@ Banks are modules that own their parameters, so stage 3 gathers them one by one;
 """
 
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from trainer import private
 from trainer.losses import LossWeights
-from trainer.objective import AlignObjective, MicroBatch
+from trainer.objective import AlignObjective
 from trainer.optimizer import MOMENTS, OptimConfig, build_optimizer
 from trainer.strategies.base import Strategy, UnitState, on_host
 from trainer.strategies.deepspeed_settings import engine_config, offloads, read_tuning, sharding_config
 from trainer.strategies.layout import Layout
+from trainer.sums import MicroBatch
 from trainer.topology import Topology
 
 
@@ -54,6 +56,7 @@ class ZeroStrategy(Strategy):
         from accelerate import Accelerator, DeepSpeedPlugin
 
         self.objective = objective
+        objective.whole = self.stage < 3
         dictionary = objective.dictionary
         self._units = dictionary.units()
         config = engine_config(self.stage, self.offload, self._tuning, dictionary.form, optim.accumulate)
@@ -95,7 +98,17 @@ class ZeroStrategy(Strategy):
         self.engine.backward(loss, scale_wrt_gas=False)  # the objective scales by the global batch already
         self._pending = last
 
-    def update(self, lr: float, clip: float) -> float:
+    def update(self, lr: float, clip: float, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        # DeepSpeed's own step waits for the norm on the host, so nothing is lost by asking here.
+        norm = math.nan
+        if allowed:
+            norm = self._step(lr, clip)
+        else:
+            self.discard()
+        found = torch.as_tensor(norm, dtype=torch.float64, device=self.topology.device)
+        return found, torch.isfinite(found)
+
+    def _step(self, lr: float, clip: float) -> float:
         self.engine.optimizer.clip_grad = clip
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
@@ -107,7 +120,7 @@ class ZeroStrategy(Strategy):
         if not self._pending:
             return
         self._dropping = True
-        self.update(0.0, 0.0)
+        self._step(0.0, 0.0)
         self._dropping = False
 
     def _drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

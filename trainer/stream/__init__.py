@@ -2,7 +2,8 @@
 
 from trainer.stream.config import DataConfig, SourceConfig
 from trainer.stream.digest import RowDigest, step_digest
-from trainer.stream.manifest import Block, Manifest, Shard, ShardSpec
+from trainer.stream.live import ComputedRows, Computer, LiveConfig
+from trainer.stream.manifest import Block, ComputedBlock, Manifest, Shard, ShardSpec
 from trainer.stream.mix import lane_rows
 from trainer.stream.mixture import Mixture, Stretch
 from trainer.stream.plan import Order, Plan, lanes_of_rank
@@ -14,7 +15,11 @@ __all__ = [
     "SINGLE",
     "Batch",
     "Block",
+    "ComputedBlock",
+    "ComputedRows",
+    "Computer",
     "DataConfig",
+    "LiveConfig",
     "Manifest",
     "Mixture",
     "Order",

@@ -36,6 +36,11 @@ class Deadline:
         self._end = self._began + seconds
         self._said = False
 
+    @property
+    def given_up(self) -> bool:
+        """Whether `stop` is set."""
+        return self._stop.is_set()
+
     def left(self) -> float:
         """Seconds that are left, at least 0."""
         return 0.0 if self._stop.is_set() else max(0.0, self._end - time.monotonic())

@@ -5,7 +5,6 @@ The digest of the manifest identifies the data set: the epoch order is derived f
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,11 @@ import numpy as np
 from msgspec import Meta
 
 from trainer.errors import DataError, UserError
-from trainer.files import checked, parse_json, read_regular, whole, write_atomically, wrong
+from trainer.files import checked, parse_json, whole, write_atomically, wrong
 from trainer.labels import MOST_PER_ROW
 from trainer.redact import redact
 from trainer.stream.location import is_remote, local_path
+from trainer.stream.names import KEY
 from trainer.stream.remote import read_file
 
 SCHEMA = 1
@@ -34,12 +34,11 @@ MAX_BYTES = 1 << 48
 MAX_NAME = 1000  # characters of a concept's or answer's name: tables and pages show them
 MAX_PAYLOAD = (1 << 33) - 1  # bytes of a tar member: eleven octal digits
 _LEAST_HEADER = 64  # bytes of an npy file that are no numbers, at least
-_KEY = r"[A-Za-z0-9_][A-Za-z0-9_\-]{0,79}"
 _FP32 = np.finfo(np.float32)
 
 # Keys are webdataset sample keys, which end at the first dot; names are files of the shard folder itself.
 Key = Annotated[
-    str, Meta(pattern=rf"\A{_KEY}\Z", extra=wrong("key {value} of {field} is not of letters, digits, _ and -"))
+    str, Meta(pattern=rf"\A{KEY}\Z", extra=wrong("key {value} of {field} is not of letters, digits, _ and -"))
 ]
 ShardName = Annotated[
     str,
@@ -129,6 +128,14 @@ class Shard:
             end = block.offset + block.bytes
 
 
+@dataclass(frozen=True)
+class ComputedBlock:
+    """`rows` consecutive rows that no shard holds: they are computed when they are asked for (stream/live.py)."""
+
+    key: Key
+    rows: Rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardSpec:
     """What is known of a split before its rows are.
@@ -168,7 +175,8 @@ class ShardSpec:
 class Manifest(ShardSpec):
     """Everything about one split that a reader must know.
 
-    mean [D] and scale: x = (h - mean) / scale has mean squared norm 1. rows: of all blocks of all shards.
+    mean [D] and scale: x = (h - mean) / scale has mean squared norm 1. rows: of all blocks of all shards, or of
+    `computed`, the blocks of a data set without shards.
     concepts_per_row: M, the most concepts that a row can list. median_norm: of raw rows, to some percent, if measured.
     """
 
@@ -178,6 +186,7 @@ class Manifest(ShardSpec):
     shards: tuple[Shard, ...]
     concepts_per_row: Annotated[int, whole(1, MOST_PER_ROW)] = 1
     median_norm: MedianNorm | None = None
+    computed: tuple[ComputedBlock, ...] = ()
     schema: int = SCHEMA
 
     def check(self) -> None:
@@ -189,7 +198,9 @@ class Manifest(ShardSpec):
             raise ValueError("two shards have the same name")
         for shard in self.shards:
             shard.check(self.row_bytes)
-        rows = sum(block.rows for shard in self.shards for block in shard.blocks)
+        if self.shards and self.computed:
+            raise ValueError("blocks are in shards or are computed, not both")
+        rows = int(self.block_rows.sum())
         if rows < 1:
             raise ValueError("no shard holds any row")
         if self.rows != rows:
@@ -199,13 +210,24 @@ class Manifest(ShardSpec):
         """The norm that is `multiple` times the median (data.max_norm); None where that bounds nothing."""
         return multiple * self.median_norm if multiple and self.median_norm is not None else None
 
+    def require_shards(self, where: str) -> None:
+        """Raise UserError for a manifest of rows that are computed."""
+        if self.computed:
+            raise UserError(
+                f"{where} is the manifest of rows that are computed, not of shards; name it in data.live.manifest, or "
+                "`alignsae extract` them"
+            )
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
         return self._canonical(set() if self.median_norm is not None else {"median_norm"})
 
     def _canonical(self, left_out: set[str]) -> str:
-        if self.concepts_per_row == 1:  # the digest of a data set must not depend on who knows this field
+        # The digest of a data set must not depend on who knows these fields.
+        if self.concepts_per_row == 1:
             left_out = {*left_out, "concepts_per_row"}
+        if not self.computed:
+            left_out = {*left_out, "computed"}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return json.dumps(own, default=vars, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -216,13 +238,18 @@ class Manifest(ShardSpec):
 
     @cached_property
     def blocks(self) -> list[tuple[int, Block]]:
-        """(shard index, block) of every block in row order."""
+        """(shard index, block) of every block of shards in row order."""
         return [(s, block) for s, shard in enumerate(self.shards) for block in shard.blocks]
 
     @cached_property
     def block_rows(self) -> np.ndarray:
         """Rows per block, int64 [blocks]."""
-        return np.array([block.rows for _, block in self.blocks], dtype=np.int64)
+        return np.array([block.rows for block in self.computed or [block for _, block in self.blocks]], dtype=np.int64)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of every block in row order."""
+        return [block.key for block in self.computed or [block for _, block in self.blocks]]
 
     def save(self, folder: str | Path) -> Path:
         """Write manifest.json into `folder` atomically and return its path."""
@@ -273,22 +300,3 @@ def _read(payload: bytes, where: str) -> Manifest:
     except RecursionError:
         raise ValueError("not valid JSON (field 'extra' is nested too deep)") from None
     return manifest
-
-
-def read_names(path: Path) -> list[str]:
-    """Label names in label order from a JSON list or a text file with one name per line; raises UserError."""
-    try:
-        text = read_regular(path).decode()
-        names = parse_json(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as names ({error})") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"{path}: must hold one name per line, or a JSON list of names")
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: repeats a name")
-    return names
-
-
-def valid_key(key: str) -> bool:
-    """Whether a sample key is safe to show, to store and to hand to webdataset (no dots, no separators)."""
-    return re.fullmatch(_KEY, key) is not None

@@ -16,7 +16,6 @@ from trainer.stream.config import DataConfig
 from trainer.stream.manifest import STORED_DTYPES, Manifest
 from trainer.stream.plan import Order
 from trainer.stream.shards import TORCH_DTYPES, from_stored
-from trainer.stream.source import BlockSource
 from trainer.stream.sources import SINGLE, Sources
 from trainer.stream.windows import COLUMNS, Windows
 
@@ -47,9 +46,16 @@ class Batch:
         """The batch in page-locked memory (CUDA only); what is there already is not copied."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+    def kept(self) -> "Batch":
+        """The batch without its masked rows; in page-locked memory where this one is."""
+        if bool(self.valid.all()):
+            return self
+        left = self._each(lambda tensor: tensor[self.valid])
+        return left.pin() if self.acts.is_pinned() else left
+
+    def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._each(lambda tensor: tensor.to(device))
 
 
 class _Buffers:
@@ -101,7 +107,7 @@ class Stream:
         self._queue: deque[Future[Batch]] = deque()
         self._readers = ThreadPoolExecutor(config.threads, "reader") if config.threads else None
         self._openers = ThreadPoolExecutor(config.threads, "opener") if config.threads else None
-        self.sources = [BlockSource(config.of(name), manifest) for name, manifest in data.manifests.items()]
+        self.sources = [data.open(name, config) for name in data.manifests]
         self._windows = [
             Windows(source, data, number, plan, len(lanes), self._openers) for number, source in enumerate(self.sources)
         ]

@@ -11,7 +11,8 @@ import numpy as np
 from trainer.errors import DataError
 from trainer.stream import npy
 from trainer.stream.blocks import TOKEN, map_file, nonfinite_rows, open_block
-from trainer.stream.manifest import FILE_NAME, STORED_DTYPES, Block, Manifest, Shard, valid_key
+from trainer.stream.manifest import FILE_NAME, STORED_DTYPES, Block, Manifest, Shard
+from trainer.stream.names import valid_key
 from trainer.stream.tar import Sample, samples
 
 SUFFIXES = {"acts": "acts.npy", "concept": "concept.npy", "answer": "answer.npy"}

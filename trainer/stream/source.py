@@ -1,9 +1,7 @@
-"""Blocks of rows as arrays: memory-mapped, checked once per file, masked when damaged within a budget."""
+"""Blocks of rows as arrays: checked once per file, masked when damaged within a budget."""
 
 import logging
 import threading
-import zlib
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -11,81 +9,34 @@ import numpy as np
 
 from trainer.errors import DataError
 from trainer.labels import UNKNOWN
-from trainer.redact import redact
 from trainer.stream.attempts import Deadline, Final, Unreachable, retried
-from trainer.stream.blocks import (
-    BlockRows,
-    FileIdentity,
-    check_extent,
-    map_identified,
-    nonfinite_rows,
-    open_block,
-    origin_of,
-)
-from trainer.stream.cache import RemoteExtents
+from trainer.stream.blocks import BlockRows, FileIdentity, nonfinite_rows
 from trainer.stream.config import DataConfig
-from trainer.stream.location import check_allowed, is_remote, join, local_path
-from trainer.stream.manifest import Block, Manifest
+from trainer.stream.manifest import Manifest
 from trainer.stream.shards import row_norms, to_stored
+from trainer.stream.stored import StoredBlocks
 
 log = logging.getLogger(__name__)
-_MAPS = 128  # shards mapped at a time; a map holds a file descriptor
 
 
-class Extents(Protocol):
-    """Where the bytes of a block come from."""
+class Blocks(Protocol):
+    """Where the blocks of a data set come from. Thread-safe. side_by_side: how many it is worth to open at once."""
 
-    def read(self, shard: int, block: Block, deadline: Deadline, fresh: bool) -> tuple[np.ndarray, FileIdentity]:
-        """uint8 [block.bytes], and which file they are of; `fresh` drops whatever copy was read before.
+    side_by_side: int
 
+    def open(
+        self, index: int, deadline: Deadline, fresh: bool, checked: FileIdentity | None
+    ) -> tuple[BlockRows, FileIdentity]:
+        """The rows of a block, and which file they are of.
+
+        fresh drops whatever copy was read before. checked: the file of which the block was found whole before.
         Raises DataError when it cannot.
         """
         ...
 
+    def origin(self, index: int, deadline: Deadline) -> np.ndarray | None: ...
+    def where(self, index: int) -> str: ...
     def close(self) -> None: ...
-
-
-class LocalExtents:
-    """Blocks of local shards by memory map.
-
-    Shards that are missing or of another size than the manifest says are reported at once: as DataError when `strict`,
-    else as warnings, and then their blocks fail one by one when they are read.
-    """
-
-    def __init__(self, manifest: Manifest, folder: str, strict: bool):
-        self.manifest, self.folder = manifest, local_path(folder)
-        self._maps: OrderedDict[int, tuple[np.ndarray, FileIdentity]] = OrderedDict()
-        self._lock = threading.Lock()
-        for shard in manifest.shards:
-            path = self.folder / shard.name
-            try:
-                size = path.stat().st_size
-                problem = "" if size == shard.bytes else f"has {size} bytes, the manifest says {shard.bytes}"
-            except OSError as error:
-                problem = f"cannot be read ({error.strerror})"
-            if problem and strict:
-                raise DataError(f"{path}: {problem}; restore it, or allow damage with data.quarantine_budget")
-            if problem:
-                log.warning("%s: %s", path, problem)
-
-    def read(self, shard: int, block: Block, deadline: Deadline, fresh: bool) -> tuple[np.ndarray, FileIdentity]:
-        with self._lock:
-            if fresh:
-                self._maps.pop(shard, None)
-            mapped = self._maps.get(shard)
-            if mapped is None:
-                mapped = self._maps[shard] = map_identified(self.folder / self.manifest.shards[shard].name)
-                while len(self._maps) > _MAPS:
-                    self._maps.popitem(last=False)
-            else:
-                self._maps.move_to_end(shard)
-        data, identity = mapped
-        if len(data) < block.offset + block.bytes:
-            raise DataError(f"shard is truncated at byte {len(data)}")
-        return data[block.offset : block.offset + block.bytes], identity
-
-    def close(self) -> None:
-        self._maps.clear()
 
 
 class _Checked(NamedTuple):
@@ -103,23 +54,11 @@ class BlockSource:
     block and byte.
     """
 
-    def __init__(self, config: DataConfig, manifest: Manifest):
+    def __init__(self, config: DataConfig, manifest: Manifest, blocks: Blocks | None = None):
         self.config, self.manifest = config, manifest
-        for index, (_, block) in enumerate(manifest.blocks):
-            try:
-                check_extent(block, manifest.width, manifest.dtype)
-            except DataError as error:
-                raise DataError(
-                    f"{self.where(index)} {error}; write the manifest again with `alignsae index`"
-                ) from None
-        self.extents: Extents
-        self._downloaders: ThreadPoolExecutor | None = None
-        if is_remote(config.shards):
-            check_allowed(config.shards, config.allow_pipe)
-            self.extents = RemoteExtents(manifest, config)
-            self._downloaders = ThreadPoolExecutor(config.download_threads, "download")
-        else:
-            self.extents = LocalExtents(manifest, config.shards, strict=not config.quarantine_budget)
+        self.blocks: Blocks = StoredBlocks(config, manifest) if blocks is None else blocks
+        side_by_side = self.blocks.side_by_side
+        self._downloaders = ThreadPoolExecutor(side_by_side, "download") if side_by_side else None
         self.quarantined: set[int] = set()
         self.nonfinite_rows = 0
         self.reread = 0
@@ -133,15 +72,14 @@ class BlockSource:
 
     def rows(self, index: int) -> BlockRows:
         """The block with that number in manifest order."""
-        shard, block = self.manifest.blocks[index]
         if index in self.quarantined:
-            return self._masked(block)
+            return self._masked(index)
         damaged = False
 
         def attempt(deadline: Deadline) -> BlockRows:
             nonlocal damaged
             try:
-                return self._read(index, shard, block, deadline, fresh=damaged)
+                return self._read(index, deadline, fresh=damaged)
             except (Unreachable, Final):
                 raise
             except DataError:
@@ -157,14 +95,12 @@ class BlockSource:
         except _BudgetSpent:
             raise
         except DataError as error:
-            return self._quarantine(index, block, error)
+            return self._quarantine(index, error)
 
     def origin(self, index: int) -> np.ndarray | None:
         """Where the rows of a block come from, int32 [n, 3]: token id, document, position; None where the shard does
         not say. Raises DataError when the bytes cannot be read or are not that."""
-        shard, block = self.manifest.blocks[index]
-        data, _ = self.extents.read(shard, block, Deadline(self.config.timeout, self._stop), fresh=False)
-        return origin_of(data, block, self.where(index))
+        return self.blocks.origin(index, Deadline(self.config.timeout, self._stop))
 
     def stop(self) -> None:
         """Let reads that are waiting for a server fail soon; further ones fail at once."""
@@ -177,30 +113,22 @@ class BlockSource:
         return dict(zip(indices, self._downloaders.map(self.rows, indices), strict=True))
 
     def where(self, index: int) -> str:
-        """Shard, block and byte offset, for messages."""
-        shard, block = self.manifest.blocks[index]
-        name = redact(join(self.config.shards, self.manifest.shards[shard].name))
-        return f"{name}: block {block.key} at byte {block.offset}"
+        """Which block that is, for messages."""
+        return self.blocks.where(index)
 
     def counters(self) -> dict[str, int]:
         """Masked blocks and rows of this process so far, for the log, the checkpoint and the summary."""
-        rows = sum(self.manifest.blocks[i][1].rows for i in self.quarantined)
+        rows = sum(int(self.manifest.block_rows[i]) for i in self.quarantined)
         return {
             "quarantined_blocks": len(self.quarantined), "quarantined_rows": rows,
             "nonfinite_rows": self.nonfinite_rows, "reread_blocks": self.reread,
         }  # fmt: skip
 
-    def _read(self, index: int, shard: int, block: Block, deadline: Deadline, fresh: bool) -> BlockRows:
-        data, identity = self.extents.read(shard, block, deadline, fresh)
+    def _read(self, index: int, deadline: Deadline, fresh: bool) -> BlockRows:
         known = self._checked.get(index)
-        unchecked = self.config.check and (known is None or known.identity != identity)
-        if unchecked and zlib.crc32(data.data) != block.crc32:
-            raise DataError("bytes do not match crc32")
-        manifest = self.manifest
-        sizes = (manifest.width, manifest.dtype, len(manifest.concepts), len(manifest.answers))
-        rows = open_block(data, block, *sizes, manifest.concepts_per_row)
-        if unchecked:
-            self._note(index, identity, nonfinite_rows(rows.acts, manifest.dtype))
+        rows, identity = self.blocks.open(index, deadline, fresh, None if known is None else known.identity)
+        if self.config.check and (known is None or known.identity != identity):
+            self._note(index, identity, nonfinite_rows(rows.acts, self.manifest.dtype))
         known = self._checked.get(index)
         if known is not None and known.bad is not None:
             bad = known.bad
@@ -244,7 +172,7 @@ class BlockSource:
             )
         log.warning("%s; masked", message)
 
-    def _quarantine(self, index: int, block: Block, problem: DataError) -> BlockRows:
+    def _quarantine(self, index: int, problem: DataError) -> BlockRows:
         message = f"{self.where(index)}: {problem}"
         unreachable = isinstance(problem, Unreachable)
         with self._lock:
@@ -264,14 +192,15 @@ class BlockSource:
                 f"{message}; {count} damaged blocks exceed data.quarantine_budget={self.config.quarantine_budget}, "
                 "restore the shard (`alignsae verify` lists all damage) or raise the budget"
             ) from None
-        log.warning("%s; its %d rows are masked", message, block.rows)
-        return self._masked(block)
+        log.warning("%s; its %d rows are masked", message, self.manifest.block_rows[index])
+        return self._masked(index)
 
-    def _masked(self, block: Block) -> BlockRows:
-        none = np.full(block.rows, -1, dtype=np.int32)
-        unknown = np.full((block.rows, 1), UNKNOWN, dtype=np.int32)
-        acts = np.broadcast_to(self.mean, (block.rows, self.manifest.width))
-        no = np.zeros(block.rows, dtype=bool)
+    def _masked(self, index: int) -> BlockRows:
+        rows = int(self.manifest.block_rows[index])
+        none = np.full(rows, -1, dtype=np.int32)
+        unknown = np.full((rows, 1), UNKNOWN, dtype=np.int32)
+        acts = np.broadcast_to(self.mean, (rows, self.manifest.width))
+        no = np.zeros(rows, dtype=bool)
         return BlockRows(np.ascontiguousarray(acts), unknown, none, no, no)
 
     def close(self) -> None:
@@ -279,7 +208,7 @@ class BlockSource:
         self.stop()
         if self._downloaders is not None:
             self._downloaders.shutdown(wait=True, cancel_futures=True)
-        self.extents.close()
+        self.blocks.close()
 
 
 class _BudgetSpent(Final):

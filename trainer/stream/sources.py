@@ -9,33 +9,49 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.labels import NONE, UNKNOWN
 from trainer.stream.config import DataConfig
+from trainer.stream.live import Computer, LiveBlocks
 from trainer.stream.manifest import Manifest
+from trainer.stream.source import BlockSource
 
 SINGLE = ""  # name of the one data set of data.shards
 _RESERVED = (NONE, UNKNOWN)  # of trainer.labels, -2 and -1: they index the end of a map
 
 
-def load_manifests(data: DataConfig) -> dict[str, Manifest]:
+def load_manifests(data: DataConfig, computed: Mapping[str, Manifest] | None = None) -> dict[str, Manifest]:
     """The manifest of each data set by name, in the order of the configuration.
 
+    computed: those of live sources; without them the ones that data.live.manifest names.
     Raises DataError when one is missing, foreign or inconsistent.
     """
-    settings = {name: data.of(name) for name in data.sources} or {SINGLE: data}
-    return {
-        name: Manifest.load(one.shards, allow_pipe=one.allow_pipe, retries=one.retries, timeout=one.timeout)
-        for name, one in settings.items()
-    }
+    found = {}
+    for name, one in ({name: data.of(name) for name in data.sources} or {SINGLE: data}).items():
+        if one.live and computed is not None:
+            found[name] = computed[name]
+            continue
+        location = one.live.manifest if one.live else one.shards
+        if not location:
+            key = f"data.sources.{name}.live" if name else "data.live"
+            raise UserError(f"{key} has no manifest before its run begins; name that of a run in {key}.manifest")
+        found[name] = Manifest.load(location, allow_pipe=one.allow_pipe, retries=one.retries, timeout=one.timeout)
+    return found
 
 
 class Sources:
     """What the rows of several data sets have in common.
 
-    manifests: by name. first: name of the source whose normalisation the dictionary has; None: the first.
-    Raises UserError unless widths, dtypes, models and hook points agree; `prefix` stands before names there.
+    manifests: by name. first: name of the source whose normalisation the dictionary has; None: the first. computers:
+    of live sources, by name. Raises UserError unless widths, dtypes, models and hook points agree; `prefix` stands
+    before names there.
     """
 
-    def __init__(self, manifests: Mapping[str, Manifest], first: str | None = None, prefix: str = ""):
-        self.manifests = dict(manifests)
+    def __init__(
+        self,
+        manifests: Mapping[str, Manifest],
+        first: str | None = None,
+        prefix: str = "",
+        computers: Mapping[str, Computer] | None = None,
+    ):
+        self.manifests, self.computers = dict(manifests), dict(computers or {})
         self._first = next(iter(manifests)) if first is None else first
         base = self.manifests[self._first]
         for name, manifest in self.manifests.items():
@@ -66,6 +82,16 @@ class Sources:
     def first_rows(self) -> list[int]:
         """Id of the first row of each source: ids count on from one to the next."""
         return np.cumsum([0, *(manifest.rows for manifest in self.manifests.values())])[:-1].tolist()
+
+    def open(self, name: str, config: DataConfig) -> BlockSource:
+        """The blocks of a source. config: of all."""
+        manifest, computer = self.manifests[name], self.computers.get(name)
+        return BlockSource(config.of(name), manifest, LiveBlocks(manifest, computer) if computer else None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that models of this process have read for live sources so far."""
+        return sum(computer.tokens for computer in self.computers.values())
 
     @property
     def rows(self) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.files import read_json, write_json
+from trainer.redact import redact
 from trainer.run_folder import RunFolder
 from trainer.tracking.config import TrackingConfig, shown
 
@@ -68,6 +69,12 @@ class Description:
         return read_json(path, cls, "remove it to have the run entered anew") if path.exists() else None
 
 
+def kept_uri(run_dir: Path) -> str | None:
+    """The store that a run was tracked in, as its configuration named it; None is the default one."""
+    description = Description.load(run_dir)
+    return None if description is None else description.uri
+
+
 def describe(
     run_dir: Path,
     config: TrackingConfig,
@@ -77,7 +84,7 @@ def describe(
 ) -> Description:
     """The description of a run that starts, without the credentials of `tracking.uri` and of the inputs' sources."""
     uri = config.redacted().uri
-    texts = {key: str(value)[:MAX_PARAM] for key, value in params.items()}
+    texts = {key: redact(str(value))[:MAX_PARAM] for key, value in params.items()}
     if "tracking.uri" in texts:
         texts["tracking.uri"] = str(uri)
     return Description(

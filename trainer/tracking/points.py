@@ -56,6 +56,15 @@ class Backlog:
         self._offset = self._end
 
 
+def last_step(path: Path) -> int:
+    """The last step of a metrics.jsonl, 0 where it has none."""
+    backlog, step = Backlog(path), 0
+    while points := backlog.next():
+        step = points[-1].step
+        backlog.accept()
+    return step
+
+
 def point_of(line: dict[str, object], milliseconds: int) -> Point:
     """The point of a line of metrics.jsonl; `milliseconds` where the line has no time.
 

@@ -53,20 +53,20 @@ class StoredRun:
     """
 
     def __init__(self, run_dir: Path, uri: str | None, description: Description, *, training: bool):
-        self._client = connect(uri, run_dir)
+        self.client = connect(uri, run_dir)
         found = self._find(run_dir)
         if found is None:
             experiment = self._experiment(description.experiment, run_dir, store_uri(uri, run_dir))
             tags = {**description.tags, RUN_KEY: description.key}
-            same = self._client.search_runs([experiment], f"tags.{RUN_KEY} = '{description.key}'", max_results=1)
-            found = next(iter(same), None) or self._client.create_run(
+            same = self.client.search_runs([experiment], f"tags.{RUN_KEY} = '{description.key}'", max_results=1)
+            found = next(iter(same), None) or self.client.create_run(
                 experiment, description.start_time, tags, description.run_name
             )
             with suppress(OSError):  # a full disk: the key finds the run
                 RunFolder(run_dir).mlflow_run_id.write_text(found.info.run_id + "\n")
         self.run_id = found.info.run_id
         if training and found.info.status != "RUNNING":
-            self._client.update_run(self.run_id, status="RUNNING")
+            self.client.update_run(self.run_id, status="RUNNING")
         self._describe(found, description)
         self._known = self._steps(found.data.metrics)
 
@@ -78,7 +78,7 @@ class StoredRun:
         if not run_file.exists():
             return None
         try:
-            found = self._client.get_run(run_file.read_text().strip())
+            found = self.client.get_run(run_file.read_text().strip())
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -87,11 +87,11 @@ class StoredRun:
 
     def _experiment(self, name: str, run_dir: Path, uri: str) -> str:
         """Id of the experiment; a new one of a local database has its files beside it, not in the working folder."""
-        found = self._client.get_experiment_by_name(name)
+        found = self.client.get_experiment_by_name(name)
         if found is not None:
             return found.experiment_id
         folder = (run_dir.resolve().parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-        return self._client.create_experiment(name, artifact_location=folder)
+        return self.client.create_experiment(name, artifact_location=folder)
 
     def _describe(self, found: Any, description: Description) -> None:
         """Add params that are missing (MLflow changes none), tags that differ, and the inputs."""
@@ -100,11 +100,11 @@ class StoredRun:
         params = [Param(k, v) for k, v in description.params.items() if k not in found.data.params]
         tags = [RunTag(k, v) for k, v in description.tags.items() if found.data.tags.get(k) != v]
         for i in range(0, max(len(params), len(tags)), MAX_ITEMS):
-            self._client.log_batch(
+            self.client.log_batch(
                 self.run_id, params=params[i : i + MAX_ITEMS], tags=tags[i : i + MAX_ITEMS], synchronous=True
             )
         if description.inputs:
-            self._client.log_inputs(self.run_id, datasets=[_dataset(item) for item in description.inputs])
+            self.client.log_inputs(self.run_id, datasets=[_dataset(item) for item in description.inputs])
 
     def _steps(self, keys: Sequence[str]) -> dict[str, frozenset[int]]:
         """Metric -> steps that the store has; equal sets are one, since most metrics share their steps."""
@@ -112,7 +112,7 @@ class StoredRun:
         known = {}
         for key in keys:
             if not key.startswith("system/"):
-                steps = frozenset(metric.step for metric in self._client.get_metric_history(self.run_id, key))
+                steps = frozenset(metric.step for metric in self.client.get_metric_history(self.run_id, key))
                 known[key] = sets.setdefault(steps, steps)
         return known
 
@@ -127,18 +127,33 @@ class StoredRun:
             if point.step not in self._known.get(key, ())
         ]
         if metrics:
-            self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
+            self.client.log_batch(self.run_id, metrics=metrics, synchronous=True)
+        return len(metrics)
+
+    @staticmethod
+    def add_later(client: Any, run_id: str, points: Sequence[Point]) -> int:
+        """Log what was measured after training and is not there so far; returns how many numbers that were."""
+        from mlflow.entities import Metric
+
+        metrics = []
+        for point in points:
+            for key, value in point.values.items():
+                known = client.get_metric_history(run_id, key)
+                if not any((m.step, m.timestamp, m.value) == (point.step, point.milliseconds, value) for m in known):
+                    metrics.append(Metric(key, value, point.milliseconds, point.step))
+        if metrics:
+            client.log_batch(run_id, metrics=metrics, synchronous=True)
         return len(metrics)
 
     def artifact(self, path: Path, folder: str | None) -> None:
         """Store a file under its name, in place of an earlier one; one that is gone is left out."""
         if not path.exists():
             return
-        self._client.log_artifact(self.run_id, str(path), folder)
+        self.client.log_artifact(self.run_id, str(path), folder)
 
     def end(self, status: str, milliseconds: int | None = None) -> None:
         """Set a terminal status; to be called when all points are there. milliseconds: when it ended; None: now."""
-        self._client.set_terminated(self.run_id, status, milliseconds)
+        self.client.set_terminated(self.run_id, status, milliseconds)
 
     def system_monitor(self) -> Any:
         """MLflow's thread for figures of this machine, running, if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING asks for it."""
@@ -148,7 +163,7 @@ class StoredRun:
             return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self._client.tracking_uri)
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.client.tracking_uri)
         monitor.start()
         return monitor
 

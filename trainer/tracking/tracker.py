@@ -13,6 +13,7 @@ from trainer.journal import Journal
 from trainer.run_folder import RunFolder
 from trainer.tracking.config import OFF, TrackingConfig, reason, shown, store_uri
 from trainer.tracking.description import DatasetInput, Description, describe
+from trainer.tracking.figures import points_of
 from trainer.tracking.mirror import Mirror
 from trainer.tracking.points import Backlog, point_of
 from trainer.tracking.store import StoredRun, connect
@@ -128,6 +129,7 @@ def fill_in(run_dir: Path, uri: str | None = None) -> Filled:
         while points := backlog.next():
             numbers += run.add(points)
             backlog.accept()
+        numbers += StoredRun.add_later(run.client, run.run_id, points_of(folder))
         if ended is not None:
             run.end(ended, when)
         for path, inner in files:

@@ -1,1 +1,0 @@
-"""Parts of `alignsae extract`: what is read, and what identifies an extraction."""

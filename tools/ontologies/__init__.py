@@ -1,0 +1,1 @@
+"""Hierarchies of concepts that others made, as concepts with words."""

@@ -1,0 +1,1 @@
+"""Parts of `alignsae swap`: which prompts, which methods, what they did, the table."""

@@ -1,0 +1,114 @@
+"""The methods that are compared, by name."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer.analysis.interventions import Swap
+from trainer.analysis.rivals import (
+    Alignment,
+    Erasure,
+    Learning,
+    MeanDifference,
+    Method,
+    Slots,
+    TrainingRows,
+    best_slots,
+    fit_probe,
+    learn_basis,
+    learn_rows,
+    slot_means,
+)
+from trainer.checkpoint import load_dictionary
+from trainer.dictionary import ConceptDictionary
+from trainer.errors import UserError
+from trainer.stream import Manifest
+
+OURS, YARDSTICK = "slots", "mean_difference"
+_DAS = re.compile(r"das(?:_(\d+))?\Z")
+
+
+def dimensions(name: str, concepts: int) -> int | None:
+    """k of a rival that is called das or das_K; None for another name."""
+    found = _DAS.match(name)
+    return None if found is None else int(found[1] or concepts)
+
+
+def other_runs(
+    args: argparse.Namespace, dictionary: ConceptDictionary, trained_on: Manifest
+) -> dict[str, ConceptDictionary]:
+    """The dictionaries of --unsupervised and --beside by name. UserError for one that cannot stand beside this one."""
+    runs = [("unsupervised", args.unsupervised)] if args.unsupervised else []
+    taken = {OURS, YARDSTICK, "unsupervised", *args.rivals}
+    found: dict[str, ConceptDictionary] = {}
+    for name, run in [*runs, *args.beside]:
+        if (name, run) not in runs and (name in taken or name in found):
+            raise UserError(f"--beside {name}={run}: there is a method called {name} already")
+        other, manifest = load_dictionary(run)
+        if (other.width, manifest.hook_point) != (dictionary.width, trained_on.hook_point):
+            raise UserError(
+                f"{run} reads {manifest.hook_point} of width {other.width}, {args.run_dir} reads "
+                f"{trained_on.hook_point} of width {dictionary.width}; they cannot be compared"
+            )
+        if name != "unsupervised" and (missing := {*dictionary.concept_names} - {*other.concept_names}):
+            raise UserError(f"{run} has no slots for {', '.join(sorted(missing))}")
+        found[name] = other.to(args.device)
+    return found
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The language model that some methods learn through, and the swaps that they learn from."""
+
+    model: Any
+    tokenizer: Any
+    layer: int
+    swaps: Sequence[Swap]
+
+
+def build(
+    args: argparse.Namespace,
+    dictionary: ConceptDictionary,
+    rows: TrainingRows,
+    others: dict[str, ConceptDictionary],
+    frozen: Frozen,
+) -> dict[str, Method]:
+    """All methods, fitted on the training rows: name -> method. UserError for a subspace wider than the rows."""
+    through = (frozen.model, frozen.tokenizer, frozen.layer, frozen.swaps)
+
+    def slots_of(of: ConceptDictionary, slots: Sequence[int], *, relative: bool = False) -> Slots:
+        return Slots(of, slots, slot_means(of, rows, slots), args.mode, relative=relative)
+
+    ours = slots_of(dictionary, range(len(dictionary.concept_names)))
+    methods: dict[str, Method] = {OURS: ours, YARDSTICK: MeanDifference(rows)}
+    for name in args.rivals:
+        size = dimensions(name, len(dictionary.concept_names))
+        if name == "probe":
+            methods[name] = fit_probe(rows, args.seed)
+        elif name == "erasure":
+            methods[name] = Erasure(rows)
+        elif size is None:
+            with _learning(args, name) as learning:
+                methods[name] = ours.writing(learn_rows(*through, ours, learning))
+        elif size > rows.acts.shape[1]:
+            raise UserError(f"--rivals das_{size}: the activations have {rows.acts.shape[1]} dimensions")
+        else:
+            with _learning(args, f"das_{size}") as learning:
+                methods[f"das_{size}"] = Alignment(rows, learn_basis(*through, rows, size, learning))
+    for name, other in others.items():
+        if name == "unsupervised":
+            methods[name] = slots_of(other, best_slots(other, rows), relative=True)
+        else:
+            methods[name] = slots_of(other, [other.concept_names.index(c) for c in dictionary.concept_names])
+    return methods
+
+
+@contextmanager
+def _learning(args: argparse.Namespace, name: str) -> Iterator[Learning]:
+    with tqdm(total=args.learn_steps, desc=name, unit="step") as bar:
+        yield Learning(steps=args.learn_steps, seed=args.seed, progress=bar.update)
