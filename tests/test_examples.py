@@ -75,6 +75,24 @@ def test_relations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert not any(example.endswith(f" {row.answer}.") for example, row in zip(shown, rows, strict=True))
 
 
+def test_a_thousand_relations_share_neither_template_nor_person_with_a_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("thousand_relations.py", tmp_path / "prompts.jsonl", monkeypatch=monkeypatch)
+    assert "1000 relations, 28000 prompts" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    found = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    forms = {
+        split: {row["prompt"].replace(row["concept"], "R").replace(row["subject"], "P") for row in part}
+        for split, part in found.items()
+    }
+    persons = {split: {row["subject"] for row in part} for split, part in found.items()}
+    for parts, sizes in ((forms, (2, 1, 2)), (persons, (10, 2, 3))):
+        assert [len(parts[split]) for split in ("train", "validation", "heldout")] == list(sizes)
+        assert len(set.union(*parts.values())) == sum(sizes)
+    assert all(len({row["concept"] for row in part}) == 1000 for part in found.values())
+
+
 RECORD = '#!/bin/sh\nfor word in "${0##*/}" "$@"; do echo "$word"; done >> RECORD\necho >> RECORD\n'
 SHORT = {
     "train": ["stages.0.steps=2", "stages.1.steps=2", "dictionary.free_slots=64", "tracking.uri=off"],

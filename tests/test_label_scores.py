@@ -12,7 +12,7 @@ from tests.support.language_model import WIDTH, random_dictionary
 from trainer import labels, scores
 from trainer.analysis.binding_matrix import confusion_matrix
 from trainer.analysis.evaluation import activation_blocks, evaluate_split
-from trainer.analysis.label_scores import figures_of, probe_figures, slot_scores
+from trainer.analysis.label_scores import figures_of, reader_figures, slot_scores
 from trainer.scores import auroc, average_precision, predicted_slots
 
 SCORES = st.lists(st.integers(-3, 3), min_size=1, max_size=12).map(lambda values: torch.tensor(values).float())
@@ -118,9 +118,12 @@ def test_a_probe_is_measured_as_the_slots_are(sample):
     dictionary = random_dictionary()
     score, names = slot_scores(dictionary), dictionary.concept_names
     ours = figures_of(score, names, batches(acts, concept), unlabelled(text))
-    found = probe_figures(score, names, batches(acts, concept), unlabelled(text))
+    found = reader_figures(score, names, batches(acts, concept), unlabelled(text))
     assert found["auroc"] == ours["labels"]["auroc"] and found["auroc_against_text"] == ours["text"]["auroc"]
     assert found["mean_average_precision"] == ours["labels"]["mean_average_precision"]
     best, listed = score(acts).argmax(dim=1).tolist(), [set(row) - {-1, -2} for row in concept.tolist()]
     right = [chosen in row for chosen, row in zip(best, listed, strict=True) if row]
-    assert found["slot_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["top1"] == pytest.approx(sum(right) / len(right))
+    dictionary.concepts.b_enc.data -= 100  # all silent, in the same order
+    evaluated = evaluate_split(dictionary, batches(acts, concept), names)["binding"]
+    assert evaluated["top1"] == found["top1"] > evaluated["slot_accuracy"] == 0

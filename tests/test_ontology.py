@@ -1,11 +1,14 @@
 """Concepts from WordNet's nouns: which words a concept gets, splits, determinism, bad input."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tools.cli import main
+from tools.ontologies.wordnet import Concept
+from tools.ontology import rows
 
 # A root above two kinds of animals and a wide synset whose own word is too few; `pluto` is an instance.
 TREE = {
@@ -58,14 +61,20 @@ def test_a_synset_with_too_few_words_gives_them_to_the_one_above(wordnet: Path, 
 
 
 def test_held_out_words_are_never_trained_on(wordnet: Path, tmp_path: Path) -> None:
-    rows = generate(wordnet, tmp_path / "out", "--ancestors")
-    splits = {split: {r["subject"] for r in rows if r["split"] == split} for split in ("train", "heldout")}
+    prompts = generate(wordnet, tmp_path / "out", "--ancestors")
+    splits = {split: {r["subject"] for r in prompts if r["split"] == split} for split in ("train", "heldout")}
     assert not splits["train"] & splits["heldout"] and len(splits["heldout"]) == 3
-    assert all(r["subject"] in r["prompt"] for r in rows)
-    assert {tuple(r["concepts"]) for r in rows} == {("bird",), ("dog",), ("songbird", "bird")}
-    assert {r["prompt"] for r in rows if r["subject"] == "hen"} >= {"A hen is a kind of"}
-    assert rows == generate(wordnet, tmp_path / "again", "--ancestors")
-    assert rows != generate(wordnet, tmp_path / "other", "--ancestors", "--seed", "1")
+    assert all(r["subject"] in r["prompt"] for r in prompts)
+    assert {tuple(r["concepts"]) for r in prompts} == {("bird",), ("dog",), ("songbird", "bird")}
+    assert {r["prompt"] for r in prompts if r["subject"] == "hen"} >= {"A hen is a kind of"}
+    assert prompts == generate(wordnet, tmp_path / "again", "--ancestors")
+    assert prompts != generate(wordnet, tmp_path / "other", "--ancestors", "--seed", "1")
+
+
+def test_a_tenth_of_twenty_words_is_to_choose_on_and_a_fifth_held_out() -> None:
+    concept = Concept("bird", [f"bird{i}" for i in range(20)], [])
+    splits = {row["subject"]: row["split"] for row in rows([concept], 20, False, 0)}
+    assert Counter(splits.values()) == {"train": 14, "validation": 2, "heldout": 4}
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def test_evaluation_holds_both_splits_and_the_unsupervised_run(finished):
         assert found[split]["reconstruction"]["fvu"] < 0.1
         assert sum(map(sum, found[split]["binding"]["confusion"])) == 12
         assert found[split]["fragmentation"]["concept_slots"]["efffeat"] < 1.2
-        assert found[split]["probe"]["slot_accuracy"] == found[split]["probe"]["auroc"] == 1
+        for reader in ("probe", "mean_difference"):
+            assert found[split][reader]["top1"] == found[split][reader]["auroc"] == 1
         assert found["unsupervised"][split]["binding"]["slots_alive"] == 0
     assert found["unsupervised"]["train"]["fragmentation"]["all"]["efffeat"] > 2
     assert 0.5 < found["loss_recovered"]["recovered_over_mean"] <= 1.1

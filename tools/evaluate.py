@@ -9,9 +9,9 @@ from tqdm import tqdm
 from trainer.analysis.evaluation import at_most, evaluate_split
 from trainer.analysis.evidence import notes
 from trainer.analysis.interventions import loss_recovered
-from trainer.analysis.label_scores import probe_figures
+from trainer.analysis.label_scores import reader_figures
 from trainer.analysis.results import documents_of, most_norm, rows_of, run_heldout, run_shards
-from trainer.analysis.rivals import fit_probe, training_rows
+from trainer.analysis.rivals import MeanDifference, fit_probe, training_rows
 from trainer.analysis.text_loss import text_loss_recovered, text_windows
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
         "trained_on": trained_on.digest,
         **_measure(dictionary, splits, text, most_norm=bound),
     }
-    for split, figures in _probe(dictionary, result, splits, text, bound).items():
-        result[split]["probe"] = figures
+    for split, readers in _rivals(dictionary, result, splits, text, bound).items():
+        result[split] |= readers
     if "labels" in result.get("heldout", {}):
         result["heldout"]["labels"]["documents"] = documents_of(splits["heldout"], dictionary.concept_names)
     if args.unsupervised:
@@ -119,21 +119,26 @@ def _measure(
     return measured
 
 
-def _probe(
+def _rivals(
     dictionary: Any, result: dict[str, Any], splits: dict[str, list[str]], text: list[str], bound: float | None
-) -> dict[str, Any]:
-    """A logistic probe of the training rows on every split; none where a concept has no row to learn from."""
+) -> dict[str, dict[str, Any]]:
+    """By split a logistic probe and class means of the training rows; none where a concept has no row to learn from."""
     names, labels = dictionary.concept_names, result["train"].get("labels", {"per_concept": {}})["per_concept"]
     if not labels or not all(found["rows"] for found in labels.values()):
         return {}
     source, _ = rows_of(splits["train"], dictionary)
-    probe = fit_probe(training_rows(at_most(source, bound), len(names)))
+    rows = training_rows(at_most(source, bound), len(names))
+    probe, means = fit_probe(rows), MeanDifference(rows)
     beside = rows_of(text, dictionary)[0] if text else None
-    return {
-        split: {"l2": probe.l2, **probe_figures(probe.scores, names, rows_of(folders, dictionary)[0], beside)}
-        for split, folders in splits.items()
-        if "labels" in result[split]
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for split, folders in splits.items():
+        if "labels" in result[split]:
+            split_rows, _ = rows_of(folders, dictionary)
+            found[split] = {
+                "probe": {"l2": probe.l2, **reader_figures(probe.scores, names, split_rows, beside)},
+                "mean_difference": reader_figures(means.scores, names, split_rows, beside),
+            }
+    return found
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -161,13 +166,12 @@ def _show(result: dict[str, Any]) -> None:
                 f"{split}: EffFeat over concept slots {_text(spread['concept_slots']['efffeat'])}, "
                 f"over all slots {_text(spread['all']['efffeat'])}"
             )
-        if probe := part.get("probe"):
-            labels = part["labels"]
+        if "probe" in part:
+            own = {"top1": part["binding"]["top1"], **part["labels"]}
+            shown = [own, part["probe"], part["mean_difference"]]
             print(
-                f"{split}: slots and logistic probe: accuracy {_text(part['binding']['slot_accuracy'])} and "
-                f"{_text(probe['slot_accuracy'])}, AUROC {_text(labels['auroc'])} and {_text(probe['auroc'])}, mean "
-                f"average precision {_text(labels['mean_average_precision'])} and "
-                f"{_text(probe['mean_average_precision'])}"
+                f"{split}: slots, logistic probe, nearest class mean: top 1, silent or not, {_texts(shown, 'top1')}; "
+                f"AUROC {_texts(shown, 'auroc')}; mean average precision {_texts(shown, 'mean_average_precision')}"
             )
         if text := part.get("text"):
             beside = part.get("probe", {}).get("auroc_against_text")
@@ -191,3 +195,7 @@ def _show(result: dict[str, Any]) -> None:
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _texts(parts: list[dict[str, Any]], name: str) -> str:
+    return ", ".join(_text(part[name]) for part in parts)

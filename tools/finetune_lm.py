@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         model = build_model(args.from_scratch, tokenizer, args.layers, args.width, args.heads, args.context).to(
             args.device
         )
+    if args.precision == "bf16" and torch.device(args.device).type == "cpu":
+        model.set_attn_implementation("eager")  # the fused kernel's backward pass is dearer there than all products
     asked, told = examples(tokenizer, learned, texts, args.context)
     pad = tokenizer.pad_token_id
     sources = [(Shuffled(asked, args.questions_per_step, pad, args.seed), 1.0)]

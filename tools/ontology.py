@@ -15,14 +15,16 @@ TEMPLATES = (
     "Q: What kind of thing is {a} {word}?\nA:",
     "I know what {a} {word} is: it is a",
 )
-HELDOUT = 5  # every fifth word
+HELDOUT, VALIDATION = 5, 10  # every fifth word, every tenth
 
 
 def rows(concepts: list[Concept], most_words: int, ancestors: bool, seed: int) -> Iterator[dict[str, Any]]:
     """Prompts of all concepts, words in the order of how usual they are."""
     for concept in concepts:
         words = concept.words[:most_words]
-        heldout = set(random.Random(f"{seed} {concept.name}").sample(words, len(words) // HELDOUT))
+        shuffled = random.Random(f"{seed} {concept.name}").sample(words, len(words))
+        ends = len(words) // HELDOUT, len(words) // HELDOUT + len(words) // VALIDATION
+        splits = dict.fromkeys(shuffled[: ends[0]], "heldout") | dict.fromkeys(shuffled[slice(*ends)], "validation")
         names = {"concepts": [concept.name, *concept.ancestors]} if ancestors else {"concept": concept.name}
         for word in words:
             article = "an" if word[0] in "aeiou" else "a"
@@ -33,7 +35,7 @@ def rows(concepts: list[Concept], most_words: int, ancestors: bool, seed: int) -
                     "answer": concept.name,
                     "template": number,
                     "subject": word,
-                    "split": "heldout" if word in heldout else "train",
+                    "split": splits.get(word, "train"),
                 }
 
 

@@ -7,6 +7,7 @@ latest:N (inside the save after N steps: after its first file, before the folder
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tests.support.ranks import Ended, Ranks
 from tests.support.runs import arguments, train_rank
 from trainer import loop
 from trainer.checkpoint import saver
+from trainer.stepping import Run
+from trainer.stream import Batch
+from trainer.sums import MicroBatch
 
 
 def die(*_: object, **__: object) -> Any:
@@ -52,6 +56,18 @@ def train_and_die(argv: list[str], where: str) -> None:
     if where:
         place, _, step = where.partition(":")
         arm(place, int(step or 0))
+    train_rank(argv)
+
+
+def train_slowly(argv: list[str], seconds: float) -> None:
+    """A rank that trains and rests before every step, so that no machine takes more steps than that in a time."""
+    original = loop.to_micro_batch
+
+    def rested(run: Run, rows: Batch) -> MicroBatch:
+        time.sleep(seconds)
+        return original(run, rows)
+
+    loop.to_micro_batch = rested
     train_rank(argv)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.dying import train_apart
+from tests.faults.dying import train_apart, train_slowly
 from tests.support.data import write_data
 from tests.support.ranks import Ranks
 from tests.support.runs import (
@@ -21,7 +21,6 @@ from tests.support.runs import (
     outcome,
     tensors,
     train_here,
-    train_rank,
 )
 
 # In this order each attempt gets beyond the last point: saves are after 7, 14, 21, 28, 35 steps.
@@ -85,7 +84,8 @@ def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> Non
     folder = tmp_path / "killed"
     while len(moments) < 50:
         began = newest_step(folder)
-        with Ranks(1, train_rank, arguments(folder, data, *argv)) as ranks:
+        # Of 1,800 steps fifty attempts take 25 x 50 and 25 x (10 + 10) at most.
+        with Ranks(1, train_slowly, arguments(folder, data, *argv), 0.02) as ranks:
             if len(moments) % 2:  # somewhere between the start and the first steps
                 time.sleep(generator.random())
             else:  # right after a save of this attempt: while it cleans up, trains, or saves again
@@ -100,7 +100,7 @@ def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> Non
     assert train_apart(folder, data, *argv).codes == [0]
     assert_same(tensors(tmp_path / "undisturbed"), tensors(folder))
     assert digests(tmp_path / "undisturbed") == digests(folder)
-    assert len(set(moments)) > 25, moments  # it got on between the kills
+    assert len(set(moments)) >= 25, moments  # it got on between the kills
 
 
 def newest_step(folder: Path) -> str:

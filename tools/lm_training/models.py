@@ -50,6 +50,8 @@ def build_model(architecture: str, tokenizer: Any, layers: int, width: int, head
             tie_word_embeddings=True,
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         )
+        if getattr(config, "activation_function", "") == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one pass
         return AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError) as error:
         raise UserError(f"--from-scratch {architecture}: transformers knows no such causal language model") from error

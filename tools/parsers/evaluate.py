@@ -4,11 +4,12 @@
 
 Definitions are those of docs/design.md ("The numbers") and trainer/analysis/evaluation.py. --unsupervised adds a
 dictionary that was trained without the align stage, for the comparison of fragmentation. --text adds rows of ordinary
-text, on which concept slots are to be silent. Beside the slots stands a logistic probe of the training rows
-(trainer/analysis/rivals/probe.py), on the same rows. --model adds the loss recovered, the language model's
-cross-entropy when the reconstruction replaces the activation: with --prompts on the held-out answers, at the last
-prompt token; with --texts on all tokens of text, at all of them (activations of giant norm, data.max_norm, stay as they
-are). Notes say which figures stand on few rows, documents, templates or tokens.
+text, on which concept slots are to be silent. Beside the slots stand a logistic probe and the nearest class mean of the
+training rows (trainer/analysis/rivals/), on the same rows; `top1` takes the slot, or concept, of the highest score on a
+row, active or not, where `slot_accuracy` counts a row on which no slot is active as wrong. --model adds the loss
+recovered, the language model's cross-entropy when the reconstruction replaces the activation: with --prompts on the
+held-out answers, at the last prompt token; with --texts on all tokens of text, at all of them (activations of giant
+norm, data.max_norm, stay as they are). Notes say which figures stand on few rows, documents, templates or tokens.
 """
 
 import argparse

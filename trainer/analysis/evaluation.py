@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.analysis.binding_matrix import binding, confusion_matrix, stored
-from trainer.analysis.label_scores import figures_of, slot_scores
+from trainer.analysis.label_scores import figures_of, slot_scores, top1
 from trainer.analysis.rows import RowSource
 from trainer.dictionary import ConceptDictionary, SlotBank
 from trainer.errors import DataError
@@ -237,6 +237,7 @@ def evaluate_split(
         result["fragmentation"]["concept_slots"] = _named(fragmentation(own), concepts)
         result["binding"] = {
             **vars(bound),
+            "top1": top1(slot_scores(dictionary), len(dictionary.concept_names), rows),
             "slots_alive": sum(measured.alive),
             "alive": dict(zip(dictionary.concept_names, measured.alive, strict=True)),
             "confusion": stored(measured.confusion),

@@ -1,9 +1,10 @@
-"""Scores of concepts on the rows of a split, and what trainer.scores says of them: of concept slots, or of a probe.
+"""Scores of concepts on the rows of a split, and what trainer.scores says of them: of concept slots, or of a rival.
 
 Shapes: B rows of a batch, N rows of a split, R concepts, g of them looked at together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -50,14 +51,19 @@ def figures_of(scorer: Scorer, names: Sequence[str], split: RowSource, text: Row
     return label_figures(names, _groups(scorer, len(names), rows, count))
 
 
-def probe_figures(
+@torch.no_grad()
+def top1(scorer: Scorer, concepts: int, split: RowSource) -> float:
+    """Share of the rows with concepts whose highest score is that of one of them, whether or not it says that any
+    concept is there. Raises DataError where no row has a concept."""
+    rows = (confusion_matrix(scorer(acts).argmax(dim=1), concept, concepts) for acts, concept in split())
+    return binding(reduce(torch.add, rows)).slot_accuracy
+
+
+def reader_figures(
     scorer: Scorer, names: Sequence[str], split: RowSource, text: RowSource | None = None
 ) -> dict[str, Any]:
-    """Of a probe: `slot_accuracy`, the share of rows with concepts whose highest score is that of one of them, whether
-    or not it says that any concept is there; and the means that figures_of has."""
+    """Of another reader than slots: `top1`, and the means that figures_of has."""
     found = figures_of(scorer, names, split, text)
-    confusion = sum(confusion_matrix(scorer(acts).argmax(dim=1), concept, len(names)) for acts, concept in split())
-    assert isinstance(confusion, Tensor)
-    figures = {"slot_accuracy": binding(confusion).slot_accuracy}
+    figures = {"top1": top1(scorer, len(names), split)}
     figures |= {name: found["labels"][name] for name in ("auroc", "mean_average_precision")}
     return figures | ({"auroc_against_text": found["text"]["auroc"]} if "text" in found else {})

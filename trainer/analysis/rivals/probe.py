@@ -15,6 +15,7 @@ L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried in this order, in units of normalis
 VALIDATION = 5  # every fifth of the shuffled rows chooses the weight of L2
 ITERATIONS = 100
 LARGE = 1e9  # products of one pass over the rows, from which on it is made in fp32
+FLAT = {torch.float64: 1e-11, torch.float32: 1e-5}  # the least change of the loss that another iteration is worth
 
 
 def fit(
@@ -33,7 +34,7 @@ def fit(
         max_iter=ITERATIONS,
         history_size=20,
         tolerance_grad=1e-7,
-        tolerance_change=1e-11,
+        tolerance_change=FLAT[x.dtype],
         line_search_fn="strong_wolfe",
     )
 
