@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.test_documents import ROOT
+from tools.evaluate import shown
 from tools.frontiers.points import comparison, table
 from tools.reproducing.pages import markdown
 from tools.swapping.table import summary
@@ -17,6 +18,7 @@ from trainer.files import read_json
 PRINTED: dict[str, Callable[[Any], list[str]]] = {
     "swap": lambda found: [summary(found)],
     "frontier": lambda found: [table(found["points"]), comparison(found["compared"])],
+    "evaluate": lambda found: [shown(found)],
     "reproduce": lambda found: [markdown(found)],
 }
 FIGURES = sorted((ROOT / "docs" / "figures").glob("*.json"))

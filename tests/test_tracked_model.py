@@ -63,8 +63,7 @@ def test_the_dictionary_is_a_model_of_the_run(
     assert main(["export", "--run", str(run), "--out", str(out), "--format", "mlflow", "--log-model"]) == 0
     address = capsys.readouterr().out.split("logged: ")[1].strip()
     client = connect(None, run)
-    monkeypatch.setattr(mlflow, "_tracking_uri", None, raising=False)
-    mlflow.set_tracking_uri(client.tracking_uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
     raw = (torch.randn(7, WIDTH) * 3).numpy()
     expected = load(run).encode(torch.from_numpy(raw)).numpy()
     assert (expected > 0).any()

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     result["notes"] = notes(result, templates)
     out = args.out or RunFolder.around(args.run_dir).evaluation
     write_result(out, result)
-    _show(result)
+    print(shown(result))
     tracked = args.out is None and add_figures(args.run_dir)
     print(f"written: {out}" + (", figures added to the MLflow run" if tracked else ""))
 
@@ -141,25 +141,27 @@ def _rivals(
     return found
 
 
-def _show(result: dict[str, Any]) -> None:
+def shown(result: dict[str, Any]) -> str:
+    """What is printed of a result."""
+    lines = []
     for split in ("train", "heldout"):
         if split not in result:
             continue
         part = result[split]
         fit = part["reconstruction"]
-        print(
+        lines.append(
             f"{split}: FVU {_text(fit['fvu'])}, L0 {fit['l0']:.1f} ({fit['l0_share']:.2%} of {result['slots']} slots), "
             f"dead {fit['dead']:.2%}"
         )
         if part.get("outliers", {}).get("reconstruction_without"):
             rest = part["outliers"]["reconstruction_without"]
-            print(
+            lines.append(
                 f"{split}: without {part['outliers']['rows']} rows of giant norm (data.max_norm): "
                 f"FVU {_text(rest['fvu'])}, L0 {rest['l0']:.1f}"
             )
         if "binding" in part:
             bound, spread = part["binding"], part["fragmentation"]
-            print(
+            lines.append(
                 f"{split}: diagonal binding {_text(bound['diagonal_accuracy'])}, best assignment "
                 f"{_text(bound['diagonal_accuracy_assigned'])}, slot accuracy {_text(bound['slot_accuracy'])}, "
                 f"slots alive {bound['slots_alive']} of {len(result['concepts'])}\n"
@@ -168,14 +170,14 @@ def _show(result: dict[str, Any]) -> None:
             )
         if "probe" in part:
             own = {"top1": part["binding"]["top1"], **part["labels"]}
-            shown = [own, part["probe"], part["mean_difference"]]
-            print(
-                f"{split}: slots, logistic probe, nearest class mean: top 1, silent or not, {_texts(shown, 'top1')}; "
-                f"AUROC {_texts(shown, 'auroc')}; mean average precision {_texts(shown, 'mean_average_precision')}"
+            readers = [own, part["probe"], part["mean_difference"]]
+            lines.append(
+                f"{split}: slots, logistic probe, nearest class mean: top 1, silent or not, {_texts(readers, 'top1')}; "
+                f"AUROC {_texts(readers, 'auroc')}; mean average precision {_texts(readers, 'mean_average_precision')}"
             )
         if text := part.get("text"):
             beside = part.get("probe", {}).get("auroc_against_text")
-            print(
+            lines.append(
                 f"{split}: of {text['rows']:,} rows without a concept, a slot fires on a share of "
                 f"{_text(text['concept_firing_rate'])}, any slot on {_text(text['any_concept_firing_rate'])}; AUROC of "
                 f"rows with a concept against them {_text(text['auroc'])}"
@@ -183,14 +185,13 @@ def _show(result: dict[str, Any]) -> None:
             )
     for key, where in (("loss_recovered", "answers"), ("text_loss_recovered", "text")):
         if losses := result.get(key):
-            print(
+            lines.append(
                 f"{where}: cross-entropy {losses['cross_entropy_original']:.3f}, with the reconstruction "
                 f"{losses['cross_entropy_reconstruction']:.3f}; loss recovered {_text(losses['recovered_over_mean'])} "
                 f"over the mean, {_text(losses['recovered_over_zero'])} over zero"
                 + (f"; {giant} activations of giant norm stayed" if (giant := losses.get("left_alone")) else "")
             )
-    for note in result["notes"]:
-        print(f"note: {note}")
+    return "\n".join([*lines, *(f"note: {note}" for note in result["notes"])])
 
 
 def _text(value: float | None) -> str:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import Ended, Ranks
+from tests.support.ranks import LIMIT, Ended, Ranks
 from tests.support.runs import arguments, train_rank
 from trainer import loop
 from trainer.checkpoint import saver
@@ -71,7 +71,9 @@ def train_slowly(argv: list[str], seconds: float) -> None:
     train_rank(argv)
 
 
-def train_apart(folder: Path, data: Path, *overrides: str, world: int = 1, die_at: str = "") -> Ended:
-    """Train in folder/run on `world` ranks of their own, to the end or to where they die."""
+def train_apart(
+    folder: Path, data: Path, *overrides: str, world: int = 1, die_at: str = "", limit: float = LIMIT
+) -> Ended:
+    """Train in folder/run on `world` ranks of their own, to the end or to where they die; `limit` in seconds."""
     with Ranks(world, train_and_die, arguments(folder, data, *overrides), die_at) as ranks:
-        return ranks.wait()
+        return ranks.wait(limit)
