@@ -8,7 +8,7 @@ from trainer.errors import UserError
 from trainer.losses import LossConfig, StageWeights
 from trainer.optimizer import OptimConfig
 from trainer.topology import Topology
-from trainer.waking import QUIET, ClassMeans, class_means, concept_weights, exclusive_weights, lowering
+from trainer.waking import FAINT, QUIET, ClassMeans, class_means, concept_weights, exclusive_weights, lowering, scatter
 
 
 def curriculum(warmup=0, decay=0.0, **loss):
@@ -132,3 +132,24 @@ def test_classes_that_lie_close_are_told_by_what_varies_least_within_them():
     plain, _ = right(concept_weights(classes))
     woken, active = right(exclusive_weights(classes, lambda: iter(batches), Topology()))
     assert plain < 0.9 < 0.99 < woken and active <= QUIET
+
+
+def test_no_slot_of_classes_that_lie_close_sleeps_on_all_of_its_rows():
+    """Rows of some classes scatter so that one shift for all would put their slots to sleep for good."""
+    generator = torch.Generator().manual_seed(0)
+    concept = torch.arange(3000)[:, None] % 200
+    centres = 0.3 * torch.randn(200, 16, generator=generator)
+    x = centres[concept[:, 0]] + torch.randn(3000, 16, generator=generator)
+    batches = [(x[:700], concept[:700]), (x[700:], concept[700:])]
+    classes = class_means(batches, 200, 16, Topology())
+
+    def highest(weights):
+        pre = x @ weights["W_enc"].T + weights["b_enc"]
+        return torch.stack([pre[concept[:, 0] == r, r].max() for r in range(200)]), (pre > 0).sum(dim=1).double().mean()
+
+    shifted = concept_weights(classes, covariance=scatter(batches, classes, Topology()))
+    shifted["b_enc"] -= lowering(shifted, batches, Topology())
+    before, _ = highest(shifted)
+    after, active = highest(exclusive_weights(classes, lambda: iter(batches), Topology()))
+    assert before.min() < 0 < FAINT - 1e-4 <= after.min() and active <= QUIET + 1
+    torch.testing.assert_close(after, before.clamp_min(FAINT))

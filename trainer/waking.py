@@ -14,7 +14,8 @@ from torch import Tensor
 from trainer.labels import known, listing
 from trainer.topology import Topology
 
-QUIET = 2.0  # active concept slots of a row at the waking, by the concepts that it lists, at most and on average
+QUIET = 5.0  # active concept slots of a row at the waking, by the concepts that it lists, at most and on average
+FAINT = 1.0  # pre-activation of a slot at the waking on the one of its own rows on which it is strongest, at least
 SHRINKAGE = 0.1
 GRID, HIGHEST = 128, 64  # steps of a unit, and units, in which a bias is lowered
 
@@ -126,16 +127,32 @@ def lowering(weights: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]
     return int((above > QUIET * counts[-1]).sum()) / GRID
 
 
+def strongest(weights: dict[str, Tensor], batches: Iterable[tuple[Tensor, Tensor]], topology: Topology) -> Tensor:
+    """The largest pre-activation [R] fp64 of each slot on the rows of all data ranks that list its concept; +inf
+    without any. weights and batches as of `lowering`."""
+    encoder, bias = weights["W_enc"].double(), weights["b_enc"].double()
+    found = torch.full_like(bias, -math.inf)
+    for x, concept in batches:
+        row, column = (concept >= 0).nonzero(as_tuple=True)
+        own = concept[row, column].long()
+        pre = (x[row].double() * encoder[own]).sum(dim=1) + bias[own]
+        found.scatter_reduce_(0, own, pre, "amax")
+    topology.max_over_data(found)
+    return torch.where(found == -math.inf, math.inf, found)
+
+
 def exclusive_weights(
     classes: ClassMeans, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], topology: Topology
 ) -> dict[str, Tensor]:
     """`concept_weights` of concepts that exclude each other. batches() begins the labelled rows anew.
 
     Where the slots would not be quiet along the differences of the means, they read along Fisher's discriminants
-    instead, and their biases are lowered as far as those need it.
+    instead, and their biases are lowered as far as those need it. A softmax never raises all of them again, so a slot
+    that slept on all of its rows then would sleep for good: its own bias is lowered less.
     """
     weights = concept_weights(classes)
     if lowering(weights, batches(), topology):
         weights = concept_weights(classes, covariance=scatter(batches(), classes, topology))
         weights["b_enc"] -= lowering(weights, batches(), topology)
+        weights["b_enc"] += (FAINT - strongest(weights, batches(), topology)).clamp_min(0).to(weights["b_enc"])
     return weights

@@ -13,13 +13,20 @@ from trainer.language_model import Edit
 
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried in this order, in units of normalised rows
 VALIDATION = 5  # every fifth of the shuffled rows chooses the weight of L2
-ITERATIONS = 100
+ITERATIONS = 100  # of a fit
+ROUGH = 40  # of one in fp32 that only chooses the weight of L2
 LARGE = 1e9  # products of one pass over the rows, from which on it is made in fp32
 FLAT = {torch.float64: 1e-11, torch.float32: 1e-5}  # the least change of the loss that another iteration is worth
 
 
 def fit(
-    x: Tensor, member: Tensor, l2: float, *, several: bool, begin: tuple[Tensor, Tensor] | None = None
+    x: Tensor,
+    member: Tensor,
+    l2: float,
+    *,
+    several: bool,
+    begin: tuple[Tensor, Tensor] | None = None,
+    iterations: int = ITERATIONS,
 ) -> tuple[Tensor, Tensor]:
     """Weights [R, D] and biases [R] that minimise cross-entropy + l2 / 2 ||W||^2, by LBFGS from `begin` (None: 0).
 
@@ -31,7 +38,7 @@ def fit(
     truth = member.to(x.dtype) if several else member.to(torch.uint8).argmax(dim=1)
     solver = torch.optim.LBFGS(
         [weights, biases],
-        max_iter=ITERATIONS,
+        max_iter=iterations,
         history_size=20,
         tolerance_grad=1e-7,
         tolerance_change=FLAT[x.dtype],
@@ -70,8 +77,9 @@ def fit_probe(rows: TrainingRows, seed: int = 0) -> "Probe":
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, used = order[::VALIDATION], order[torch.arange(len(order), device=x.device) % VALIDATION > 0]
     best, chosen, found = float("inf"), L2[0], None
+    iterations = ITERATIONS if x.dtype == torch.float64 else ROUGH
     for l2 in L2 if len(used) else ():
-        found = fit(x[used], rows.member[used], l2, several=several, begin=found)
+        found = fit(x[used], rows.member[used], l2, several=several, begin=found, iterations=iterations)
         loss = float(cross_entropy(x[held] @ found[0].T + found[1], truth[held]))
         if loss >= best:  # less of it only fits the rows closer
             break
