@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.data import CONCEPTS, WIDTH, write_data
+from tests.support.data import CONCEPTS, ROWS, WIDTH, write_data
 from tests.support.runs import (
     BATCH,
     LANES,
@@ -24,9 +24,9 @@ from tests.support.runs import (
     tensors,
     train_here,
 )
-from trainer import loop, train
+from trainer import load, loop, train
 from trainer.checkpoint import load_dictionary, saver
-from trainer.stream import Manifest, Plan, RowDigest
+from trainer.stream import Manifest, Plan, RowDigest, ShardSpec, ShardWriter
 
 
 class Killed(BaseException):
@@ -168,6 +168,30 @@ def test_signal_while_concepts_wake_up(
     assert outcome(tmp_path)["checkpoint"] == f"step-{SWITCH:08d}"
     assert train_here(tmp_path, small_data) == 0
     assert_same(tensors(undisturbed), tensors(tmp_path))
+
+
+def test_a_concept_whose_row_an_epoch_leaves_out_wakes_up_and_is_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An epoch leaves out the 16 rows that do not fill a batch."""
+    data, rare = tmp_path / "data", 100
+    concept = torch.arange(ROWS) % 2
+    concept[rare] = 2
+    acts = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+    acts[torch.arange(ROWS), concept] += 5
+    spec = ShardSpec(width=WIDTH, dtype="float32", concepts=CONCEPTS, answers=[], model="none", hook_point="layer-01")
+    with ShardWriter(data, "train", spec, rows_per_block=20) as writer:
+        writer.write(acts, concept, torch.full((ROWS,), -1))
+
+    def met(seed: int, first: int, epochs: int) -> bool:
+        plan = Plan(Manifest.load(data), seed, BATCH, LANES, 2)
+        return any(rare in plan.step_rows(step) for step in range(first, first + epochs * STEPS_PER_EPOCH))
+
+    seed = next(s for s in range(5000) if not (met(s, SWITCH, 1) or met(s, TOTAL, 1)))
+    assert met(seed, SWITCH, 3) and met(seed, TOTAL, 3)
+    assert train_here(tmp_path, data, f"run.seed={seed}") == 0
+    assert "stay asleep" not in caplog.text
+    assert {*load(tmp_path / "run").gains} == {*CONCEPTS}
 
 
 def test_wall_clock_budget(undisturbed: Path, small_data: Path, tmp_path: Path) -> None:

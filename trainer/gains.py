@@ -18,10 +18,12 @@ from trainer.waking import class_means, differences
 
 class Measured(NamedTuple):
     """gains [R]: 0 for a concept without a row. written [R, D] fp32: the difference that a concept makes
-    (waking.differences), by the gain of its slot, so that the slot at its gain writes it; 0 where the gain is."""
+    (waking.differences), by the gain of its slot, so that the slot at its gain writes it; 0 where the gain is.
+    complete: whether every concept has a row."""
 
     gains: list[float]
     written: Tensor
+    complete: bool
 
 
 def measure_concepts(
@@ -54,4 +56,5 @@ def measure_concepts(
     gains = sums[:slots] / sums[slots:-1].clamp_min(1)
     unit = gains.float()[:, None]
     difference, _ = differences(classes, binding)
-    return Measured(gains.tolist(), torch.where(unit > 0, difference / unit.clamp_min(1e-12), 0.0))
+    written = torch.where(unit > 0, difference / unit.clamp_min(1e-12), 0.0)
+    return Measured(gains.tolist(), written, bool((sums[slots:-1] > 0).all()))

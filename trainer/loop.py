@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from trainer.sums import MicroBatch
 from trainer.waking import class_means, concept_weights, exclusive_weights
 
 log = logging.getLogger(__name__)
+
+EPOCHS = (1, 3)  # of labelled rows that slots are woken from and measured on: more where a concept was not met
 
 # In the progress bar; held-out figures are those of the last evaluation.
 SHOWN = (
@@ -123,12 +126,15 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
     )
 
 
-def labelled_rows(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled_rows(run: Run, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows (x [B, D] normalised, concept [B, M]) of this data rank that concept slots are woken from and measured on:
-    those that come next, at most one epoch of every source that names concepts."""
+    those that come next, at most so many epochs of every source that names concepts.
+
+    An epoch leaves out the rows that do not fill a batch, which can be all that a concept has; each other ones.
+    """
     topology = run.strategy.topology
     with run.stream(run.state.step) as stream:
-        for _ in range(run.labelled_batches(run.state.step)):
+        for _ in range(run.labelled_batches(run.state.step, epochs)):
             batch = next(stream).to(topology.device)
             x = run.strategy.objective.dictionary.normalise(batch.acts[batch.valid])
             yield x, batch.concept[batch.valid]
@@ -142,18 +148,21 @@ def wake_concepts(run: Run) -> int:
     strategy, manifest = run.strategy, run.sources.manifest
     code = 0
 
-    def labelled() -> Iterator[tuple[Tensor, Tensor]]:
+    def labelled(epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal code
-        for rows in labelled_rows(run):
+        for rows in labelled_rows(run, epochs):
             if code := run.interrupt.agree(strategy.topology):
                 return
             yield rows
 
-    classes = class_means(labelled(), len(manifest.concepts), manifest.width, strategy.topology)
-    if code:
-        return code
+    for epochs in EPOCHS:
+        classes = class_means(labelled(epochs), len(manifest.concepts), manifest.width, strategy.topology)
+        if code:
+            return code
+        if bool((classes.counts > 0).all()):
+            break
     if run.config.loss.binding == "softmax":
-        woken = exclusive_weights(classes, labelled, strategy.topology)
+        woken = exclusive_weights(classes, partial(labelled, epochs), strategy.topology)
     else:
         woken = concept_weights(classes, run.config.loss.binding)
     if code:
@@ -242,7 +251,10 @@ def measure_slots(run: Run) -> None:
     W_enc, b_enc, W_dec = (state.weights[name].to(topology.device) for name in ("W_enc", "b_enc", "W_dec"))
     weights = BankWeights(W_enc, b_enc, W_dec)
 
-    found = measure_concepts(weights, labelled_rows(run), topology, run.config.loss.binding)
+    for epochs in EPOCHS:
+        found = measure_concepts(weights, labelled_rows(run, epochs), topology, run.config.loss.binding)
+        if found is None or found.complete:
+            break
     if found is None:
         if topology.is_main:
             log.warning("the rows could not be read once more: the checkpoint holds no gains of the concept slots")

@@ -71,12 +71,12 @@ class Run:
         lanes = lanes_of_rank(self.config.data.lanes, topology.data_rank, topology.data_world)
         return Stream(self.config.data, self.sources, self.plan, lanes, step, pin=topology.device.type == "cuda")
 
-    def labelled_batches(self, step: int) -> int:
-        """Batches from global step `step` on that hold an epoch of every source that names concepts, or WAKE_BATCHES
-        of them."""
+    def labelled_batches(self, step: int, epochs: int) -> int:
+        """Batches from global step `step` on that hold so many epochs of every source that names concepts, or
+        WAKE_BATCHES of them."""
         named = [bool(manifest.concepts) for manifest in self.sources.manifests.values()]
         lengths = [part.order.rows_per_lane // part.share for part in self.plan.parts(step) if named[part.source]]
-        return min(max(lengths, default=0), WAKE_BATCHES)
+        return min(epochs * max(lengths, default=0), WAKE_BATCHES)
 
 
 def take(run: Run, step: Step) -> None:
