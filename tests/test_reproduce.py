@@ -61,7 +61,7 @@ def test_the_whole_experiment_in_small(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.cli", "reproduce", "paper", "--scale", "tiny", "--layers", "1"]
     subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=300)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["best_layer"] == 1 and list(found["layers"]) == ["1"]
+    assert found["best_layer"] == "1" and list(found["layers"]) == ["1"]
     assert set(found["layers"]["1"]) >= set(ROWS)
     assert (tmp_path / "results.md").read_text().startswith("Layer 1")
     again = subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=60, stdout=subprocess.PIPE)

@@ -41,7 +41,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Two tables, the reported layer beside the paper's and all layers, and what every stage took."""
     best = found["layers"][found["best_layer"]]
     lines = [
-        f"Layer {found['best_layer']} and alpha {best['alpha']:g} were chosen by the swaps of the training templates; "
+        f"Layer {found['best_layer']} and alpha {best['alpha']:g} were chosen by the swaps of the training templates;",
         "what follows is of held-out ones. "
         f"The language model answers {found['answer_accuracy']:.4f} of the questions.",
         "",
@@ -57,7 +57,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     for layer, row in found["layers"].items():
         lines.append(f"| {layer} | " + " | ".join(_shown(row, key) for key in columns) + " |")
     strengths = next(iter(found["layers"].values()))["alphas"]
-    lines += ["", "| layer | " + " | ".join(f"alpha {a}" for a in strengths) + " |"]
+    lines += ["", "| layer, alpha | " + " | ".join(f"{float(a):g}" for a in strengths) + " |"]
     lines += ["|---" * (1 + len(strengths)) + "|"]
     for layer, row in found["layers"].items():
         lines.append(f"| {layer} | " + " | ".join(f"{share:.3f}" for share in row["alphas"].values()) + " |")

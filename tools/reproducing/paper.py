@@ -116,8 +116,8 @@ def collect(out: Path, layers: Sequence[int]) -> dict[str, Any]:
 
     The layer, like alpha, is chosen by the swaps of the training templates; what is reported of it are held-out ones.
     """
-    found = {layer: _figures(out, layer) for layer in layers}
-    best = max(found, key=lambda layer: (found[layer]["swap_validation"], -layer))
+    found = {str(layer): _figures(out, layer) for layer in layers}  # as a JSON file names them
+    best = max(found, key=lambda layer: (found[layer]["swap_validation"], -int(layer)))
     seconds = {name: done.seconds for name, done in read_done(out / STAGES_FILE).items()}
     model = read_result(out / "model" / "lm_report.json", REMEDY)
     return {"best_layer": best, "layers": found, "answer_accuracy": model["answer_accuracy"], "seconds": seconds}
