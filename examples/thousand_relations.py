@@ -1,9 +1,9 @@
 """Prompts that ask for a thousand relations: python examples/thousand_relations.py PROMPTS.jsonl
 
 Forty words times twenty-five things make relations that share their words ("first employer", "first teacher", "last
-employer"). Five templates ask each of them of persons: two templates and ten persons are to train on, one and
-two to choose on (validation), two and three held out; a row has template and person of the same split, so neither has
-been met before. There are no answers: what is read is which relation is asked, at the last token.
+employer"). Eleven templates ask each of them of persons: eight templates and three persons are to train on, one and two
+to choose on (validation), two and three held out; a row has template and person of the same split, so neither has been
+met before. There are no answers: what is read is which relation is asked, at the last token.
 """
 
 import json
@@ -20,15 +20,20 @@ THING = """
     museum theatre village street hotel lawyer mentor bank newspaper pupil
 """
 TEMPLATES = {
-    "train": ["Q: What is the {relation} of {person}?\nA:", "{person} was asked about the {relation}. It is"],
-    "validation": ["Please name the {relation} that belongs to {person}:"],
+    "train": [
+        "Q: What is the {relation} of {person}?\nA:",
+        "Q: Name the {relation} of {person}.\nA:",
+        "Q: Do you know {person}'s {relation}?\nA:",
+        "Q: {person} has a {relation}. Which?\nA:",
+        "{person} was asked about the {relation}. It is",
+        "As everybody knows, {person}'s {relation} is",
+        "Of all that {person} has, the {relation} is",
+        "Speaking of {person}, I forgot what the {relation} is",
+    ],
+    "validation": ["Q: Please give {person}'s {relation}.\nA:"],
     "heldout": ["The {relation} of {person} is", "Q: Tell me the {relation} {person} has.\nA:"],
 }
-PERSONS = {
-    "train": "Maria Torben Aisha Pavel Ingrid Kofi Yuki Diego Leila Conor",
-    "validation": "Nadia Oskar",
-    "heldout": "Priya Tomas Elena",
-}
+PERSONS = {"train": "Maria Torben Aisha", "validation": "Nadia Oskar", "heldout": "Priya Tomas Elena"}
 
 
 def main(path: Path) -> None:
