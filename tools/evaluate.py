@@ -172,8 +172,9 @@ def shown(result: dict[str, Any]) -> str:
             own = {"top1": part["binding"]["top1"], **part["labels"]}
             readers = [own, part["probe"], part["mean_difference"]]
             lines.append(
-                f"{split}: slots, logistic probe, nearest class mean: top 1, silent or not, {_texts(readers, 'top1')}; "
-                f"AUROC {_texts(readers, 'auroc')}; mean average precision {_texts(readers, 'mean_average_precision')}"
+                f"{split}: slots, logistic probe, nearest class mean: top 1, silent or not, {_texts(readers, 'top1')}\n"
+                f"{split}: likewise: AUROC {_texts(readers, 'auroc')}; mean average precision "
+                f"{_texts(readers, 'mean_average_precision')}"
             )
         if text := part.get("text"):
             beside = part.get("probe", {}).get("auroc_against_text")
