@@ -26,8 +26,6 @@ from trainer.waking import class_means, concept_weights, exclusive_weights
 
 log = logging.getLogger(__name__)
 
-EPOCHS = (1, 3)  # of labelled rows that slots are woken from and measured on: more where a concept was not met
-
 # In the progress bar; held-out figures are those of the last evaluation.
 SHOWN = (
     "loss",
@@ -126,15 +124,12 @@ def to_micro_batch(run: Run, rows: Batch) -> MicroBatch:
     )
 
 
-def labelled_rows(run: Run, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+def labelled_rows(run: Run, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows (x [B, D] normalised, concept [B, M]) of this data rank that concept slots are woken from and measured on:
-    those that come next, at most so many epochs of every source that names concepts.
-
-    An epoch leaves out the rows that do not fill a batch, which can be all that a concept has; each other ones.
-    """
+    those of the batches that come next."""
     topology = run.strategy.topology
     with run.stream(run.state.step) as stream:
-        for _ in range(run.labelled_batches(run.state.step, epochs)):
+        for _ in range(batches):
             batch = next(stream).to(topology.device)
             x = run.strategy.objective.dictionary.normalise(batch.acts[batch.valid])
             yield x, batch.concept[batch.valid]
@@ -148,21 +143,21 @@ def wake_concepts(run: Run) -> int:
     strategy, manifest = run.strategy, run.sources.manifest
     code = 0
 
-    def labelled(epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def labelled(batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal code
-        for rows in labelled_rows(run, epochs):
+        for rows in labelled_rows(run, batches):
             if code := run.interrupt.agree(strategy.topology):
                 return
             yield rows
 
-    for epochs in EPOCHS:
-        classes = class_means(labelled(epochs), len(manifest.concepts), manifest.width, strategy.topology)
+    for batches in run.labelled_batches(run.state.step):
+        classes = class_means(labelled(batches), len(manifest.concepts), manifest.width, strategy.topology)
         if code:
             return code
         if bool((classes.counts > 0).all()):
             break
     if run.config.loss.binding == "softmax":
-        woken = exclusive_weights(classes, partial(labelled, epochs), strategy.topology)
+        woken = exclusive_weights(classes, partial(labelled, batches), strategy.topology)
     else:
         woken = concept_weights(classes, run.config.loss.binding)
     if code:
@@ -251,8 +246,8 @@ def measure_slots(run: Run) -> None:
     W_enc, b_enc, W_dec = (state.weights[name].to(topology.device) for name in ("W_enc", "b_enc", "W_dec"))
     weights = BankWeights(W_enc, b_enc, W_dec)
 
-    for epochs in EPOCHS:
-        found = measure_concepts(weights, labelled_rows(run, epochs), topology, run.config.loss.binding)
+    for batches in run.labelled_batches(run.state.step):
+        found = measure_concepts(weights, labelled_rows(run, batches), topology, run.config.loss.binding)
         if found is None or found.complete:
             break
     if found is None:

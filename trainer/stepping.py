@@ -24,6 +24,7 @@ from trainer.tracking import Tracker
 # Batches that the wake-up of the concept slots averages over, at most: enough for stable means of thousands of
 # concepts.
 WAKE_BATCHES = 256
+MORE_EPOCHS = 3
 
 
 @dataclass
@@ -71,12 +72,17 @@ class Run:
         lanes = lanes_of_rank(self.config.data.lanes, topology.data_rank, topology.data_world)
         return Stream(self.config.data, self.sources, self.plan, lanes, step, pin=topology.device.type == "cuda")
 
-    def labelled_batches(self, step: int, epochs: int) -> int:
-        """Batches from global step `step` on that hold so many epochs of every source that names concepts, or
-        WAKE_BATCHES of them."""
+    def labelled_batches(self, step: int) -> list[int]:
+        """How many batches from global step `step` on concept slots are woken from and measured on: an epoch of every
+        source that names concepts; and where a concept was not met in those, MORE_EPOCHS, if that is more. WAKE_BATCHES
+        at most.
+
+        An epoch leaves out the rows that do not fill a batch, which can be all that a concept has; each other ones.
+        """
         named = [bool(manifest.concepts) for manifest in self.sources.manifests.values()]
         lengths = [part.order.rows_per_lane // part.share for part in self.plan.parts(step) if named[part.source]]
-        return min(epochs * max(lengths, default=0), WAKE_BATCHES)
+        epoch = max(lengths, default=0)
+        return sorted({min(epochs * epoch, WAKE_BATCHES) for epochs in (1, MORE_EPOCHS)})
 
 
 def take(run: Run, step: Step) -> None:
