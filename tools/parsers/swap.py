@@ -11,6 +11,7 @@ h + alpha * (mean of the target relation - mean of the asked relation), and othe
 
 Alpha is chosen on other prompts than those that are reported: where --split is heldout on the prompts of split
 validation, without them on the training templates; else on one half of the subjects, while the other half is reported.
+It is the smallest one whose success is within a standard error of the best: a larger one does more to all the rest.
 Rivals that learn through the model learn from the prompts of split train. Standard errors are over subjects.
 
 At that strength every method is also asked what it leaves alone, in two forms: the edit always, and only where the

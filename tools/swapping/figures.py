@@ -17,6 +17,19 @@ def successes(score: SwapScore) -> list[float]:
     return [float(kind == "target_answer") for kind in score.kinds]
 
 
+def strength(scores: dict[float, SwapScore], swaps: Sequence[Swap]) -> float:
+    """The smallest strength whose success is within one standard error, over subjects, of the largest success.
+
+    What lies within the error is not known to be better, and a larger strength does more to everything else. (The rule
+    of one standard error by which Breiman et al. 1984 choose the size of a tree.)
+    """
+    subjects = [s.subject for s in swaps]
+    best, error = max(
+        (mean_by_subject(successes(score), subjects) for score in scores.values()), key=lambda found: found[0]
+    )
+    return min(alpha for alpha, score in scores.items() if score.success >= best - (error or 0.0) - 1e-9)
+
+
 def curve(scores: dict[float, SwapScore]) -> list[dict[str, Any]]:
     """One row per strength."""
     return [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tools.swapping.choice import Choice
-from tools.swapping.figures import curve, form, outcome
+from tools.swapping.figures import curve, form, outcome, strength
 from trainer.analysis.interventions import EditFor, Swap, SwapScore, generate_edited, score_swaps
 from trainer.analysis.rivals import Method
 from trainer.analysis.side_effects import Bystanders, Harm
@@ -76,18 +76,18 @@ class Measured:
 
 
 def measured(trial: Trial, method: Method, alphas: Sequence[float]) -> Measured:
-    """The strength with most success on the validation swaps, the smaller of equals; and what the method does then.
+    """The strength that the validation swaps choose, and what the method does then.
 
     A prompt is edited at its last token alone: where the method does not read the source there, the conditional form
     ends as without an edit.
     """
 
-    def swap_with(strength: float) -> EditFor:
-        return lambda source, target: method.swap(source, target, strength)
+    def swap_with(alpha: float) -> EditFor:
+        return lambda source, target: method.swap(source, target, alpha)
 
     swaps = trial.choice.reported
     tried = {alpha: trial.score(trial.choice.validation, swap_with(alpha))[0] for alpha in alphas}
-    best = max(tried, key=lambda alpha: (tried[alpha].success, -alpha))
+    best = strength(tried, trial.choice.validation)
     score, texts = trial.score(swaps, swap_with(best))
     read = method.reads(trial.ends).cpu() == torch.tensor([s.source for s in swaps])
     harm, harm_when = trial.bystanders.harms(method, best)
