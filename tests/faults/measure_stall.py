@@ -5,6 +5,10 @@ A dictionary with the firing rate of a trained one (about 100 active slots per r
 writing thread took longer than steps without a save (negative where noise is larger), and CPU seconds of that thread.
 The share is what standing still and slower steps take from 100 steps with one save. Where a disk takes a checkpoint
 slower than the steps between two saves, the loop waits for it, and that is in the time it stood still.
+
+`loop_s` is what lies between the update of a step and the rows of the next one on their way to the device: reading
+rows, their digest, votes, figures. All steps count, those with a line in metrics.jsonl too; saves do not. `loop_share`
+sets it against the work of the steps.
 """
 
 import argparse
@@ -75,21 +79,28 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
             self.b_enc.fill_(-3.1 * width**-0.5)  # one slot in a thousand fires on a random row
 
     begun: list[tuple[float, bool]] = []
+    ended: list[float] = []
+    between: list[float] = []  # seconds from the end of a step's work to the beginning of the next one's
 
     def timed_begin(run: Run, *rest: object) -> MicroBatch:
         begun.append((time.perf_counter(), run.saver.pending))
+        if ended:
+            between.append(begun[-1][0] - ended.pop())
         return original_begin(run, *rest)  # type: ignore[arg-type]
 
     def timed_update(run: Run, *rest: object) -> list[Tensor]:
         figures = original_update(run, *rest)  # type: ignore[arg-type]
         began, busy = begun.pop()
-        steps.append((time.perf_counter() - began, busy))
+        ended[:] = [time.perf_counter()]
+        steps.append((ended[0] - began, busy))
         return figures
 
     def timed_save(self: Saver, *rest: object, **options: object) -> None:
         began = time.perf_counter()
         original_save(self, *rest, **options)  # type: ignore[arg-type]
         saves.append(time.perf_counter() - began)
+        if ended:
+            ended[0] += saves[-1]
 
     def timed_write(self: Saver, *rest: object) -> None:
         cpu = time.thread_time()
@@ -126,6 +137,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": lines[-1]["l0"], "saves": len(saves),
         "step_s": free, "first_save_s": saves[0], "blocked_s": blocked, "steps_beside_a_save": len(slower) / middle,
         "slower_s": sum(slower) / middle, "writing_cpu_s": median(writing[:-1]), "last_save_s": saves[-1],
+        "loop_s": sum(between) / len(between), "loop_share": sum(between) / sum(seconds for seconds, _ in steps),
         "share_waiting_for_rows": max(line["stall"] for line in lines[1:]),
         "share_at_one_save_per_100_steps": (blocked + sum(slower) / middle) / (100 * free),
     }  # fmt: skip
