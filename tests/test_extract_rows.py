@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from tqdm import tqdm
 
+import tools.extract
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
 from trainer.language_model import capture, load_language_model
@@ -49,6 +51,19 @@ def columns(folder: Path) -> dict[str, list[np.ndarray]]:
 
 def span(text: str, part: str, concept: str) -> dict[str, Any]:
     return {"start": text.index(part), "end": text.index(part) + len(part), "concept": concept}
+
+
+def test_the_bar_moves_within_a_unit(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            moved.append(n)
+            return super().update(n)
+
+    moved: list[float | None] = []
+    monkeypatch.setattr(tools.extract, "tqdm", Bar)
+    rows = [{"text": text, "concepts": ["place"]} for text in TEXTS]
+    assert extract(model_folder, tmp_path / "out", rows, "--layers", "1", "--batch-size", "1") == 0
+    assert [n for n in moved if n] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("outside", "other"), [("none", -2), ("unknown", -1)])

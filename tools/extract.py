@@ -3,6 +3,8 @@
 import argparse
 import json
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -132,17 +134,28 @@ def extract_units(job: Job, split: str, topology: Topology) -> None:
     units = job.documents.units[split]
     mine = deal(unfinished(job, split, topology), job.documents.sizes[split], topology.world)[topology.rank]
     title = split if topology.world == 1 else f"{split}, process 1 of {topology.world}"
-    clock = job.writer.extractor.clock
+    extractor = job.writer.extractor
     with tqdm(
         total=sum(len(units[u]) for u in mine), desc=title, unit=job.documents.item, disable=not topology.is_main
     ) as bar:
         for number in mine:
             folders = {point: job.unit(point, split, number) for point in job.missing[split]}
             todo = {point: folder for point, folder in folders.items() if not is_finished(folder)}
+            extractor.progress = moving(bar, len(units[number]), extractor.clock)
             if todo:
                 job.writer.write(units[number], todo, unit_name(split, number))
-                bar.set_postfix_str(f"{clock.tokens / clock.total:.0f} tokens/s")
-            bar.update(len(units[number]))
+            extractor.progress(1.0)
+
+
+def moving(bar: Any, size: int, clock: Clock) -> Callable[[float], None]:
+    """Takes the share of a unit of `size` documents that was read, and moves the bar there."""
+    start, tokens, began = bar.n, clock.tokens, time.perf_counter()
+
+    def move(share: float) -> None:
+        bar.set_postfix_str(f"{(clock.tokens - tokens) / (time.perf_counter() - began):.0f} tokens/s", refresh=False)
+        bar.update(start + int(share * size) - bar.n)
+
+    return move
 
 
 def finish(job: Job, point: str, split: str) -> None:

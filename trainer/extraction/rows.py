@@ -5,7 +5,7 @@ of length, rows come in the order of the input. n rows, D width.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,12 +41,13 @@ class Clock:
 
 @dataclass
 class Extractor:
-    """Runs the model over units. pad: token id."""
+    """Runs the model over units. pad: token id. progress is told, batch by batch, which share of a unit was read."""
 
     model: Any
     windows: Windows
     pad: int
     clock: Clock = field(default_factory=Clock)
+    progress: Callable[[float], Any] = lambda share: None
 
     def rows(self, documents: Sequence[int], points: Sequence[str]) -> dict[str, Rows]:
         """The rows of a unit at each hook point; no row, of width 0, where none of its tokens is one."""
@@ -68,6 +69,7 @@ class Extractor:
         firsts = np.cumsum([0, *(len(window.columns) for window in windows)])
         order = sorted(range(len(windows)), key=lambda n: len(windows[n].ids))
         found: dict[str, Tensor] = {}
+        read = 0
         for low in range(0, len(order), settings.batch_size):
             batch = order[low : low + settings.batch_size]
             ids = pad_sequence([torch.tensor(windows[n].ids) for n in batch], batch_first=True, padding_value=self.pad)
@@ -86,6 +88,8 @@ class Extractor:
                 found[point][torch.from_numpy(places)] = chosen.to(dtype).cpu()
             self.clock.model += time.perf_counter() - began
             self.clock.tokens += int(lengths.sum())
+            read += len(batch)
+            self.progress(read / len(order))
         return found
 
     def _check_length(self, tokens: int) -> None:
