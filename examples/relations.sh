@@ -34,3 +34,8 @@ for layer in ${layers//,/ }; do
     alignsae swap --run "$run" --model "$model" --prompts "$facts" --match prefix --rivals none --pairs 80 \
         --alphas 1,2,4
 done
+
+# What is read and swapped, over the layers.
+runs=()
+for layer in ${layers//,/ }; do runs+=("runs/relations-$(printf 'layer-%02d' "$layer")"); done
+python "$here/horizon.py" horizon.png "${runs[@]}"

@@ -138,6 +138,8 @@ def test_relations_from_facts_to_swaps(
         )
         assert validation["heldout"]["labels"] != heldout["heldout"]["labels"]
         assert swap["validation"]["on"] == "validation prompts" and swap["split"] == "heldout"
+    assert "2 layers read, 2 swapped" in capsys.readouterr().out
+    assert Path("horizon.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_example_is_run() -> None:
