@@ -4,7 +4,8 @@ A dictionary with the firing rate of a trained one (about 100 active slots per r
 `--every`. Printed per save: seconds that the loop stood still for the snapshot, seconds that the steps beside the
 writing thread took longer than steps without a save (negative where noise is larger), and CPU seconds of that thread.
 The share is what standing still and slower steps take from 100 steps with one save. Where a disk takes a checkpoint
-slower than the steps between two saves, the loop waits for it, and that is in the time it stood still.
+slower than the steps between two saves, the loop waits for it, and that is in the time it stood still. Figures of saves
+need three of them, and steps with none beside them (`--every`).
 
 `loop_s` is what lies between the update of a step and the rows of the next one on their way to the device: reading
 rows, their digest, votes, figures. All steps count, those with a line in metrics.jsonl too; saves do not. `loop_share`
@@ -33,7 +34,7 @@ from trainer.sums import MicroBatch
 CONCEPTS = [f"c{i}" for i in range(6)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse, train, print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, default=100_000)
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--synchronous", action="store_true")
     parser.add_argument("--folder", help="where to write; default: a temporary folder that is removed")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder = Path(args.folder or tempfile.mkdtemp(prefix="stall-"))
     try:
         sys.stdout.write(json.dumps(measure(args, folder), indent=1) + "\n")
@@ -54,6 +55,7 @@ def main() -> None:
 def stand_in(owner: object, **functions: object) -> None:
     """Put functions in the place of an owner's."""
     for name, function in functions.items():
+        assert hasattr(owner, name), f"{owner} has no {name}"
         setattr(owner, name, function)
 
 
@@ -113,7 +115,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         writing[-1] += time.thread_time() - cpu
 
     stand_in(SlotBank, __init__=quiet_bank)
-    stand_in(loop, to_micro_batch=timed_begin, clip_and_update=timed_update)
+    stand_in(loop, to_micro_batch=timed_begin)
+    stand_in(stepping, clip_and_update=timed_update)
     stand_in(Saver, save=timed_save, _write=timed_write, _commit=timed_commit)
     settings = {
         "run.dir": folder / "run", "data.shards": folder / "data", "data.global_batch": args.batch, "data.threads": 1,
@@ -124,21 +127,28 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         code = train.main(["--config", str(folder / "run.yaml"), *(f"{k}={v!s}" for k, v in settings.items())])
     finally:
         stand_in(SlotBank, __init__=original_bank)
-        stand_in(loop, to_micro_batch=original_begin, clip_and_update=original_update)
+        stand_in(loop, to_micro_batch=original_begin)
+        stand_in(stepping, clip_and_update=original_update)
         stand_in(Saver, save=original_save, _write=original_write, _commit=original_commit)
     if code:
         raise SystemExit(code)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    quiet = [seconds for seconds, busy in steps[3:] if not busy]
+    free = median(quiet or [seconds for seconds, _ in steps[3:]])
+    found = {
+        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": lines[-1]["l0"], "saves": len(saves),
+        "step_s": free, "loop_s": sum(between) / len(between),
+        "loop_share": sum(between) / sum(seconds for seconds, _ in steps),
+        "share_waiting_for_rows": max(line["stall"] for line in lines[1:]),
+    }  # fmt: skip
+    if len(saves) < 3 or not quiet:  # nothing to compare a save with
+        return found
     # The first save makes the memory of the snapshot, the last one is written while the loop waits.
     blocked, middle = median(saves[1:-1]), len(saves) - 1
-    free = median(seconds for seconds, busy in steps[3:] if not busy)
     slower = [seconds - free for seconds, busy in steps if busy]
-    return {
-        "slots": args.slots + len(CONCEPTS), "width": args.width, "mean_l0": lines[-1]["l0"], "saves": len(saves),
-        "step_s": free, "first_save_s": saves[0], "blocked_s": blocked, "steps_beside_a_save": len(slower) / middle,
+    return found | {
+        "first_save_s": saves[0], "blocked_s": blocked, "steps_beside_a_save": len(slower) / middle,
         "slower_s": sum(slower) / middle, "writing_cpu_s": median(writing[:-1]), "last_save_s": saves[-1],
-        "loop_s": sum(between) / len(between), "loop_share": sum(between) / sum(seconds for seconds, _ in steps),
-        "share_waiting_for_rows": max(line["stall"] for line in lines[1:]),
         "share_at_one_save_per_100_steps": (blocked + sum(slower) / middle) / (100 * free),
     }  # fmt: skip
 
