@@ -93,6 +93,23 @@ def test_a_thousand_relations_share_neither_template_nor_person_with_a_split(
     assert all(len({row["concept"] for row in part}) == 1000 for part in found.values())
 
 
+def test_a_picture_of_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"binding": {"slot_accuracy": 0.5, "top1": 0.6}, "probe": {"top1": 0.7}}
+    swaps = {"alphas": [{"success": 0.2}], "best_success": 0.1, "standard_error": None}
+    for layer in ("layer-03", "layer-12"):
+        (tmp_path / layer).mkdir()
+        (tmp_path / layer / "evaluation.json").write_text(json.dumps({"heldout": figures}))
+    for picture, swapped in (("reading.png", 0), ("both.png", 1)):
+        if swapped:
+            (tmp_path / "layer-12" / "swap.json").write_text(json.dumps({"slots": swaps, "mean_difference": swaps}))
+        runs = [tmp_path / layer for layer in ("layer-03", "layer-12")]
+        run("horizon.py", tmp_path / picture, *runs, monkeypatch=monkeypatch)
+        assert f"2 layers read, {swapped} swapped" in capsys.readouterr().out
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
 RECORD = '#!/bin/sh\nfor word in "${0##*/}" "$@"; do echo "$word"; done >> RECORD\necho >> RECORD\n'
 SHORT = {
     "train": ["stages.0.steps=2", "stages.1.steps=2", "dictionary.free_slots=64", "tracking.uri=off"],
