@@ -126,7 +126,9 @@ def test_swap_takes_alpha_from_other_prompts(
         assert tried[2] == tried[6] and tried[0] == tried[1] == tried[4] == tried[5]
         assert tried[3] == tried[7] <= tried[2]
         for method in ("slots", "mean_difference"):
-            assert result[method]["best_alpha"] in (0.5, 1)
+            shares = {entry["alpha"]: entry["success"] for entry in result[method]["alphas"]}
+            best = result[method]["best_alpha"]  # a smaller one that does as well would have been taken
+            assert all(share < shares[best] for alpha, share in shares.items() if alpha < best)
             assert sum(map(sum, result[method]["matrix"]["swaps"])) == result["pairs"]
 
 
