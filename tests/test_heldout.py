@@ -20,8 +20,8 @@ from tests.support.runs import (
     train_here,
 )
 from tests.test_train import Killed, at_step, die, refusal
-from trainer import train
-from trainer.analysis.evaluation import evaluate_split
+from trainer import load, train
+from trainer.analysis.evaluation import concept_slot_means, evaluate_split
 from trainer.analysis.results import rows_of
 from trainer.checkpoint import load_dictionary, read_state, saver
 from trainer.heldout.rows import MOST_BLOCKS, chosen_rows
@@ -99,6 +99,14 @@ def test_the_best_checkpoint_outlives_later_ones(evaluated: Path) -> None:
     dictionary, _ = load_dictionary(evaluated / "run" / "checkpoints" / "best")
     assert torch.equal(dictionary.concepts.W_enc, tensors(evaluated, "step-00000024")["dictionary/concepts/W_enc"])
     assert outcome(evaluated)["best"] == vars(state.best)
+
+
+def test_the_best_checkpoint_is_steered_with_in_units_of_its_own(evaluated: Path, small_data: Path) -> None:
+    found = load(evaluated / "run" / "checkpoints" / "best")
+    rows, _ = rows_of([str(small_data)], found.dictionary)
+    means = concept_slot_means(found.dictionary, rows).tolist()
+    assert list(found.gains.values()) == pytest.approx(means, rel=0.1)  # an epoch leaves rows out
+    assert found.gains != load(evaluated / "run").gains
 
 
 @pytest.mark.parametrize("step", [pytest.param(24, marks=pytest.mark.slow), 33])

@@ -16,7 +16,7 @@ from trainer.stream import Manifest
 from trainer.train import main as train
 
 ROOT = Path(__file__).parents[1]
-SHORT = ["stages.0.epochs=2", "stages.1.epochs=2", "data.global_batch=64", "tracking.uri=off"]
+SHORT = ["stages.0.steps=10", "stages.1.steps=10", "data.global_batch=64", "tracking.uri=off"]
 
 
 def blocks(kind: str) -> list[str]:

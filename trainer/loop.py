@@ -265,6 +265,6 @@ def save(run: Run, stream: Stream, best: Best | None = None) -> None:
     last = run.state.step == run.curriculum.total
     run.state.guard = run.guard.state()
     run.state.gains = None
-    if last:
+    if last or best:  # the ones that are steered with
         measure_slots(run)
     run.saver.save(run.state, last=last, best=best)

@@ -250,7 +250,10 @@ def build(folder: Path, state: RunState, manifest: Manifest) -> ConceptDictionar
     if state.writes_apart:
         dictionary.written = dictionary.concepts.W_write
     elif state.freeze == "free" and state.awake:
-        log.warning("%s: what its concept slots write is measured at the end of the run, and was not yet", folder)
+        log.warning(
+            "%s: what its concept slots write is not known: it is measured at the end of a run and at its best evaluations",
+            folder,
+        )
     return dictionary
 
 

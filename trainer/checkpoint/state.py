@@ -37,7 +37,8 @@ class RunState:
     steps were taken. woken: whether the concept slots have been woken up; both None in checkpoints that do not know.
     freeze: see DictionaryConfig; with `free` the free banks have no moments. sparsity: what the weight of sparsity is
     multiplied with (following.followed_sparsity). gains: mean activation of each concept slot on the rows of its own
-    concept, 0 for one without rows; None before the end of a run. best: whose checkpoint is kept; None: none is.
+    concept, 0 for one without rows; None but at the end of a run and at its best evaluations. best: whose checkpoint is
+    kept; None: none is.
     """
 
     step: Count
