@@ -61,7 +61,7 @@ def test_slots_beside_held_ones_write_what_their_concepts_add(tmp_path, small_da
     chosen = [ALIGN, f"dictionary.start_from={source}", "dictionary.freeze=free", "checkpoint.every=10"]
     assert train_here(tmp_path, small_data, *chosen) == 0
     assert load(tmp_path / "run" / "checkpoints" / "step-00000020").dictionary.written is None
-    assert "is not known: it is measured at the end of a run" in caplog.text
+    assert "is not known; the end of a run" in caplog.text
     trained = load(tmp_path / "run")
     slots = range(len(trained.concepts))
     edit = SlotEdit(trained.dictionary, slots, "set", torch.full((1, len(slots)), torch.nan), "cpu")

@@ -251,7 +251,7 @@ def build(folder: Path, state: RunState, manifest: Manifest) -> ConceptDictionar
         dictionary.written = dictionary.concepts.W_write
     elif state.freeze == "free" and state.awake:
         log.warning(
-            "%s: what its concept slots write is not known: it is measured at the end of a run and at its best evaluations",
+            "%s: what its concept slots write is not known; the end of a run and its best evaluations measure it",
             folder,
         )
     return dictionary
