@@ -51,6 +51,15 @@ SCALES = {
         (50, 100),
         600,
     ),
+    # All layers within an afternoon of two CPU cores that have no bf16: a narrow model, a twelfth of the slots.
+    "sweep": Scale(
+        1000,
+        12,
+        "--width 128 --heads 4 --vocabulary 4096 --steps 3000 --lr 2e-3 --warmup 200",
+        8192,
+        (50, 100),
+        600,
+    ),
     # Whether it all runs.
     "tiny": Scale(
         12,
