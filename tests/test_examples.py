@@ -4,21 +4,26 @@ import ast
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.test_documented_commands import lines
+from tests.test_documents import ROOT
 from tools import ask
 from tools.cli import main
 from tools.lm_training.models import build_model, build_tokenizer
+from trainer import load
 from trainer.language_model import SPLITS, read_prompts
 from trainer.train import main as train
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +122,62 @@ SHORT = {
 }
 
 
+def tiny_model(folder: Path) -> list[str]:
+    """A model and its tokenizer; returns the texts that its vocabulary is from."""
+    texts = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(texts, 280)
+    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=256).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return texts
+
+
+def told(known: Path, model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> list[str]:
+    """Answers of a model that knows every third fact of the prompts `known`."""
+    facts = {row.prompt: row.answer for row in read_prompts(known)}
+    return [facts[prompt] if len(prompt) % 3 == 0 else "" for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_readme_goes_from_prompts_to_swaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command of its section on a user's own model and concepts; the layers are those that a tiny model has."""
+    section = (ROOT / "README.md").read_text().partition("## Your own model and concepts\n")[2].partition("\n## ")[0]
+    commands = [shlex.split(line) for line in lines(section) if line.startswith(("python ", "alignsae "))]
+    assert [words[1] for words in commands] == [
+        *(
+            "examples/relations.py",
+            "ask",
+            "extract",
+            "train",
+            "evaluate",
+            "swap",
+            "steer",
+            "explore",
+            "report",
+            "export",
+        ),
+    ]
+    monkeypatch.chdir(tmp_path)
+    tiny_model(Path("lm"))
+    monkeypatch.setattr(ask, "generate_answers", partial(told, Path("prompts.jsonl")))
+    here = {"MODEL": "lm", "12,20": "0,1", "layer-20": "layer-01", "configs/": f"{ROOT}/configs/"}
+    for _, name, *arguments in commands:
+        for word, ours in here.items():
+            arguments = [argument.replace(word, ours) for argument in arguments]
+        arguments += SHORT.get(name, [])
+        if name.startswith("examples/"):
+            run(Path(name).name, *arguments, monkeypatch=monkeypatch)
+        else:  # the launcher of `alignsae train` has tests of its own
+            assert (train(arguments) if name == "train" else main([name, *arguments])) == 0, capsys.readouterr().err
+    result, swap = (json.loads(Path(f"runs/mine/{name}.json").read_text()) for name in ("evaluation", "swap"))
+    assert {"train", "heldout"} <= {*result} and swap["validation"]["on"] == "validation prompts"
+    assert "before:" in capsys.readouterr().out
+    assert Path("runs/mine/slot-pages/index.html").is_file() and Path("runs/mine/report.html").is_file()
+    assert len(load("exported/mine").concepts) == 14 and len(load("exported/mine").gains) > 0
+
+
 @pytest.mark.slow
 def test_relations_from_facts_to_swaps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -126,21 +187,12 @@ def test_relations_from_facts_to_swaps(
     for name in ("alignsae", "python"):
         (tmp_path / name).write_text(RECORD)
         (tmp_path / name).chmod(0o755)
-    texts = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
+    texts = tiny_model(Path("lm"))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(texts, 280)
-    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=256).save_pretrained("lm")
-    tokenizer.save_pretrained("lm")
     script = ["bash", str(EXAMPLES / "relations.sh"), "lm", "texts.jsonl", "0,1"]
     subprocess.run(script, check=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     commands = [block.splitlines() for block in Path("RECORD").read_text().strip().split("\n\n")]
-
-    def told(model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> list[str]:
-        facts = {row.prompt: row.answer for row in read_prompts(Path("data/facts/prompts.jsonl"))}
-        return [facts[prompt] if len(prompt) % 3 == 0 else "" for prompt in prompts]
-
-    monkeypatch.setattr(ask, "generate_answers", told)
+    monkeypatch.setattr(ask, "generate_answers", partial(told, Path("data/facts/prompts.jsonl")))
     for program, name, *arguments in commands:
         more = SHORT.get(name, [])
         if program == "python":

@@ -44,7 +44,7 @@ COLUMNS = [
 
 def run(args: argparse.Namespace) -> None:
     """Survey the rows, write the pages, and serve them."""
-    args.out = args.out or RunFolder(args.run_dir).slot_pages
+    args.out = args.out or RunFolder.around(args.run_dir).slot_pages
     page = args.out / "index.html"
     if args.shards is None and not (args.serve and page.is_file()):
         raise UserError(f"{page} is not there to be served; give the rows to look at with --shards")

@@ -22,9 +22,9 @@ from trainer.tracking import add_artifacts
 
 def run(args: argparse.Namespace) -> None:
     """Draw, render, write."""
-    folder = RunFolder(args.run_dir)
-    metrics = read_metrics(args.run_dir)
-    config = run_config(args.run_dir)
+    folder = RunFolder.around(args.run_dir)
+    metrics = read_metrics(folder.path)
+    config = run_config(folder.path)
     evaluation, swap, outcome = (_optional(path) for path in (folder.evaluation, folder.swap, folder.outcome))
     figures = {"losses": plots.loss_plot(metrics), "training": plots.training_plot(metrics)} if metrics else {}
     if heldout := plots.heldout_plot(metrics):
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     written.append(folder.report)
     odd = oddities(metrics, evaluation, outcome)
     write_result(written[-1], render(folder, metrics, evaluation, swap, odd, images))
-    tracked = add_artifacts(args.run_dir, config.tracking.uri, written)
+    tracked = add_artifacts(folder.path, config.tracking.uri, written)
     for sentence in odd:
         print(f"odd: {sentence}")
     print(f"written: {written[-1]} and {len(images)} plots" + (", attached to the MLflow run" if tracked else ""))
