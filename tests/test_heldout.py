@@ -24,6 +24,7 @@ from trainer import load, train
 from trainer.analysis.evaluation import concept_slot_means, evaluate_split
 from trainer.analysis.results import rows_of
 from trainer.checkpoint import load_dictionary, read_state, saver
+from trainer.heldout import evaluations
 from trainer.heldout.rows import MOST_BLOCKS, chosen_rows
 
 EVERY, TOTAL = 6, 40
@@ -99,6 +100,19 @@ def test_the_best_checkpoint_outlives_later_ones(evaluated: Path) -> None:
     dictionary, _ = load_dictionary(evaluated / "run" / "checkpoints" / "best")
     assert torch.equal(dictionary.concepts.W_enc, tensors(evaluated, "step-00000024")["dictionary/concepts/W_enc"])
     assert outcome(evaluated)["best"] == vars(state.best)
+
+
+@pytest.mark.parametrize("figure", ["auroc", "text_firing"])
+def test_of_equally_good_checkpoints_the_last_is_the_best(
+    figure: str, small_data: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though a worse one comes between."""
+    worse = iter([False, False, False, True] * 10)
+    found = {"auroc": (1.0, 0.5), "text_firing": (0.0, 0.5)}[figure]
+    monkeypatch.setattr(evaluations, "heldout_figures", lambda *args: {f"heldout/{figure}": found[next(worse)]})
+    assert trained(tmp_path, small_data, heldout, f"checkpoint.best=heldout/{figure}") == 0
+    assert (tmp_path / "run" / "checkpoints" / "best").read_text().strip() == f"step-{TOTAL:08d}"
+    assert [line[f"heldout/{figure}"] for line in heldout_lines(tmp_path).values()].count(0.5) == 1
 
 
 def test_the_best_checkpoint_is_steered_with_in_units_of_its_own(evaluated: Path, small_data: Path) -> None:

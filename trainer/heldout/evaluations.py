@@ -59,7 +59,7 @@ class Evaluations:
         return self.every > 0 and (ends or step % self.every == 0)
 
     def evaluate(self, strategy: Strategy, saver: Saver, step: int, align: bool) -> Best | None:
-        """Fill `figures`; returns this evaluation where it is the best so far and its checkpoint is to be kept."""
+        """Fill `figures`; returns this evaluation where none was better so far: its checkpoint is to be kept."""
         began = time.perf_counter()
         self.figures = heldout_figures(strategy, self.parts, align, self.most)
         self.figures["evaluation_s"] = time.perf_counter() - began
@@ -70,11 +70,12 @@ class Evaluations:
                 log.warning("no held-out row tells %s at step %d: it chooses no checkpoint", self.metric, step)
             return None
         value, before = self.figures[self.metric], saver.best_so_far()
-        better = before is None or is_better(self.metric, value, before.value)
+        better = before is None or is_as_good(self.metric, value, before.value)
         # Ranks may differ in the last bit, and must decide alike.
         return Best(self.metric, value, step) if strategy.topology.any_over_world(better) else None
 
 
-def is_better(metric: str, value: float, than: float) -> bool:
-    """Whether a value of this figure is better than another one."""
-    return value > than if LARGER_IS_BETTER[metric.rpartition("/")[2]] else value < than
+def is_as_good(metric: str, value: float, as_this: float) -> bool:
+    """Whether a value of this figure is as good as another one, or better. Of equals the later is kept: where few rows
+    tell a figure it is soon the best it can be, long before slots write what they read."""
+    return value >= as_this if LARGER_IS_BETTER[metric.rpartition("/")[2]] else value <= as_this
