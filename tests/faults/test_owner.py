@@ -17,6 +17,7 @@ from tests.support.runs import arguments, metrics, outcome, train_here, train_ra
 from trainer.errors import UserError
 from trainer.ownership import Owner, Ownership
 
+STARTS = int(os.environ.get("ALIGNSAE_DOUBLE_STARTS", "50"))  # of the slow test
 QUICK = {"interval": 0.05, "patience": 0.5}
 
 
@@ -142,7 +143,7 @@ def train_when_told(argv: list[str], start: float) -> None:
     train_rank(argv)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(STARTS, marks=pytest.mark.slow, id="many")])
 def test_of_two_runs_started_together_one_trains(times: int, small_data: Path, tmp_path: Path) -> None:
     for number in range(times):
         folder, start = tmp_path / str(number), time.time() + 2
