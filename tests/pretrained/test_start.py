@@ -123,6 +123,21 @@ def test_training_on_moves_the_free_slots(tmp_path, small_data, source):
     assert lines[max(lines)]["fvu"] < 0.8 * lines[min(lines)]["fvu"]
 
 
+def test_the_best_checkpoint_beside_held_slots_knows_what_they_write_and_changes_nothing(tmp_path, small_data, source):
+    chosen = [ALIGN, f"dictionary.start_from={source}", "dictionary.freeze=free"]
+    heldout = write_data(tmp_path / "heldout", rows=150)
+    held = [f"data.heldout={heldout}", "run.evaluate_every=6", "checkpoint.best=heldout/fvu", "checkpoint.keep=9"]
+    assert train_here(tmp_path / "plain", small_data, *chosen) == 0
+    assert train_here(tmp_path / "best", small_data, *chosen, *held) == 0
+    ours, theirs = tensors(tmp_path / "plain"), tensors(tmp_path / "best")
+    assert_same(ours, theirs)
+    saved = tmp_path / "best" / "run" / "checkpoints"
+    assert load(saved / "step-00000007").dictionary.written is None  # none of the best: FVU falls at each of the others
+    for step in (6, 12, 18):
+        trained = load(saved / f"step-{step:08d}")
+        assert trained.dictionary.written is not None and len(trained.gains) == len(trained.concepts)
+
+
 @pytest.mark.parametrize("freeze", ["none", "free"])
 def test_a_resume_does_not_need_the_source(tmp_path, small_data, source, freeze):
     chosen = [f"dictionary.start_from={source}", f"dictionary.freeze={freeze}", "stages=[{name: align, steps: 20}]"]
@@ -204,7 +219,10 @@ def test_per_slot_thresholds_are_held_or_trained(tmp_path, small_data):
     + [("ddp", "none"), ("zero3", "none")],
 )
 def test_two_ranks_end_where_one_does(tmp_path, small_data, source, strategy, freeze):
+    """With best evaluations on the way, at which what concept slots write is measured."""
     chosen = [f"dictionary.start_from={source}", f"dictionary.freeze={freeze}", "stages=[{name: align, steps: 12}]"]
+    chosen += [f"data.heldout={write_data(tmp_path / 'heldout', rows=150)}", "run.evaluate_every=4"]
+    chosen += ["checkpoint.best=heldout/fvu"]
     assert train_here(tmp_path / "one", small_data, *chosen) == 0
     run_ranks(2, train_rank, arguments(tmp_path / "two", small_data, *chosen, f"parallel.strategy={strategy}"))
     mine, theirs = tensors(tmp_path / "two"), tensors(tmp_path / "one")
