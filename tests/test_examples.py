@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.language_model import save_model_of
 from tests.test_documented_commands import lines
 from tests.test_documents import ROOT
 from tools import ask
 from tools.cli import main
-from tools.lm_training.models import build_model, build_tokenizer
 from trainer import load
 from trainer.language_model import SPLITS, read_prompts
 from trainer.train import main as train
@@ -116,20 +115,11 @@ def test_a_picture_of_the_layers(
 
 
 RECORD = '#!/bin/sh\nfor word in "${0##*/}" "$@"; do echo "$word"; done >> RECORD\necho >> RECORD\n'
+TEXTS = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
 SHORT = {
     "train": ["stages.0.steps=2", "stages.1.steps=2", "dictionary.free_slots=64", "tracking.uri=off"],
     "swap": ["--pairs", "8", "--alphas", "1", "--learn-steps", "1"],
 }
-
-
-def tiny_model(folder: Path) -> list[str]:
-    """A model and its tokenizer; returns the texts that its vocabulary is from."""
-    texts = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(texts, 280)
-    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return texts
 
 
 def told(known: Path, model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> list[str]:
@@ -144,30 +134,18 @@ def test_readme_goes_from_prompts_to_swaps(
 ) -> None:
     """Every command of its section on a user's own model and concepts; the layers are those that a tiny model has."""
     section = (ROOT / "README.md").read_text().partition("## Your own model and concepts\n")[2].partition("\n## ")[0]
-    commands = [shlex.split(line) for line in lines(section) if line.startswith(("python ", "alignsae "))]
-    assert [words[1] for words in commands] == [
-        *(
-            "examples/relations.py",
-            "ask",
-            "extract",
-            "train",
-            "evaluate",
-            "swap",
-            "steer",
-            "explore",
-            "report",
-            "export",
-        ),
-    ]
-    monkeypatch.chdir(tmp_path)
-    tiny_model(Path("lm"))
-    monkeypatch.setattr(ask, "generate_answers", partial(told, Path("prompts.jsonl")))
     here = {"MODEL": "lm", "12,20": "0,1", "layer-20": "layer-01", "configs/": f"{ROOT}/configs/"}
-    for _, name, *arguments in commands:
-        for word, ours in here.items():
-            arguments = [argument.replace(word, ours) for argument in arguments]
+    for word, ours in here.items():
+        section = section.replace(word, ours)
+    commands = [shlex.split(line) for line in lines(section) if line.startswith(("python ", "alignsae "))]
+    names = "examples/relations.py ask extract train evaluate swap steer explore report export"
+    assert [words[1] for words in commands] == names.split()
+    monkeypatch.chdir(tmp_path)
+    save_model_of(TEXTS, Path("lm"), context=256)
+    monkeypatch.setattr(ask, "generate_answers", partial(told, Path("prompts.jsonl")))
+    for program, name, *arguments in commands:
         arguments += SHORT.get(name, [])
-        if name.startswith("examples/"):
+        if program == "python":
             run(Path(name).name, *arguments, monkeypatch=monkeypatch)
         else:  # the launcher of `alignsae train` has tests of its own
             assert (train(arguments) if name == "train" else main([name, *arguments])) == 0, capsys.readouterr().err
@@ -187,8 +165,8 @@ def test_relations_from_facts_to_swaps(
     for name in ("alignsae", "python"):
         (tmp_path / name).write_text(RECORD)
         (tmp_path / name).chmod(0o755)
-    texts = tiny_model(Path("lm"))
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    save_model_of(TEXTS, Path("lm"), context=256)
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     script = ["bash", str(EXAMPLES / "relations.sh"), "lm", "texts.jsonl", "0,1"]
     subprocess.run(script, check=True, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     commands = [block.splitlines() for block in Path("RECORD").read_text().strip().split("\n\n")]

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.language_model import save_model_of
 from tests.support.ranks import Ranks, run_ranks
 from tools.cli import main
 from tools.extract import deal
 from tools.extracting.units import UnitWriter
-from tools.lm_training.models import build_model, build_tokenizer
 
 SENTENCE = "Ada works in Oslo, Ben was born in Lima, Cem studied law. "
 
@@ -23,10 +22,7 @@ SENTENCE = "Ada works in Oslo, Ben was born in Lima, Cem studied law. "
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of an extraction of about ten units of two splits at two hook points."""
     folder = tmp_path_factory.mktemp("units")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer([SENTENCE], 280)
-    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=64).save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(folder / "lm")
+    save_model_of([SENTENCE], folder / "lm")
     texts = [SENTENCE * (1 + i * 7 % 5) for i in range(60)]
     (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     arguments = ["--context", "32", "--heldout", "5", "--unit-kb", "1", "--rows-per-block", "50", "--device", "cpu"]

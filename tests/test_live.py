@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.language_model import save_model_of
 from tests.support.ranks import Ranks, run_ranks
 from tests.support.runs import digests, metrics, tensors, train_rank, write_config
 from tools.cli import main
-from tools.lm_training.models import build_model, build_tokenizer
 from trainer import train
 from trainer.analysis.results import run_shards
 from trainer.errors import UserError
@@ -39,10 +39,7 @@ CHANGES: dict[str, Any] = {
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, texts, and labelled rows of spans."""
     folder = tmp_path_factory.mktemp("live")
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer([SENTENCE], 280)
-    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=64).save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(folder / "lm")
+    save_model_of([SENTENCE], folder / "lm")
     texts = [SENTENCE[i % 7 :] * (1 + i * 7 % 5) for i in range(60)]
     spans = [{"start": 0, "end": 3, "concept": "person"}, {"start": 13, "end": 17, "concept": "place"}]
     write(folder / "texts.jsonl", [{"text": text} for text in texts])

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.support.language_model import save_model_of
 from tools.cli import main
-from tools.lm_training.models import build_model, build_tokenizer
 from trainer import load
 from trainer.stream import Manifest
 from trainer.train import main as train
@@ -28,11 +27,7 @@ def blocks(kind: str) -> list[str]:
 def test_the_example_runs_from_text_to_steering(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (lines,) = blocks("json")
     rows = [json.loads(line) for line in lines.splitlines()]
-    texts = [row["text"] for row in rows]
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(texts, 280)
-    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=64).save_pretrained(tmp_path / "models/mine")
-    tokenizer.save_pretrained(tmp_path / "models/mine")
+    save_model_of([row["text"] for row in rows], tmp_path / "models/mine")
     (tmp_path / "rows.jsonl").write_text(lines * 20)
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]

@@ -17,7 +17,7 @@ EXTRA = ("swaps", "concepts", "l0_share")  # for the bars only, not in summary.j
 
 def run(args: argparse.Namespace) -> int:
     """Write summary.json, print the table; 1 when a bar is missed."""
-    folder = RunFolder(args.run_dir)
+    folder = RunFolder.around(args.run_dir)
     evaluation = read_result(folder.evaluation, f"run `alignsae evaluate --run {args.run_dir}` first")
     swap = read_result(folder.swap, f"run `alignsae swap --run {args.run_dir}` first")
     lm = read_result(args.lm / "lm_report.json", "name the folder that `alignsae finetune-lm` wrote")

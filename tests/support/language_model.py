@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tools.lm_training.models import build_model, build_tokenizer
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.language_model import Prompt, capture, encode_prompts, hook_point, last_token
 from trainer.stream import ShardSpec, ShardWriter
@@ -58,6 +59,14 @@ def save_tiny_model(folder: Path) -> Path:
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_model_of(texts: list[str], folder: Path, context: int = 64) -> None:
+    """`save_pretrained` folder of a random GPT-2 of two blocks of width 16, which has a tokenizer of these texts."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(texts, 280)
+    build_model("gpt2", tokenizer, layers=2, width=16, heads=2, context=context).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def tiny_prompts() -> list[Prompt]:

@@ -5,8 +5,8 @@
 
 `paper` is arXiv 2512.02004: invented persons, a language model that knows them, and at every layer a dictionary with
 concept slots beside an unsupervised one of the same size. --scale paper has its sizes (a GPU, or days), cpu the same
-with a narrower language model (hours on two cores), sweep a narrow one and 8,192 slots (all layers in two or three
-hours), tiny shows within minutes that all of it runs.
+with a narrower language model (hours on two cores), sweep a narrow one in fp32 and 8,192 slots, so that a CPU goes
+through all layers, tiny shows within minutes that all of it runs.
 
 Every stage is an `alignsae` command, which --list prints. OUT/stages.json keeps which are done: the same command goes
 on after an interruption, and a stage that can goes on within itself. At the end OUT receives results.md, results.json

@@ -51,7 +51,7 @@ SCALES = {
         (50, 100),
         600,
     ),
-    # All layers within an afternoon of two CPU cores that have no bf16: a narrow model, a twelfth of the slots.
+    # All layers on two CPU cores that have no bf16: a narrower model, a twelfth of the slots.
     "sweep": Scale(
         1000,
         12,
