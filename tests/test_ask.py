@@ -110,9 +110,9 @@ def test_swap_takes_alpha_from_other_prompts(
     tried: list[set[str]] = []
     generate = trial.generate_edited
 
-    def recorded(model: Any, tokenizer: Any, layer: int, swaps: Any, *rest: Any, **options: Any) -> list[str]:
+    def recorded(editable: Any, swaps: Any, *rest: Any, **options: Any) -> list[str]:
         tried.append({s.prompt for s in swaps})
-        return generate(model, tokenizer, layer, swaps, *rest, **options)
+        return generate(editable, swaps, *rest, **options)
 
     monkeypatch.setattr(trial, "generate_edited", recorded)
     for split, on in (("heldout", "training templates"), ("all", "other subjects")):

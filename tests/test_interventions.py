@@ -30,7 +30,7 @@ from trainer.analysis.interventions import (
 from trainer.analysis.rivals import MeanDifference, Slots, TrainingRows
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import UserError
-from trainer.language_model import Prompt, hook_layer
+from trainer.language_model import EditableModel, Prompt, hook_layer
 
 LAYER = 1  # the last block: what is written there alone decides the next token
 
@@ -111,15 +111,8 @@ def test_each_row_gets_its_own_swap(batch_size):
     pairs = swap_pairs(tiny_prompts(), CONCEPTS, split="heldout", pairs=24, seed=0)
     # Strength 1 leaves the other always-active slot at 1 too: 2 makes the target win.
     method = Slots(dictionary, range(3), torch.ones(3))
-    texts = generate_edited(
-        tiny_model(),
-        tiny_tokenizer(),
-        LAYER,
-        pairs,
-        lambda s, t: method.swap(s, t, 2.0),
-        max_new_tokens=1,
-        batch_size=batch_size,
-    )
+    editable = EditableModel(tiny_model(), tiny_tokenizer(), LAYER, batch_size)
+    texts = generate_edited(editable, pairs, lambda s, t: method.swap(s, t, 2.0), max_new_tokens=1)
     assert texts == [("rome", "art", "acme")[p.target] for p in pairs]
     score = score_swaps(pairs, texts, answer_sets(tiny_prompts(), CONCEPTS))
     assert score.success == sum(p.target_answer in ("rome", "art", "acme") for p in pairs) / 24
@@ -146,11 +139,11 @@ def test_answer_loss_is_the_plain_cross_entropy():
         start = len(tokenizer(p.prompt)["input_ids"])
         logits = model(ids).logits[0, start - 1 : -1]
         expected += cross_entropy(logits, ids[0, start:], reduction="none").tolist()
-    assert answer_loss(model, tokenizer, prompts, LAYER) == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert answer_loss(EditableModel(model, tokenizer, LAYER), prompts) == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
 def test_exact_reconstruction_recovers_the_whole_loss():
-    found = loss_recovered(tiny_model(), tiny_tokenizer(), tiny_prompts(), 0, exact_dictionary())
+    found = loss_recovered(EditableModel(tiny_model(), tiny_tokenizer(), 0), tiny_prompts(), exact_dictionary())
     assert found["recovered_over_zero"] == pytest.approx(1, abs=1e-4)
     assert found["cross_entropy_zero"] != pytest.approx(found["cross_entropy_original"], abs=1e-3)
     assert found["cross_entropy_mean"] == pytest.approx(found["cross_entropy_zero"])  # this dictionary's mean is 0

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from tools.lm_training.models import build_model, build_tokenizer
 from trainer.errors import UserError
 from trainer.language_model import (
+    EditableModel,
     answer_matches,
     capture,
-    edit_residual,
     encode_answer,
     encode_prompts,
     find_blocks,
@@ -106,8 +106,8 @@ def test_last_token_on_either_side(left: int, real: int, right: int) -> None:
 def test_a_layer_out_of_range_is_named(model: Any, tokenizer: Any, layers: list[int]) -> None:
     with pytest.raises(UserError, match=r"layer (3|-1|7) does not exist: the model has layers 0 to 2"):
         capture(model, *encode_prompts(tokenizer, PROMPTS), layers)
-    with pytest.raises(UserError, match="does not exist"), edit_residual(model, layers[-1], lambda h: h):
-        pass
+    with pytest.raises(UserError, match="does not exist"):
+        EditableModel(model, tokenizer, layers[-1])
 
 
 def test_a_model_without_blocks_is_refused(model: Any) -> None:
@@ -122,35 +122,6 @@ def test_batched_answers_equal_single_ones(model: Any, tokenizer: Any) -> None:
     single = [generate_answers(model, tokenizer, [p], max_new_tokens=5)[0] for p in PROMPTS]
     assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=5, batch_size=3) == single
     assert len(set(single)) > 1
-
-
-def test_an_edit_touches_the_last_prompt_token_once(model: Any, tokenizer: Any) -> None:
-    """Behind the last block the residual alone decides the first token: another prompt's residual gives its token."""
-    first = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1)
-    ids, mask = encode_prompts(tokenizer, PROMPTS)
-    last = LAYERS - 1
-    donors = capture(model, ids, mask, [last])[last][torch.arange(len(PROMPTS)), last_token(mask)].flip(0)
-    seen: list[torch.Tensor] = []
-
-    def edit(residual: torch.Tensor) -> torch.Tensor:
-        seen.append(residual.clone())
-        return donors
-
-    with edit_residual(model, last, edit):
-        swapped = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1)
-        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
-    assert swapped == first[::-1] != first
-    assert len(seen) == 2  # once per generation, whatever its length
-    torch.testing.assert_close(seen[0], donors.flip(0), atol=1e-4, rtol=1e-4)
-    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=1) == first
-
-
-def test_an_edit_reaches_later_tokens_through_the_cache(model: Any, tokenizer: Any) -> None:
-    plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6)
-    with edit_residual(model, 0, lambda h: h):
-        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) == plain
-    with edit_residual(model, 0, lambda h: h + 5 * torch.randn(h.shape, generator=torch.manual_seed(1))):
-        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=6) != plain
 
 
 def test_answers_stop_at_the_end_token_and_at_a_new_line(model: Any, byte_pairs: Any, monkeypatch: Any) -> None:

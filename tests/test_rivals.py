@@ -6,9 +6,7 @@ import torch
 from scipy.optimize import minimize
 
 from tests.support.language_model import (
-    ANSWERS,
     CONCEPTS,
-    PEOPLE,
     WIDTH,
     random_dictionary,
     tiny_model,
@@ -16,7 +14,7 @@ from tests.support.language_model import (
     tiny_tokenizer,
     words,
 )
-from trainer.analysis.interventions import Swap, answer_cross_entropy, generate_edited, swap_pairs
+from trainer.analysis.interventions import Swap, generate_edited
 from trainer.analysis.rivals import (
     Alignment,
     Erasure,
@@ -37,6 +35,7 @@ from trainer.analysis.rivals import probe as probe_module
 from trainer.analysis.rivals.erasure import shrunk
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
+from trainer.language_model import EditableModel
 
 SOURCE, TARGET = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 0, 1])
 
@@ -253,7 +252,9 @@ def test_alignment_finds_the_direction_that_decides_the_answer():
     begun = torch.linalg.svd(rows.means - rows.means.mean(dim=0)).Vh[0]
     assert abs(float(begun @ said)) < 0.4
     before = model.lm_head.weight.clone()
-    basis = learn_basis(model, tiny_tokenizer(), 1, swaps, rows, 1, Learning(steps=60, batch=8, rate=0.1))
+    basis = learn_basis(
+        EditableModel(model, tiny_tokenizer(), 1), swaps, rows, 1, Learning(steps=60, batch=8, rate=0.1)
+    )
     torch.testing.assert_close(basis.T @ basis, torch.eye(1))
     assert abs(float(basis[:, 0] @ said)) > 0.8
     assert torch.equal(before, model.lm_head.weight)
@@ -261,42 +262,18 @@ def test_alignment_finds_the_direction_that_decides_the_answer():
 
 def test_learned_rows_are_what_makes_the_slots_answer():
     """Slots that are always active and write nothing that the head reads, until their rows are learned."""
-    model, tokenizer = tiny_model().requires_grad_(False), tiny_tokenizer()
+    editable = EditableModel(tiny_model().requires_grad_(False), tiny_tokenizer(), 1)
     dictionary = ConceptDictionary(DictionaryConfig(4, 4).form(WIDTH, CONCEPTS))
     with torch.no_grad():
         dictionary.concepts.b_enc.fill_(1)
         dictionary.concepts.W_dec.fill_(1)  # the final norm takes a common shift away
     slots = Slots(dictionary, range(3), torch.ones(3))
     swaps = [Swap(p.prompt, s, t, "", ("rome", "art", "acme")[t]) for p in tiny_prompts() for s, t in ((0, 1), (1, 2))]
-    learned = slots.writing(learn_rows(model, tokenizer, 1, swaps, slots, Learning(steps=40, batch=8, rate=0.3)))
+    learned = slots.writing(learn_rows(editable, swaps, slots, Learning(steps=40, batch=8, rate=0.3)))
 
     def right(method: Slots) -> int:
-        texts = generate_edited(
-            model, tokenizer, 1, swaps, lambda source, target: method.swap(source, target, 1.0), max_new_tokens=1
-        )
+        texts = generate_edited(editable, swaps, lambda source, target: method.swap(source, target, 1.0), 1)
         return sum(text == swap.target_answer for text, swap in zip(texts, swaps, strict=True))
 
     assert (right(slots), right(learned)) == (0, len(swaps))
     assert torch.equal(slots.rows, torch.ones(3, WIDTH))
-
-
-def test_answers_are_scored_where_they_stand_whatever_the_padding():
-    model, tokenizer = tiny_model().requires_grad_(False), tiny_tokenizer()
-    pairs = swap_pairs(tiny_prompts(), CONCEPTS, split=None, pairs=6, seed=0)
-    prompts = [s.prompt + " " + PEOPLE[0] * (i % 2) for i, s in enumerate(pairs)]
-    answers = [s.target_answer + " " + ANSWERS["city"][0] * (i % 3 == 0) for i, s in enumerate(pairs)]
-    edit = MeanDifference(sample()).swap(torch.tensor([s.source for s in pairs]), torch.tensor([0] * 6), 1.0)
-    together, tokens = answer_cross_entropy(model, tokenizer, prompts, answers, 0, edit)
-    alone = [
-        answer_cross_entropy(
-            model,
-            tokenizer,
-            [p],
-            [a],
-            0,
-            MeanDifference(sample()).swap(torch.tensor([s.source]), torch.tensor([0]), 1.0),
-        )
-        for p, a, s in zip(prompts, answers, pairs, strict=True)
-    ]
-    assert tokens == sum(count for _, count in alone)
-    assert float(together) == pytest.approx(sum(float(total) for total, _ in alone), rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.language_model import CONCEPTS, WIDTH, tiny_model, tiny_prompts, tiny_tokenizer
-from trainer.analysis.interventions import Swap, SwapScore, prompt_ends, swap_pairs
+from trainer.analysis.interventions import Swap, SwapScore, swap_pairs
 from trainer.analysis.rivals import MeanDifference, TrainingRows, when_read
 from trainer.analysis.side_effects import (
     Bystanders,
@@ -19,7 +19,7 @@ from trainer.analysis.side_effects import (
 )
 from trainer.analysis.statistics import jackknife_error, mean_by_subject
 from trainer.errors import UserError
-from trainer.language_model import answer_matches, encode_prompts, generate_answers
+from trainer.language_model import EditableModel, answer_matches, encode_prompts, generate_answers
 
 LAYER = 1
 DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4))
@@ -34,9 +34,8 @@ def bystanders(windows: torch.Tensor | None = None, batch_size: int = 5) -> Byst
     )
     said = generate_answers(model, tokenizer, [s.prompt for s in others], 1)
     others = [Swap(s.prompt, s.source, s.target, text, "", s.subject) for s, text in zip(others, said, strict=True)]
-    return Bystanders(
-        model, tokenizer, LAYER, others, windows, match=answer_matches, max_new_tokens=1, batch_size=batch_size
-    )
+    editable = EditableModel(model, tokenizer, LAYER, batch_size)
+    return Bystanders(editable, others, windows, match=answer_matches, max_new_tokens=1)
 
 
 def pushed(source, target):
@@ -85,7 +84,7 @@ def test_questions_are_compared_row_by_row(batch_size):
 def test_where_the_source_is_read_alone_is_what_a_conditional_edit_gives():
     """A reader that says yes at some of the questions, though they ask neither for source nor for target."""
     model, beside = tiny_model(), bystanders(beginnings(tiny_tokenizer(), TEXTS, 9, 6))
-    ends = prompt_ends(model, tiny_tokenizer(), LAYER, [s.prompt for s in beside.others], 4)
+    ends = EditableModel(model, tiny_tokenizer(), LAYER, 4).ends([s.prompt for s in beside.others])
     for i, other in enumerate(beside.others):
         ids, _ = encode_prompts(tiny_tokenizer(), [other.prompt])
         torch.testing.assert_close(ends[i], _before_norm(model, ids)[0, -1], rtol=1e-4, atol=1e-5)

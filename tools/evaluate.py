@@ -16,7 +16,7 @@ from trainer.analysis.text_loss import text_loss_recovered, text_windows
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
-from trainer.language_model import Prompt, hook_layer, load_language_model, read_prompts, read_texts
+from trainer.language_model import EditableModel, Prompt, hook_layer, load_language_model, read_prompts, read_texts
 from trainer.run_folder import RunFolder
 from trainer.tracking import add_figures
 
@@ -76,7 +76,8 @@ def _losses(
             raise UserError(f"{args.prompts}: no prompt has an answer, so there is no loss to recover")
         chosen = [r for r in answered if r.split == "heldout"] or answered
         with tqdm(total=4 * len(chosen), desc="loss recovered", unit="prompt") as bar:
-            losses = loss_recovered(model, tokenizer, chosen, layer, dictionary, bar.update)
+            editable = EditableModel(model, tokenizer, layer, batch_size=64)
+            losses = loss_recovered(editable, chosen, dictionary, bar.update)
         found["loss_recovered"] = {"prompts": len(chosen), **losses}
     if args.texts:
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", args.context)

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from tools.swapping.choice import choose_swaps
 from tools.swapping.figures import ahead
-from tools.swapping.methods import OURS, YARDSTICK, Frozen, build, other_runs
+from tools.swapping.methods import OURS, YARDSTICK, build, other_runs
 from tools.swapping.table import summary
 from tools.swapping.trial import Trial, measured
 from trainer.analysis.evaluation import at_most
-from trainer.analysis.interventions import answer_sets, prompt_ends, score_swaps
+from trainer.analysis.interventions import answer_sets, score_swaps
 from trainer.analysis.results import most_norm, rows_of, run_shards
 from trainer.analysis.rivals import training_rows
 from trainer.analysis.side_effects import Bystanders, beginnings, other_questions
@@ -23,8 +23,8 @@ from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
 from trainer.language_model import (
+    EditableModel,
     encode_answer,
-    generate_answers,
     hook_layer,
     load_language_model,
     load_tokenizer,
@@ -59,30 +59,28 @@ def run(args: argparse.Namespace) -> None:
     swaps, answers = choice.reported, answer_sets(records, concepts)
     longest = max(len(encode_answer(tokenizer, a)) for a in frozenset().union(*answers))
     prompts = [s.prompt for s in swaps]
-    unedited = score_swaps(swaps, generate_answers(model, tokenizer, prompts, longest, args.batch_size), answers, match)
+    editable = EditableModel(model, tokenizer, layer, args.batch_size)
+    unedited = score_swaps(swaps, editable.answers(prompts, longest), answers, match)
     asked = {s.prompt: kind == "source_answer" for s, kind in zip(swaps, unedited.kinds, strict=True)}
     accuracy = sum(asked.values()) / len(asked)
     if accuracy < KNOWS_LITTLE:
         warn_of_unknown(args, accuracy, len(asked))
     questions = other_questions(choice.questions, concepts, swaps, args.seed)
     windows = _windows(args, model, tokenizer)
-    options: dict[str, Any] = {"match": match, "batch_size": args.batch_size}
-    bystanders = Bystanders(model, tokenizer, layer, questions, windows, max_new_tokens=longest, **options)
-    methods = build(args, dictionary, rows, others, Frozen(model, tokenizer, layer, choice.learning))
+    bystanders = Bystanders(editable, questions, windows, match=match, max_new_tokens=longest)
+    methods = build(args, dictionary, rows, others, editable, choice.learning)
     with tqdm(unit="swap") as bar:
         trial = Trial(
-            model,
-            tokenizer,
-            layer,
+            editable,
             choice,
             concepts,
             answers,
             unedited,
-            prompt_ends(model, tokenizer, layer, prompts, args.batch_size),
+            editable.ends(prompts),
             bystanders,
+            match=match,
             longest=longest,
             progress=bar.update,
-            **options,
         )
         bar.reset(len(methods) * trial.swaps(len(args.alphas)))
         found = {}

@@ -11,7 +11,7 @@ from trainer.analysis.interventions import Swap, swap_pairs
 from trainer.errors import UserError
 from trainer.language_model import Match, Prompt
 
-LEARNING = 20_000  # swaps at most that a method learns from
+LEARNING = 4096  # swaps at most that a method learns from
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +25,7 @@ from trainer.analysis.rivals import (
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
+from trainer.language_model import EditableModel
 from trainer.stream import Manifest
 
 OURS, YARDSTICK = "slots", "mean_difference"
@@ -61,25 +60,18 @@ def other_runs(
     return found
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """The language model that some methods learn through, and the swaps that they learn from."""
-
-    model: Any
-    tokenizer: Any
-    layer: int
-    swaps: Sequence[Swap]
-
-
 def build(
     args: argparse.Namespace,
     dictionary: ConceptDictionary,
     rows: TrainingRows,
     others: dict[str, ConceptDictionary],
-    frozen: Frozen,
+    editable: EditableModel,
+    swaps: Sequence[Swap],
 ) -> dict[str, Method]:
-    """All methods, fitted on the training rows: name -> method. UserError for a subspace wider than the rows."""
-    through = (frozen.model, frozen.tokenizer, frozen.layer, frozen.swaps)
+    """All methods, fitted on the training rows, or on swaps of them through the model: name -> method.
+
+    UserError for a subspace wider than the rows.
+    """
 
     def slots_of(of: ConceptDictionary, slots: Sequence[int], *, relative: bool = False) -> Slots:
         return Slots(of, slots, slot_means(of, rows, slots), args.mode, relative=relative)
@@ -94,12 +86,12 @@ def build(
             methods[name] = Erasure(rows)
         elif size is None:
             with _learning(args, name) as learning:
-                methods[name] = ours.writing(learn_rows(*through, ours, learning))
+                methods[name] = ours.writing(learn_rows(editable, swaps, ours, learning))
         elif size > rows.acts.shape[1]:
             raise UserError(f"--rivals das_{size}: the activations have {rows.acts.shape[1]} dimensions")
         else:
             with _learning(args, f"das_{size}") as learning:
-                methods[f"das_{size}"] = Alignment(rows, learn_basis(*through, rows, size, learning))
+                methods[f"das_{size}"] = Alignment(rows, learn_basis(editable, swaps, rows, size, learning))
     for name, other in others.items():
         if name == "unsupervised":
             methods[name] = slots_of(other, best_slots(other, rows), relative=True)

@@ -12,7 +12,7 @@ from tools.swapping.figures import curve, form, outcome, strength
 from trainer.analysis.interventions import EditFor, Swap, SwapScore, generate_edited, score_swaps
 from trainer.analysis.rivals import Method
 from trainer.analysis.side_effects import Bystanders, Harm
-from trainer.language_model import Match
+from trainer.language_model import EditableModel, Match
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,7 @@ class Trial:
     at their prompts' last tokens; longest: tokens of an answer. progress is told of swaps.
     """
 
-    model: Any
-    tokenizer: Any
-    layer: int
+    editable: EditableModel
     choice: Choice
     concepts: Sequence[str]
     answers: Sequence[frozenset[str]]
@@ -34,21 +32,11 @@ class Trial:
     bystanders: Bystanders
     match: Match
     longest: int
-    batch_size: int
     progress: Callable[[int], Any]
 
     def answers_under(self, swaps: Sequence[Swap], edit_for: EditFor) -> list[str]:
         """What the model answers to the swaps' prompts."""
-        return generate_edited(
-            self.model,
-            self.tokenizer,
-            self.layer,
-            swaps,
-            edit_for,
-            max_new_tokens=self.longest,
-            batch_size=self.batch_size,
-            progress=self.progress,
-        )
+        return generate_edited(self.editable, swaps, edit_for, self.longest, self.progress)
 
     def score(self, swaps: Sequence[Swap], edit_for: EditFor) -> tuple[SwapScore, list[str]]:
         """How swaps end, and the texts."""

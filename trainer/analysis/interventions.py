@@ -12,25 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 
 from trainer.dictionary import ConceptDictionary
 from trainer.errors import UserError
-from trainer.language_model import (
-    Edit,
-    Match,
-    Prompt,
-    Tokens,
-    answer_matches,
-    capture,
-    edit_residual,
-    edit_tokens,
-    encode_answer,
-    encode_prompts,
-    generate_answers,
-    last_token,
-)
+from trainer.language_model import Edit, EditableModel, Match, Prompt, answer_matches
 
 EditFor = Callable[[Tensor, Tensor], Edit]  # (source [B], target [B]) -> edit of B rows
 
@@ -104,37 +89,23 @@ def swap_pairs(
 
 
 def generate_edited(
-    model: Any,
-    tokenizer: Any,
-    layer: int,
+    editable: EditableModel,
     swaps: Sequence[Swap],
     edit_for: EditFor,
-    *,
     max_new_tokens: int,
-    batch_size: int = 256,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> list[str]:
     """Greedy answers to the swaps' prompts under `edit_for(source [B], target [B])`, in order."""
     texts: list[str] = []
-    for start in range(0, len(swaps), batch_size):
-        part = swaps[start : start + batch_size]
-        edit = edit_for(torch.tensor([s.source for s in part]), torch.tensor([s.target for s in part]))
-        with edit_residual(model, layer, edit):
-            # One batch per call: the edit is bound to these rows.
-            texts += generate_answers(model, tokenizer, [s.prompt for s in part], max_new_tokens, batch_size=len(part))
+    for part in editable.batches(swaps):
+        texts += editable.read([s.prompt for s in part]).answers(edit_of(part, edit_for), max_new_tokens)
         progress(len(part))
     return texts
 
 
-@torch.no_grad()
-def prompt_ends(model: Any, tokenizer: Any, layer: int, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Activations [n, D] after block `layer` at the last token of each prompt: what an edit of a swap is given."""
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        ids, mask = (t.to(model.device) for t in encode_prompts(tokenizer, prompts[start : start + batch_size]))
-        h = capture(model, ids, mask, [layer])[layer]
-        found.append(h[torch.arange(len(h), device=h.device), last_token(mask)])
-    return torch.cat(found)
+def edit_of(swaps: Sequence[Swap], edit_for: EditFor) -> Edit:
+    """The edit of B swaps."""
+    return edit_for(torch.tensor([s.source for s in swaps]), torch.tensor([s.target for s in swaps]))
 
 
 @dataclass
@@ -195,62 +166,27 @@ def answer_sets(records: Sequence[Prompt], concepts: Sequence[str]) -> list[froz
     return [frozenset(r.answer for r in records if r.concept == name and r.answer) for name in concepts]
 
 
-def answer_cross_entropy(
-    model: Any, tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], layer: int, edit: Edit | None = None
-) -> tuple[Tensor, int]:
-    """Sum of the cross-entropy (nats, fp32) of the answers after their prompts, with `edit` at the last prompt token,
-    and the number of their tokens. Differentiable in what the edit computes.
-
-    One pass over prompts and answers, padded behind them: then positions need no correction.
-    """
-    before = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    after = [encode_answer(tokenizer, answer) for answer in answers]
-    ids = [torch.tensor(b + a) for b, a in zip(before, after, strict=True)]
-    told = [torch.tensor([-100] * len(b) + a) for b, a in zip(before, after, strict=True)]
-    end = torch.tensor([len(b) - 1 for b in before], device=model.device)
-
-    def at_prompt_end(h: Tensor, tokens: Tokens) -> Tensor:
-        if edit is None:
-            return h
-        row, edited = torch.arange(len(h), device=h.device), h.clone()
-        edited[row, end] = edit(h[row, end]).to(h.dtype)
-        return edited
-
-    with edit_tokens(model, layer, at_prompt_end):
-        logits = model(input_ids=pad_sequence(ids, batch_first=True).to(model.device), use_cache=False).logits
-    told_next = pad_sequence(told, batch_first=True, padding_value=-100)[:, 1:].to(model.device)
-    total = cross_entropy(logits[:, :-1].float().flatten(0, 1), told_next.flatten(), ignore_index=-100, reduction="sum")
-    return total, sum(map(len, after))
-
-
 @torch.no_grad()
 def answer_loss(
-    model: Any,
-    tokenizer: Any,
+    editable: EditableModel,
     records: Sequence[Prompt],
-    layer: int,
     edit: Edit | None = None,
     *,
-    batch_size: int = 64,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> float:
     """Mean cross-entropy (nats per token) of the answers after their prompts, with `edit` at the last prompt token."""
     order = sorted(records, key=lambda r: len(r.prompt))  # little padding
     total, tokens = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        prompts, answers = [r.prompt for r in part], [r.answer for r in part]
-        found, count = answer_cross_entropy(model, tokenizer, prompts, answers, layer, edit)
+    for part in editable.batches(order):
+        found, count = editable.read([r.prompt for r in part]).cross_entropy([r.answer for r in part], edit)
         total, tokens = total + float(found), tokens + count
         progress(len(part))
     return total / tokens
 
 
 def loss_recovered(
-    model: Any,
-    tokenizer: Any,
+    editable: EditableModel,
     records: Sequence[Prompt],
-    layer: int,
     dictionary: ConceptDictionary,
     progress: Callable[[int], Any] = lambda n: None,
 ) -> dict[str, float | None]:
@@ -258,10 +194,7 @@ def loss_recovered(
     and the shares recovered: (CE of the ablation - CE of h_hat) / (CE of the ablation - CE of h), None for x / 0.
     """
     return shares_recovered(
-        {
-            name: answer_loss(model, tokenizer, records, layer, edit, progress=progress)
-            for name, edit in ablations(dictionary).items()
-        }
+        {name: answer_loss(editable, records, edit, progress=progress) for name, edit in ablations(dictionary).items()}
     )
 
 

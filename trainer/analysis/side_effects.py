@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary, D width at the hook point.
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import harmonic_mean
 from typing import Any
@@ -18,20 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trainer.analysis.interventions import EditFor, Swap, generate_edited, prompt_ends
+from trainer.analysis.interventions import EditFor, Swap, edit_of, generate_edited
 from trainer.analysis.rivals import Method, when_read
 from trainer.errors import UserError
-from trainer.language_model import (
-    Edit,
-    Match,
-    Prompt,
-    Tokens,
-    edit_residual,
-    edit_tokens,
-    encode_prompts,
-    generate_answers,
-    last_token,
-)
+from trainer.language_model import Edit, EditableModel, Match, Prompt, Tokens, edit_tokens
 
 
 def other_questions(records: Sequence[Prompt], concepts: Sequence[str], swaps: Sequence[Swap], seed: int) -> list[Swap]:
@@ -141,41 +131,28 @@ class Bystanders:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
-        layer: int,
+        editable: EditableModel,
         others: Sequence[Swap],
         windows: Tensor | None,
         *,
         match: Match,
         max_new_tokens: int,
-        batch_size: int = 256,
     ):
-        self._model, self._tokenizer, self._layer, self._match = model, tokenizer, layer, match
-        self._new, self._batch = max_new_tokens, batch_size
-        asked = {s.prompt for s in others}
-        said = dict(
-            zip(asked, generate_answers(model, tokenizer, list(asked), max_new_tokens, batch_size), strict=True)
-        )
+        self._editable, self._match, self._new = editable, match, max_new_tokens
+        self._model, self._tokenizer = editable.model, editable.tokenizer
+        asked = [*dict.fromkeys(s.prompt for s in others)]
+        said = dict(zip(asked, editable.answers(asked, max_new_tokens), strict=True))
         self.others = [s for s in others if match(said[s.prompt], s.source_answer)]
         prompts = [s.prompt for s in self.others]
-        self._ends = prompt_ends(model, tokenizer, layer, prompts, batch_size) if prompts else None
-        self._windows = None if windows is None else windows.to(model.device)
+        self._ends = editable.ends(prompts) if prompts else None
+        self._windows = None if windows is None else windows.to(self._model.device)
         # Pairs are spread evenly over swaps, so over windows too.
         self._pairs = [(s.source, s.target) for s in others]
         self._own_nats = None if windows is None or not others else self._continued(lambda s, t: lambda h: h)
 
     def kept(self, edit_for: EditFor) -> list[bool]:
         """Whether each of `others` is still answered right under an edit."""
-        texts = generate_edited(
-            self._model,
-            self._tokenizer,
-            self._layer,
-            self.others,
-            edit_for,
-            max_new_tokens=self._new,
-            batch_size=self._batch,
-        )
+        texts = generate_edited(self._editable, self.others, edit_for, self._new)
         return [self._match(text, s.source_answer) for text, s in zip(texts, self.others, strict=True)]
 
     def text_harm(self, edit_for: EditFor) -> tuple[float | None, float | None]:
@@ -188,8 +165,8 @@ class Bystanders:
         """What an edit of these prompts and texts does."""
         kept = self.kept(edit_for)
         moved: list[float] = []
-        for start in range(0, len(self.others), self._batch):
-            moved += self._moved(self.others[start : start + self._batch], edit_for)
+        for part in self._editable.batches(self.others):
+            moved += self._moved(part, edit_for)
         return Harm([s.subject for s in self.others], kept, moved, *self.text_harm(edit_for))
 
     def harms(self, method: Method, strength: float) -> tuple[Harm, Harm]:
@@ -209,15 +186,9 @@ class Bystanders:
 
     @torch.no_grad()
     def _moved(self, part: Sequence[Swap], edit_for: EditFor) -> list[float]:
-        ids, mask = (t.to(self._model.device) for t in encode_prompts(self._tokenizer, [s.prompt for s in part]))
-        row, last = torch.arange(len(part), device=ids.device), last_token(mask)
-        edit = edit_for(torch.tensor([s.source for s in part]), torch.tensor([s.target for s in part]))
-
-        def logits(editing: AbstractContextManager[None]) -> Tensor:
-            with editing:
-                return self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits[row, last]
-
-        return divergence(logits(nullcontext()), logits(edit_residual(self._model, self._layer, edit))).tolist()
+        read = self._editable.read([s.prompt for s in part])
+        plain, edited = read.logits(None), read.logits(edit_of(part, edit_for))
+        return divergence(plain[:, 0], edited[:, 0]).tolist()
 
     def _every_token(self, edit_for: EditFor, first: int, rows: int) -> AbstractContextManager[None]:
         """Context in which windows first..first + rows are edited at every token."""
@@ -227,11 +198,11 @@ class Bystanders:
             source, target = pairs.repeat_interleave(h.shape[1], dim=0).unbind(dim=1)
             return edit_for(source, target)(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
-        return edit_tokens(self._model, self._layer, edit)
+        return edit_tokens(self._model, self._editable.layer, edit)
 
     def _parts(self) -> list[tuple[int, Tensor]]:
         assert self._windows is not None
-        step = max(1, self._batch // 8)  # logits of all tokens are held, and an answer has a few
+        step = max(1, self._editable.batch_size // 8)  # logits of all tokens are held, and an answer has a few
         return [(start, self._windows[start : start + step]) for start in range(0, len(self._windows), step)]
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ from trainer.language_model.capture import (
     module_at,
 )
 from trainer.language_model.chats import Message, chat_text
-from trainer.language_model.editing import Edit, Tokens, edit_residual, edit_tokens, hook_layer
+from trainer.language_model.editable import EditableModel, ReadPrompts
+from trainer.language_model.editing import Edit, Tokens, edit_tokens, hook_layer
 from trainer.language_model.examples import Example, Span, read_example
 from trainer.language_model.loading import last_token, load_language_model, load_tokenizer
 from trainer.language_model.matching import RULES, Match, answer_matches, matcher, suggested_rule
@@ -30,10 +31,12 @@ __all__ = [
     "RULES",
     "SPLITS",
     "Edit",
+    "EditableModel",
     "Example",
     "Match",
     "Message",
     "Prompt",
+    "ReadPrompts",
     "Span",
     "Tokens",
     "answer_matches",
@@ -41,7 +44,6 @@ __all__ = [
     "capture",
     "chat_text",
     "check_layers",
-    "edit_residual",
     "edit_tokens",
     "encode_answer",
     "encode_prompts",

@@ -103,11 +103,18 @@ def output_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
-    # A plain forward numbers positions from the first column; with padding on the left that would shift them.
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+def accepted(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Those of the options that the model's forward pass takes."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in options.items() if name in known}
+
+
+def positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Positions [B, T] of tokens by their mask, as an option of the forward pass where it takes one.
+
+    A plain forward pass numbers positions from the first column; with padding on the left that would shift them.
+    """
+    return accepted(model, position_ids=(mask.long().cumsum(-1) - 1).clamp_min(0))
 
 
 @torch.no_grad()
@@ -132,7 +139,7 @@ def capture(model: Any, input_ids: Tensor, attention_mask: Tensor, points: Seque
     try:
         with suppress(_AllSeen):
             model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_positions(model, attention_mask)
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions(model, attention_mask)
             )
     finally:
         for handle in handles:

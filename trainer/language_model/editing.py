@@ -46,6 +46,8 @@ class _Passes:
         self._prompt, self._last = 0, torch.zeros(0)
         self._start = 0
         self._mask: Tensor | None = None
+        self._cache: Any = None  # of the newest pass, and how many tokens it has read since
+        self._in_cache = 0
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before the model's forward pass."""
@@ -53,7 +55,8 @@ class _Passes:
         cache = next((value for value in kwargs.values() if hasattr(value, "get_seq_length")), None)
         mask = kwargs.get("attention_mask")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._start = 0 if cache is None else int(cache.get_seq_length())
+        self._start = 0 if cache is None else self._length(cache)
+        self._cache, self._in_cache = cache, self._start + (0 if ids is None else ids.shape[1])
         self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         # Without a cache `generate` reads everything again, one token longer each time.
         longer = cache is None and ids is not None and self._ids is not None and _goes_on(self._ids, ids)
@@ -61,6 +64,12 @@ class _Passes:
             if not longer:
                 self._prompt = 0
             self._ids = ids if cache is None else None
+
+    def _length(self, cache: Any) -> int:
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # recurrent states alone do not say
+            return self._in_cache if cache is self._cache else 0
 
     def tokens(self, h: Tensor) -> Tokens:
         """What this pass is about, seen from a hook point with activations h [B, T, D]."""
@@ -103,24 +112,6 @@ def edit_tokens(model: Any, point: int | str, edit: EditTokens) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def edit_residual(model: Any, point: int | str, edit: Edit) -> Iterator[None]:
-    """While active, the activations h [B, D] of a hook point at the last prompt token are replaced by `edit(h)`.
-
-    Only the pass over the prompt is edited, not the later decoding steps. UserError for a point that does not exist.
-    """
-
-    def at_last_token(h: Tensor, tokens: Tokens) -> Tensor:
-        if tokens.start:
-            return h
-        row, edited = torch.arange(len(h), device=h.device), h.clone()
-        edited[row, tokens.last] = edit(h[row, tokens.last]).to(h.dtype)
-        return edited
-
-    with edit_tokens(model, point, at_last_token):
-        yield
 
 
 def hook_layer(hook_point: str) -> int:

@@ -140,20 +140,28 @@ def generate_answers(
 ) -> list[str]:
     """Greedy continuation of every prompt: the first line of what follows it, stripped.
 
-    Batches are consecutive runs of `batch_size` prompts, padded on the left and in the given order, so that an
-    `edit_residual` around this call can tell its rows apart by counting.
+    Batches are consecutive runs of `batch_size` prompts, padded on the left and in the given order.
     """
     answers: list[str] = []
     for start in range(0, len(prompts), batch_size):
         ids, mask = encode_prompts(tokenizer, prompts[start : start + batch_size], side="left")
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        answers += [text.strip().split("\n")[0].strip() for text in texts]
+        answers += greedy_answers(model, tokenizer, ids.to(model.device), mask.to(model.device), max_new_tokens)
     return answers
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, **more: Any
+) -> list[str]:
+    """As generate_answers, of one batch: ids and mask [B, T], padded on the left. more: of the model's `generate`."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0].strip() for text in texts]

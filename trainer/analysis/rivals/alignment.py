@@ -4,7 +4,6 @@ Shapes: B rows, D width, R concepts, k dimensions of the subspace, T tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from trainer.analysis.interventions import Swap
 from trainer.analysis.rivals.learning import Learning, learn
 from trainer.analysis.rivals.method import Method, nearness
 from trainer.analysis.rivals.rows import TrainingRows
-from trainer.language_model import Edit
+from trainer.language_model import Edit, EditableModel
 
 
 class Alignment(Method):
@@ -52,9 +51,7 @@ class Alignment(Method):
 
 
 def learn_basis(
-    model: Any,
-    tokenizer: Any,
-    layer: int,
+    editable: EditableModel,
     swaps: Sequence[Swap],
     rows: TrainingRows,
     dimensions: int,
@@ -70,5 +67,5 @@ def learn_basis(
     begin = torch.cat([torch.linalg.svd(apart, full_matrices=False).Vh[: len(apart) - 1], random])
     turn.weight = nn.Parameter(torch.linalg.qr(begin[:dimensions].T).Q.T)
     orthogonal(turn).to(rows.acts.device)
-    learn(model, tokenizer, layer, swaps, [*turn.parameters()], lambda: Alignment(rows, turn.weight.T), learning)
+    learn(editable, swaps, [*turn.parameters()], lambda: Alignment(rows, turn.weight.T), learning)
     return turn.weight.detach().T.contiguous()

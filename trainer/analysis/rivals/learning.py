@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.analysis.interventions import Swap, answer_cross_entropy
+from trainer.analysis.interventions import Swap, edit_of
 from trainer.analysis.rivals.method import Method
+from trainer.language_model import EditableModel
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,7 @@ class Learning:
 
 
 def learn(
-    model: Any,
-    tokenizer: Any,
-    layer: int,
+    editable: EditableModel,
     swaps: Sequence[Swap],
     parameters: Sequence[Tensor],
     method: Callable[[], Method],
@@ -37,15 +37,14 @@ def learn(
     It minimises their cross-entropy, by gradients through the blocks above the hook point; the model stays as it is.
     method: gives the method that the parameters are now.
     """
-    generator = torch.Generator().manual_seed(how.seed)
+    order = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(how.seed))
+    # The same batches in every round, so that their prompts are read once.
+    batches = [[swaps[i] for i in part] for part in order.split(how.batch)]
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
-    for _ in range(how.steps):
-        chosen = [swaps[i] for i in torch.randint(len(swaps), (how.batch,), generator=generator).tolist()]
-        source, target = torch.tensor([[s.source, s.target] for s in chosen]).unbind(dim=1)
-        prompts, answers = [s.prompt for s in chosen], [s.target_answer for s in chosen]
-        edit = method().swap(source, target, 1.0)
-        total, tokens = answer_cross_entropy(model, tokenizer, prompts, answers, layer, edit)
+    for batch in islice(cycle(batches), how.steps):
+        edit = edit_of(batch, lambda source, target: method().swap(source, target, 1.0))
+        total, tokens = editable.read([s.prompt for s in batch]).cross_entropy([s.target_answer for s in batch], edit)
         optimizer.zero_grad()
         (total / tokens).backward()
         optimizer.step()

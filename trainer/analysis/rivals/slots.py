@@ -5,7 +5,7 @@ Shapes: B rows, D width, R concepts, S slots, n slots of one bank.
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from trainer.analysis.rivals.method import Method
 from trainer.analysis.rivals.rows import TrainingRows
 from trainer.analysis.steering import SlotEdit
 from trainer.dictionary import ConceptDictionary
-from trainer.language_model import Edit
+from trainer.language_model import Edit, EditableModel
 
 WriteBack = Literal["add", "replace"]
 ROWS = 4096  # encoded at once
@@ -118,9 +118,7 @@ def best_slots(dictionary: ConceptDictionary, rows: TrainingRows) -> list[int]:
     return torch.cat(found, dim=1).argmax(dim=1).tolist()
 
 
-def learn_rows(
-    model: Any, tokenizer: Any, layer: int, swaps: Sequence[Swap], slots: Slots, learning: Learning
-) -> Tensor:
+def learn_rows(editable: EditableModel, swaps: Sequence[Swap], slots: Slots, learning: Learning) -> Tensor:
     """Decoder rows [R, D] with which swaps of the slots make the model give the target answers (learning.learn).
 
     They begin with those that the slots have, and are learned in units of the typical entry of what a slot at its mean
@@ -129,5 +127,5 @@ def learn_rows(
     written = slots.rows * slots.means[:, None]
     unit = written.square().mean().sqrt() / slots.means.clamp_min(1e-12)[:, None]
     change = torch.zeros_like(slots.rows, requires_grad=True)
-    learn(model, tokenizer, layer, swaps, [change], lambda: slots.writing(slots.rows + change * unit), learning)
+    learn(editable, swaps, [change], lambda: slots.writing(slots.rows + change * unit), learning)
     return (slots.rows + change * unit).detach()
