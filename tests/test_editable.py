@@ -128,10 +128,19 @@ def test_the_same_prompts_are_read_once_and_no_more_than_fits_is_kept() -> None:
     for _ in range(3):
         editable.read(PROMPTS).logits(None)
     assert passes == [longest - 1, 1, 1, 1]
+    several = [PROMPTS[2], PROMPTS[0], PROMPTS[2]]
+    torch.testing.assert_close(
+        editable.read(several, among=PROMPTS).logits(None), editable.read(PROMPTS).logits(None)[[2, 0, 2]]
+    )
+    assert passes[4:] == [1, 1]
+    editable.read(several).logits(None)
+    assert passes[6:] == [longest - 1, 1]
     kept = editable.read(PROMPTS).bytes
     assert kept == 2 * LAYERS * len(PROMPTS) * (longest - 1) * WIDTH * 4
     small = EditableModel(model, tiny_tokenizer(), 1, kept=kept - 1)
-    assert small.read(PROMPTS) is not small.read(PROMPTS)
-    assert small.read(PROMPTS[:2]) is small.read(PROMPTS[:2])
+    passes.clear()
+    for prompts in (PROMPTS, PROMPTS, PROMPTS[:2], PROMPTS[:2]):
+        small.read(prompts).logits(None)
+    assert passes == [longest - 1, 1] * 2 + [2, 1, 1]
     with pytest.raises(UserError, match="layer 3 does not exist"):
         EditableModel(model, tiny_tokenizer(), LAYERS)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from tests.support.language_model import (
@@ -33,6 +35,7 @@ from trainer.analysis.rivals import (
 )
 from trainer.analysis.rivals import probe as probe_module
 from trainer.analysis.rivals.erasure import shrunk
+from trainer.analysis.rivals.learning import batches_of
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
 from trainer.language_model import EditableModel
@@ -277,3 +280,14 @@ def test_learned_rows_are_what_makes_the_slots_answer():
 
     assert (right(slots), right(learned)) == (0, len(swaps))
     assert torch.equal(slots.rows, torch.ones(3, WIDTH))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 5))
+def test_learning_meets_every_swap_once_a_round_in_batches_of_few_prompts(pairs: list[tuple[int, int]], size: int):
+    swaps = [Swap(f"prompt {p}", 0, t, "", str(i)) for i, (p, t) in enumerate(pairs)]
+    batches = batches_of(swaps, Learning(batch=size))
+    assert sorted(s.target_answer for _, batch in batches for s in batch) == sorted(s.target_answer for s in swaps)
+    for prompts, batch in batches:
+        assert 0 < len(batch) <= size and {s.prompt for s in batch} <= {*prompts} and len(prompts) <= size
+    assert len({tuple(prompts) for prompts, _ in batches}) == -(-len({s.prompt for s in swaps}) // size)
+    assert batches == batches_of(swaps, Learning(batch=size))

@@ -1,5 +1,6 @@
 """SIGKILL at chosen and at random moments, on one and on several ranks: the run ends where an undisturbed one ends."""
 
+import os
 import random
 import signal
 import time
@@ -28,6 +29,8 @@ POINTS = [
     "step:3", "write:7", "rename:7", f"step:{STEPS_PER_EPOCH}", "complete:14", "latest:14", f"step:{SWITCH}", "wake",
     f"step:{SWITCH + 1}", "write:28", f"step:{TOTAL - 1}", f"write:{TOTAL}",
 ]  # fmt: skip
+
+KILLS = int(os.environ.get("ALIGNSAE_KILLS", "50"))  # at random moments
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +78,14 @@ def test_row_digests_over_worlds_threads_and_kill_points(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> None:
+def test_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     argv = ["stages.0.epochs=90", "stages.1.epochs=90", "revival.every=50", "checkpoint.every=10"]
     argv += [f"checkpoint.asynchronous={asynchronous}", "run.log_every=10"]
     assert train_here(tmp_path / "undisturbed", data, *argv) == 0
     generator, moments = random.Random(1), list[str]()
     folder = tmp_path / "killed"
-    while len(moments) < 50:
+    while len(moments) < KILLS:
         began = newest_step(folder)
         # Of 1,800 steps fifty attempts take 25 x 50 and 25 x (10 + 10) at most.
         with Ranks(1, train_slowly, arguments(folder, data, *argv), 0.02) as ranks:
@@ -100,7 +103,7 @@ def test_fifty_kills_at_random_moments(asynchronous: str, tmp_path: Path) -> Non
     assert train_apart(folder, data, *argv).codes == [0]
     assert_same(tensors(tmp_path / "undisturbed"), tensors(folder))
     assert digests(tmp_path / "undisturbed") == digests(folder)
-    assert len(set(moments)) >= 25, moments  # it got on between the kills
+    assert len(set(moments)) >= KILLS // 2, moments  # it got on between the kills
 
 
 def newest_step(folder: Path) -> str:

@@ -39,16 +39,16 @@ class EditableModel:
         self.model, self.tokenizer, self.layer, self.batch_size = model, tokenizer, layer, batch_size
         self._room, self._read = kept, dict[tuple[str, ...], ReadPrompts]()
 
-    def read(self, prompts: Sequence[str]) -> "ReadPrompts":
-        """One batch of prompts; the same prompts in the same order are read once."""
-        key = tuple(prompts)
-        if key in self._read:
-            return self._read[key]
-        found = ReadPrompts(self.model, self.tokenizer, self.layer, prompts)
-        if found.bytes <= self._room:
+    def read(self, prompts: Sequence[str], among: Sequence[str] = ()) -> "ReadPrompts":
+        """One batch of prompts, each as often as it is named. What is kept is each once, for the next batch of the same
+        prompts, or, where `among` is given, of any of these."""
+        key = tuple(dict.fromkeys(among or prompts))
+        row = {prompt: i for i, prompt in enumerate(key)}
+        found = self._read.get(key) or ReadPrompts(self.model, self.tokenizer, self.layer, key)
+        if key not in self._read and found.bytes <= self._room:
             self._room -= found.bytes
             self._read[key] = found
-        return found
+        return found.of([row[prompt] for prompt in prompts])
 
     def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """Runs of batch_size items, the last one shorter."""
@@ -74,6 +74,15 @@ class ReadPrompts:
         self._model, self._tokenizer, self._layer = model, tokenizer, layer
         self._ids, self._mask = (t.to(model.device) for t in encode_prompts(tokenizer, prompts, side="left"))
         self._cache = self._before()
+        self._chosen: Tensor | None = None  # rows of the cache; None: all, in order
+
+    def of(self, rows: Sequence[int]) -> "ReadPrompts":
+        """The prompts of these rows, which may be there more than once."""
+        other = copy.copy(self)
+        if list(rows) != [*range(len(self._ids))]:
+            other._chosen = torch.tensor(rows, device=self._ids.device)
+            other._ids, other._mask = self._ids[other._chosen], self._mask[other._chosen]
+        return other
 
     @torch.no_grad()
     def _before(self) -> Any:
@@ -93,12 +102,17 @@ class ReadPrompts:
 
     @property
     def bytes(self) -> int:
-        """What is kept of them."""
+        """What is kept of all that were read."""
         layers = [] if self._cache is None else self._cache.layers
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
 
     def _kept(self) -> dict[str, Any]:
-        return {} if self._cache is None else {"past_key_values": copy.deepcopy(self._cache)}
+        if self._cache is None:
+            return {}
+        kept = copy.deepcopy(self._cache)
+        if self._chosen is not None:
+            kept.batch_select_indices(self._chosen)
+        return {"past_key_values": kept}
 
     def _editing(self, edit: Edit | None) -> Any:
         """Context in which the activations [B, D] at the last prompt tokens become `edit` of them."""

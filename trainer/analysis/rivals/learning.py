@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from trainer.analysis.interventions import Swap, edit_of
 from trainer.analysis.rivals.method import Method
 from trainer.language_model import EditableModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,40 @@ def learn(
     It minimises their cross-entropy, by gradients through the blocks above the hook point; the model stays as it is.
     method: gives the method that the parameters are now.
     """
-    order = torch.randperm(len(swaps), generator=torch.Generator().manual_seed(how.seed))
-    # The same batches in every round, so that their prompts are read once.
-    batches = [[swaps[i] for i in part] for part in order.split(how.batch)]
+    batches = batches_of(swaps, how)
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
-    for batch in islice(cycle(batches), how.steps):
+    for prompts, batch in islice(cycle(batches), how.steps):
         edit = edit_of(batch, lambda source, target: method().swap(source, target, 1.0))
-        total, tokens = editable.read([s.prompt for s in batch]).cross_entropy([s.target_answer for s in batch], edit)
+        read = editable.read([s.prompt for s in batch], among=prompts)
+        total, tokens = read.cross_entropy([s.target_answer for s in batch], edit)
         optimizer.zero_grad()
         (total / tokens).backward()
         optimizer.step()
         decay.step()
         how.progress(1)
+
+
+def parts(items: list[T], size: int) -> list[list[T]]:
+    """Runs of `size` items, the last one shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def batches_of(swaps: Sequence[Swap], how: Learning) -> list[tuple[list[str], list[Swap]]]:
+    """Batches of swaps in random order, each with the prompts that it draws from: as many as a batch has swaps.
+
+    Every swap is in one batch. A prompt has a swap for each target, so prompts that are read once serve many batches.
+    """
+    generator = torch.Generator().manual_seed(how.seed)
+
+    def shuffled(items: Sequence[T]) -> list[T]:
+        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+    of: dict[str, list[Swap]] = {}
+    for swap in shuffled(swaps):
+        of.setdefault(swap.prompt, []).append(swap)
+    batches = []
+    for group in parts([*of], how.batch):
+        own = shuffled([swap for prompt in group for swap in of[prompt]])
+        batches += [(group, part) for part in parts(own, how.batch)]
+    return shuffled(batches)
