@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.language_model import words
+from tests.support.language_model import CONCEPTS, words
 from tools.cli import main
 from tools.swapping.table import methods_of
+from trainer import load
+from trainer.analysis.steering import SlotEdit
 
 
 def swapped(tiny_run: Path, out: Path, *arguments: str) -> int:
@@ -43,6 +47,26 @@ def test_other_dictionaries_and_texts_stand_beside_the_slots(tiny_run: Path, tmp
     assert "slots over twin: 0.000 (0.000)" in printed and "5 texts" in printed
 
 
+def test_rows_that_were_learned_are_exported_and_steered_with(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    rows, run = tmp_path / "rows.safetensors", tiny_run / "aligned"
+    learning = ["--rivals", "slots_learned", "--learn-steps", "3", "--learned", str(rows)]
+    assert swapped(tiny_run, tmp_path / "swap.json", *learning) == 0
+    learned = load_file(rows)["W_write"]
+    export = ["export", "--run", str(run), "--format", "safetensors", "--written", str(rows)]
+    for norm in ([], ["--unit-norm"]):
+        out = tmp_path / f"export{len(norm)}"
+        assert main([*export, *norm, "--out", str(out)]) == 0
+        found = load(out)
+        ones = torch.tensor([[found.gains[name] for name in CONCEPTS]])
+        writes = SlotEdit(found.dictionary, range(3), "set", ones, "cpu").rows * ones.T
+        own = torch.tensor([load(run).gains[name] for name in CONCEPTS])[:, None]
+        torch.testing.assert_close(writes, learned * own, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(SlotEdit(load(run).dictionary, range(3), "set", ones, "cpu").rows, learned, rtol=1e-3)
+    save_file({"W_write": torch.zeros(3, 5)}, rows)
+    assert main([*export, "--out", str(tmp_path / "wrong")]) == 2 and not (tmp_path / "wrong").exists()
+    assert "W_write has shape (3, 5)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -54,6 +78,7 @@ def test_other_dictionaries_and_texts_stand_beside_the_slots(tiny_run: Path, tmp
         (["--beside", "a=RUN", "--beside", "a=RUN"], "there is a method called a already"),
         (["--rivals", "das_33"], "the activations have 32 dimensions"),
         (["--learn-steps", "0"], "must be at least 1"),
+        (["--rivals", "none", "--learned", "rows.safetensors"], "slots_learned learned; add it to --rivals"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

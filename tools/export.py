@@ -27,7 +27,7 @@ from trainer.pretrained import (
     trainer_name,
     written,
 )
-from trainer.pretrained.formats import WRITTEN
+from trainer.pretrained.formats import WRITTEN, read_written
 from trainer.tracking import log_model, save_model
 
 WEIGHTS = {"saelens": "sae_weights.safetensors", "safetensors": "dictionary.safetensors"}
@@ -40,6 +40,9 @@ def run(args: argparse.Namespace) -> None:
     """Fold, write, read back, compare, rename; then what was asked for beside the folder."""
     check(args)
     trained = read_trained(args.run_dir)
+    if args.written:
+        dictionary = trained.dictionary
+        dictionary.written = read_written(args.written, dictionary.slots, dictionary.width) / dictionary.scale
     partial = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -6,18 +6,19 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from tools.swapping.choice import choose_swaps
 from tools.swapping.figures import ahead
-from tools.swapping.methods import OURS, YARDSTICK, build, other_runs
+from tools.swapping.methods import LEARNED, OURS, YARDSTICK, build, other_runs
 from tools.swapping.table import summary
 from tools.swapping.trial import Trial, measured
 from trainer.analysis.evaluation import at_most
 from trainer.analysis.interventions import answer_sets, score_swaps
 from trainer.analysis.results import most_norm, rows_of, run_shards
-from trainer.analysis.rivals import training_rows
+from trainer.analysis.rivals import Slots, training_rows
 from trainer.analysis.side_effects import Bystanders, beginnings, other_questions
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     """Swap, score and write the JSON file."""
     if min(args.pairs, args.batch_size, args.learn_steps) < 1:
         raise UserError("--pairs, --batch-size and --learn-steps must be at least 1")
+    if args.learned and LEARNED not in args.rivals:
+        raise UserError(f"--learned writes what {LEARNED} learned; add it to --rivals")
     dictionary, trained_on = load_dictionary(args.run_dir)
     dictionary.to(args.device)
     concepts = dictionary.concept_names
@@ -109,6 +112,10 @@ def run(args: argparse.Namespace) -> None:
         "rivals": {name: one.part for name, one in found.items() if name not in (OURS, YARDSTICK)},
         "slots_over_mean_difference": over,
     }
+    learned = methods.get(LEARNED)
+    if args.learned and isinstance(learned, Slots):
+        write_result(args.learned, save({"W_write": learned.rows.contiguous().cpu()}))
+        print(f"written: {args.learned}")
     out = args.out or RunFolder.around(args.run_dir).swap
     write_result(out, result)
     _show(result)

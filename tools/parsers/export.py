@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit-norm", action="store_true", help="decoder rows at norm 1; codes are multiplied by the norms instead"
     )
     parser.add_argument(
+        "--written",
+        type=Path,
+        metavar="FILE",
+        help="what the concept slots write where they are steered, as `alignsae swap --learned FILE` learned it",
+    )
+    parser.add_argument(
         "--license",
         default="",
         metavar="NAME",

@@ -89,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--learn-steps", type=int, default=200, help="steps in which das and slots_learned learn (default: 200)"
     )
+    parser.add_argument(
+        "--learned",
+        type=Path,
+        metavar="FILE",
+        help="also write what the slots of slots_learned write, for `alignsae export --written FILE`",
+    )
     parser.add_argument("--texts", type=Path, help="JSONL or data set of ordinary text, for the side effects on it")
     parser.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which prompts are drawn (default: 0)")

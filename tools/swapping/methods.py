@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.language_model import EditableModel
 from trainer.stream import Manifest
 
-OURS, YARDSTICK = "slots", "mean_difference"
+OURS, YARDSTICK, LEARNED = "slots", "mean_difference", "slots_learned"
 _DAS = re.compile(r"das(?:_(\d+))?\Z")
 
 

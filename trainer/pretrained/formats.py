@@ -189,11 +189,17 @@ def _written(folder: Path, source: Source) -> Tensor | None:
     path = folder / WRITTEN
     if not path.is_file():
         return None
+    source.facts.files |= sha256_of(folder, WRITTEN)
+    return read_written(path, source.slots, source.width)
+
+
+def read_written(path: Path, slots: int, width: int) -> Tensor:
+    """W_write [m, D] fp32, raw, of a safetensors file: what the first m slots write where they are steered. DataError
+    where it is of another dictionary, or not finite."""
     store = SafetensorsStore(path)
     shape = store.shape("W_write")
-    if len(shape) != 2 or shape[1] != source.width or not 1 <= shape[0] <= source.slots:
-        raise DataError(f"{path}: W_write has shape {shape}, but there are {source.slots} slots {source.width} wide")
-    source.facts.files |= sha256_of(folder, WRITTEN)
+    if len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= slots:
+        raise DataError(f"{path}: W_write has shape {shape}, but there are {slots} slots {width} wide")
     return finite(store.whole("W_write"), store, "W_write")
 
 
