@@ -30,6 +30,7 @@ from trainer.analysis.rivals import (
     learn_basis,
     learn_rows,
     slot_means,
+    swap_loss,
     training_rows,
     when_read,
 )
@@ -279,6 +280,7 @@ def test_learned_rows_are_what_makes_the_slots_answer():
         return sum(text == swap.target_answer for text, swap in zip(texts, swaps, strict=True))
 
     assert (right(slots), right(learned)) == (0, len(swaps))
+    assert swap_loss(editable, swaps, learned) < swap_loss(editable, swaps, slots) - 0.3
     assert torch.equal(slots.rows, torch.ones(3, WIDTH))
 
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.language_model import CONCEPTS, words
 from tools.cli import main
+from tools.swapping import methods
 from tools.swapping.table import methods_of
 from trainer import load
+from trainer.analysis.rivals import swap_loss
 from trainer.analysis.steering import SlotEdit
 
 
@@ -30,14 +32,14 @@ def test_other_dictionaries_and_texts_stand_beside_the_slots(tiny_run: Path, tmp
     text = ["--texts", str(tmp_path / "texts.jsonl"), "--field", "body"]
     assert swapped(tiny_run, tmp_path / "swap.json", "--rivals", "erasure", *beside, *text) == 0
     found = json.loads((tmp_path / "swap.json").read_text())
-    methods = methods_of(found)
-    assert [*methods] == ["slots", "mean_difference", "erasure", "unsupervised", "twin"]
+    by_name = methods_of(found)
+    assert [*by_name] == ["slots", "mean_difference", "erasure", "unsupervised", "twin"]
     assert found["bystanders"]["texts"] == 5
-    for part in methods.values():
+    for part in by_name.values():
         for form in part["forms"].values():
             assert form["text_kl"] >= 0 and 0 < form["fluency"] <= 1
         assert part["best_success"] == part["forms"]["always"]["success"]
-    slots, twin = methods["slots"], methods["twin"]
+    slots, twin = by_name["slots"], by_name["twin"]
     assert twin.pop("slots_over")["always"] == {
         "success": {"difference": 0, "standard_error": 0},
         "joint": {"difference": 0, "standard_error": 0},
@@ -67,6 +69,22 @@ def test_rows_that_were_learned_are_exported_and_steered_with(tiny_run: Path, tm
     assert "W_write has shape (3, 5)" in capsys.readouterr().err
 
 
+def test_of_several_rates_the_validation_swaps_choose(tiny_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    tried: list[float] = []
+
+    def loss(*given: Any) -> float:
+        tried.append(swap_loss(*given))
+        return tried[-1]
+
+    monkeypatch.setattr(methods, "swap_loss", loss)
+    rates = [0.001, 0.1, 30.0]
+    learning = ["--rivals", "das_1,slots_learned", "--learn-steps", "4", "--learn-rates", ",".join(map(str, rates))]
+    assert swapped(tiny_run, tmp_path / "swap.json", *learning) == 0
+    found = json.loads((tmp_path / "swap.json").read_text())["learn_rates"]
+    expected = [rates[losses.index(min(losses))] for losses in (tried[:3], tried[3:])]
+    assert [found[name] for name in ("das_1", "slots_learned")] == expected and len({*tried}) == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -78,6 +96,7 @@ def test_rows_that_were_learned_are_exported_and_steered_with(tiny_run: Path, tm
         (["--beside", "a=RUN", "--beside", "a=RUN"], "there is a method called a already"),
         (["--rivals", "das_33"], "the activations have 32 dimensions"),
         (["--learn-steps", "0"], "must be at least 1"),
+        (["--learn-rates", "0.01,0"], "--learn-rates must be above 0"),
         (["--rivals", "none", "--learned", "rows.safetensors"], "slots_learned learned; add it to --rivals"),
     ],
 )

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     """Swap, score and write the JSON file."""
     if min(args.pairs, args.batch_size, args.learn_steps) < 1:
         raise UserError("--pairs, --batch-size and --learn-steps must be at least 1")
+    if not all(0 < rate < 1e3 for rate in args.learn_rates):
+        raise UserError("--learn-rates must be above 0 and below 1000")
     if args.learned and LEARNED not in args.rivals:
         raise UserError(f"--learned writes what {LEARNED} learned; add it to --rivals")
     dictionary, trained_on = load_dictionary(args.run_dir)
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     questions = other_questions(choice.questions, concepts, swaps, args.seed)
     windows = _windows(args, model, tokenizer)
     bystanders = Bystanders(editable, questions, windows, match=match, max_new_tokens=longest)
-    methods = build(args, dictionary, rows, others, editable, choice.learning)
+    methods, rates = build(args, dictionary, rows, others, editable, choice)
     with tqdm(unit="swap") as bar:
         trial = Trial(
             editable,
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "concepts": concepts,
         "unedited_accuracy": accuracy,
+        "learn_rates": rates,
         "validation": {"on": choice.on, "pairs": len(choice.validation)},
         "bystanders": {"questions": len(bystanders.others), "texts": 0 if windows is None else len(windows)},
         **{name: found[name].part for name in (OURS, YARDSTICK)},

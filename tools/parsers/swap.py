@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", help="shards for the means (default: the shards in RUN/config.yaml)")
     parser.add_argument(
         "--alphas",
-        type=_alphas,
+        type=_numbers,
         default=[0.5, 1.0, 1.5, 2.0, 3.0, 5.0],
         help="comma-separated strengths (default: 0.5,1,1.5,2,3,5)",
     )
@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--learn-steps", type=int, default=200, help="steps in which das and slots_learned learn (default: 200)"
     )
     parser.add_argument(
+        "--learn-rates",
+        type=_numbers,
+        default=[0.01],
+        help="rate at which they learn; of several, comma-separated, each takes the one with which the swaps that "
+        "choose alpha have the smallest cross-entropy (default: 0.01)",
+    )
+    parser.add_argument(
         "--learned",
         type=Path,
         metavar="FILE",
@@ -103,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: RUN/swap.json)")
 
 
-def _alphas(text: str) -> list[float]:
+def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 

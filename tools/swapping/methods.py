@@ -2,12 +2,12 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from tqdm import tqdm
 
-from trainer.analysis.interventions import Swap
+from tools.swapping.choice import Choice
 from trainer.analysis.rivals import (
     Alignment,
     Erasure,
@@ -21,6 +21,7 @@ from trainer.analysis.rivals import (
     learn_basis,
     learn_rows,
     slot_means,
+    swap_loss,
 )
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary
@@ -66,15 +67,31 @@ def build(
     rows: TrainingRows,
     others: dict[str, ConceptDictionary],
     editable: EditableModel,
-    swaps: Sequence[Swap],
-) -> dict[str, Method]:
-    """All methods, fitted on the training rows, or on swaps of them through the model: name -> method.
+    choice: Choice,
+) -> tuple[dict[str, Method], dict[str, float]]:
+    """All methods, fitted on the training rows, or on swaps of them through the model: name -> method; and the rates
+    that those learned at, of --learn-rates the one whose validation swaps are answered best.
 
     UserError for a subspace wider than the rows.
     """
+    rates: dict[str, float] = {}
+
+    def learned(name: str, make: Callable[[Learning], Method]) -> Method:
+        tried = []
+        with tqdm(total=len(args.learn_rates) * args.learn_steps, desc=name, unit="step") as bar:
+            for rate in args.learn_rates:
+                how = Learning(steps=args.learn_steps, rate=rate, seed=args.seed, progress=bar.update)
+                method = make(how)
+                loss = swap_loss(editable, choice.validation, method) if len(args.learn_rates) > 1 else 0.0
+                tried.append((loss, rate, method))
+        _, rates[name], best = min(tried, key=lambda one: one[0])
+        return best
 
     def slots_of(of: ConceptDictionary, slots: Sequence[int], *, relative: bool = False) -> Slots:
         return Slots(of, slots, slot_means(of, rows, slots), args.mode, relative=relative)
+
+    def subspace(size: int, how: Learning) -> Method:
+        return Alignment(rows, learn_basis(editable, choice.learning, rows, size, how))
 
     ours = slots_of(dictionary, range(len(dictionary.concept_names)))
     methods: dict[str, Method] = {OURS: ours, YARDSTICK: MeanDifference(rows)}
@@ -85,22 +102,14 @@ def build(
         elif name == "erasure":
             methods[name] = Erasure(rows)
         elif size is None:
-            with _learning(args, name) as learning:
-                methods[name] = ours.writing(learn_rows(editable, swaps, ours, learning))
+            methods[name] = learned(name, lambda how: ours.writing(learn_rows(editable, choice.learning, ours, how)))
         elif size > rows.acts.shape[1]:
             raise UserError(f"--rivals das_{size}: the activations have {rows.acts.shape[1]} dimensions")
         else:
-            with _learning(args, f"das_{size}") as learning:
-                methods[f"das_{size}"] = Alignment(rows, learn_basis(editable, swaps, rows, size, learning))
+            methods[f"das_{size}"] = learned(f"das_{size}", partial(subspace, size))
     for name, other in others.items():
         if name == "unsupervised":
             methods[name] = slots_of(other, best_slots(other, rows), relative=True)
         else:
             methods[name] = slots_of(other, [other.concept_names.index(c) for c in dictionary.concept_names])
-    return methods
-
-
-@contextmanager
-def _learning(args: argparse.Namespace, name: str) -> Iterator[Learning]:
-    with tqdm(total=args.learn_steps, desc=name, unit="step") as bar:
-        yield Learning(steps=args.learn_steps, seed=args.seed, progress=bar.update)
+    return methods, rates

@@ -53,6 +53,17 @@ def learn(
         how.progress(1)
 
 
+@torch.no_grad()
+def swap_loss(editable: EditableModel, swaps: Sequence[Swap], method: Method) -> float:
+    """Mean cross-entropy (nats per token) of the target answers of swaps at strength 1: what `learn` minimises."""
+    total, tokens = 0.0, 0
+    for part in editable.batches(swaps):
+        edit = edit_of(part, lambda source, target: method.swap(source, target, 1.0))
+        found, count = editable.read([s.prompt for s in part]).cross_entropy([s.target_answer for s in part], edit)
+        total, tokens = total + float(found), tokens + count
+    return total / tokens
+
+
 def parts(items: list[T], size: int) -> list[list[T]]:
     """Runs of `size` items, the last one shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
