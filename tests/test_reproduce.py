@@ -47,10 +47,12 @@ def test_layers_that_the_model_lacks(
 def test_the_tables_hold_every_figure() -> None:
     row = dict.fromkeys(ROWS, 0.5) | {"alpha": 2.0, "swap_error": 0.01, "alphas": {"1.0": 0.4, "2.0": 0.5}}
     row["category_kept_of_failures"] = None  # no swap failed
+    row["categories"] = {"1.0": 0.25, "2.0": None}
     layers = {3: row, 4: row | {"swap": 0.75}}
     text = markdown({"best_layer": 4, "layers": layers, "answer_accuracy": 0.9, "seconds": {"swaps, layer 3": 12.3}})
     assert "| swaps that succeed | 0.846 | 0.75 ± 0.01 |" in text
     assert "| failed swaps that keep the category | 0.747 | - |" in text
+    assert "| 3 | 0.250 | - |" in text
     assert "| 3 | 0.400 | 0.500 |" in text and "| swaps, layer 3 | 12 |" in text
     assert set(PAPER) <= set(ROWS)
     assert len(horizon({"best_layer": 4, "layers": layers}).axes[0].lines) == 5

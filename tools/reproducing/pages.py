@@ -56,11 +56,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     columns += ["efffeat", "efffeat_unsupervised", "fvu"]
     for layer, row in found["layers"].items():
         lines.append(f"| {layer} | " + " | ".join(_shown(row, key) for key in columns) + " |")
-    strengths = next(iter(found["layers"].values()))["alphas"]
-    lines += ["", "| layer, alpha | " + " | ".join(f"{float(a):g}" for a in strengths) + " |"]
-    lines += ["|---" * (1 + len(strengths)) + "|"]
-    for layer, row in found["layers"].items():
-        lines.append(f"| {layer} | " + " | ".join(f"{share:.3f}" for share in row["alphas"].values()) + " |")
+    for what, key in (("swaps that succeed", "alphas"), ("failed ones that keep the category", "categories")):
+        strengths = next(iter(found["layers"].values()))[key]
+        lines += ["", f"On training templates, {what}:", ""]
+        lines += ["| layer, alpha | " + " | ".join(f"{float(a):g}" for a in strengths) + " |"]
+        lines += ["|---" * (1 + len(strengths)) + "|"]
+        for layer, row in found["layers"].items():
+            shares = ("-" if share is None else f"{share:.3f}" for share in row[key].values())
+            lines.append(f"| {layer} | " + " | ".join(shares) + " |")
     lines += ["", "| stage | seconds |", "|---|---|"]
     lines += [f"| {name} | {seconds:.0f} |" for name, seconds in found["seconds"].items()]
     return "\n".join(lines) + "\n"

@@ -158,4 +158,5 @@ def _figures(out: Path, layer: int) -> dict[str, Any]:
         "l0": heldout["reconstruction"]["l0"],
         "fvu_unsupervised": plain["reconstruction"]["fvu"],
         "alphas": {str(point["alpha"]): point["success"] for point in slots["alphas"]},
+        "categories": {str(point["alpha"]): point["category_kept_of_failures"] for point in slots["alphas"]},
     }
