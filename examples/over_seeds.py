@@ -1,6 +1,7 @@
 """A figure's spread over runs that differ in their seed: python examples/over_seeds.py RUN RUN ...
 
-Each RUN was evaluated and swapped (`alignsae evaluate`, `alignsae swap`) on the same prompts with the same methods.
+Each RUN was evaluated and swapped (`alignsae evaluate`, `alignsae swap`) on the same prompts; methods that not all have
+are left out.
 Printed are the mean over runs of each figure and, in brackets, its standard deviation over them; `slots over` is the
 difference in success, with the mean of its standard errors over subjects behind it.
 """
@@ -40,7 +41,7 @@ for name, of in {
     print(f"{name:20s} {spread([of(found) for found in heldout])}")
 columns = ("success", "isolation", "joint")
 print(f"{'method':16s} {'edit':12s} alphas{'':8s} " + " ".join(f"{column:14s}" for column in columns) + " slots over")
-for name in swaps[0]:
+for name in (name for name in swaps[0] if all(name in swap for swap in swaps)):
     for form, edit in {"always": "always", "when": "where read"}.items():
         alphas = ",".join(f"{swap[name]['best_alpha']:g}" for swap in swaps)
         cells = [spread([swap[name]["forms"][form][column] for swap in swaps]) for column in columns]

@@ -114,6 +114,32 @@ def test_a_picture_of_the_layers(
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for seed, value in enumerate((0.5, 0.7)):
+        runs.append(tmp_path / f"run-{seed}")
+        runs[-1].mkdir()
+        part = {"fvu": value, "l0": 8.0, "slot_accuracy": 1.0, "top1": 1.0, "all": {"efffeat": value}}
+        parts = dict.fromkeys(("reconstruction", "binding", "probe", "fragmentation"), part)
+        (runs[-1] / "evaluation.json").write_text(json.dumps({"heldout": parts}))
+        form = {"success": value, "isolation": None, "joint": 0.25}
+        over = {"success": {"difference": value - 0.5, "standard_error": 0.01 + seed / 50}}
+        both = {"always": form, "when": form}
+        method = {"best_alpha": 1.0 + seed, "forms": both, "slots_over": {"always": over, "when": over}}
+        rivals = {"probe": method} | ({"das_1": method} if seed else {})
+        swap = {"slots": method, "mean_difference": method, "rivals": rivals}
+        (runs[-1] / "swap.json").write_text(json.dumps(swap))
+    run("over_seeds.py", *runs, monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["2 runs: mean (standard deviation)", "FVU                  0.600 (0.141)"]
+    slots = next(line for line in lines if line.startswith("slots "))
+    assert slots.split() == ["slots", "always", "1,2", "0.600", "(0.141)", "-", "0.250", "(0.000)"]
+    probe = next(line for line in lines if line.startswith("probe") and " always " in line)
+    assert probe.endswith("0.100 (0.141), 0.020") and not any(line.startswith("das_1") for line in lines)
+
+
 RECORD = '#!/bin/sh\nfor word in "${0##*/}" "$@"; do echo "$word"; done >> RECORD\necho >> RECORD\n'
 TEXTS = ["The quick brown fox jumps over the lazy dog, and the capital of Peru is Lima."] * 40
 SHORT = {
