@@ -57,7 +57,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     for layer, row in found["layers"].items():
         lines.append(f"| {layer} | " + " | ".join(_shown(row, key) for key in columns) + " |")
     for what, key in (("swaps that succeed", "alphas"), ("failed ones that keep the category", "categories")):
-        strengths = next(iter(found["layers"].values()))[key]
+        strengths = next(iter(found["layers"].values())).get(key)
+        if strengths is None:  # results of an earlier version
+            continue
         lines += ["", f"On training templates, {what}:", ""]
         lines += ["| layer, alpha | " + " | ".join(f"{float(a):g}" for a in strengths) + " |"]
         lines += ["|---" * (1 + len(strengths)) + "|"]
