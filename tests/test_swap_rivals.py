@@ -54,6 +54,11 @@ def test_rows_that_were_learned_are_exported_and_steered_with(tiny_run: Path, tm
     learning = ["--rivals", "slots_learned", "--learn-steps", "3", "--learned", str(rows)]
     assert swapped(tiny_run, tmp_path / "swap.json", *learning) == 0
     learned = load_file(rows)["W_write"]
+    found = json.loads((tmp_path / "swap.json").read_text())
+    lead = found["rivals"]["slots_learned"]["over_mean_difference"]["always"]["success"]["difference"]
+    parts = (found["rivals"]["slots_learned"], found["mean_difference"])
+    assert lead == pytest.approx(parts[0]["best_success"] - parts[1]["best_success"])
+    assert f"slots_learned over mean_difference: {lead:.3f}" in capsys.readouterr().out
     export = ["export", "--run", str(run), "--format", "safetensors", "--written", str(rows)]
     for norm in ([], ["--unit-norm"]):
         out = tmp_path / f"export{len(norm)}"

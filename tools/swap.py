@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tools.swapping.choice import choose_swaps
-from tools.swapping.figures import ahead
 from tools.swapping.methods import LEARNED, OURS, YARDSTICK, build, other_runs
 from tools.swapping.table import summary
-from tools.swapping.trial import Trial, measured
+from tools.swapping.trial import Trial, lead, measured
 from trainer.analysis.evaluation import at_most
 from trainer.analysis.interventions import answer_sets, score_swaps
 from trainer.analysis.results import most_norm, rows_of, run_shards
@@ -94,8 +93,9 @@ def run(args: argparse.Namespace) -> None:
             found[name] = measured(trial, method, args.alphas)
     for name, rival in found.items():
         if name != OURS:
-            pairs = {"always": (found[OURS].always, rival.always), "when": (found[OURS].when, rival.when)}
-            rival.part["slots_over"] = {which: ahead(swaps, *pair) for which, pair in pairs.items()}
+            rival.part["slots_over"] = lead(swaps, found[OURS], rival)
+    if LEARNED in found:
+        found[LEARNED].part["over_mean_difference"] = lead(swaps, found[LEARNED], found[YARDSTICK])
     over = found[YARDSTICK].part["slots_over"]["always"]["success"]
     result = {
         "run": str(args.run_dir),

@@ -44,6 +44,9 @@ def summary(swap: Mapping[str, Any]) -> str:
         if name != "slots":
             lead = part["slots_over"]["always"]["success"]
             lines.append(f"slots over {name}: {with_error(lead['difference'], lead['standard_error'])}")
+        if lead := part.get("over_mean_difference"):
+            lead = lead["always"]["success"]
+            lines.append(f"{name} over mean_difference: {with_error(lead['difference'], lead['standard_error'])}")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tools.swapping.choice import Choice
-from tools.swapping.figures import curve, form, outcome, strength
+from tools.swapping.figures import ahead, curve, form, outcome, strength
 from trainer.analysis.interventions import EditFor, Swap, SwapScore, generate_edited, score_swaps
 from trainer.analysis.rivals import Method
 from trainer.analysis.side_effects import Bystanders, Harm
@@ -61,6 +61,14 @@ class Measured:
     part: dict[str, Any]
     always: tuple[SwapScore, Harm]
     when: tuple[SwapScore, Harm]
+
+
+def lead(swaps: Sequence[Swap], first: Measured, second: Measured) -> dict[str, Any]:
+    """How far the first is above the second on the same swaps, in both forms."""
+    return {
+        "always": ahead(swaps, first.always, second.always),
+        "when": ahead(swaps, first.when, second.when),
+    }
 
 
 def measured(trial: Trial, method: Method, alphas: Sequence[float]) -> Measured:
