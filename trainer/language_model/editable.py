@@ -80,7 +80,7 @@ class ReadPrompts:
         """The prompts of these rows, which may be there more than once."""
         other = copy.copy(self)
         if list(rows) != [*range(len(self._ids))]:
-            other._chosen = torch.tensor(rows, device=self._ids.device)
+            other._chosen = torch.tensor(rows)  # on the host: layers of the cache may be on several devices
             other._ids, other._mask = self._ids[other._chosen], self._mask[other._chosen]
         return other
 
