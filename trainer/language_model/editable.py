@@ -44,7 +44,7 @@ class EditableModel:
         prompts, or, where `among` is given, of any of these."""
         key = tuple(dict.fromkeys(among or prompts))
         row = {prompt: i for i, prompt in enumerate(key)}
-        found = self._read.get(key) or ReadPrompts(self.model, self.tokenizer, self.layer, key)
+        found = self._read.get(key) or ReadPrompts.read(self.model, self.tokenizer, self.layer, key)
         if key not in self._read and found.bytes <= self._room:
             self._room -= found.bytes
             self._read[key] = found
@@ -70,35 +70,26 @@ class ReadPrompts:
     A model that keeps anything but keys and values (a recurrent state) reads the whole prompts for every edit.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layer: int, prompts: Sequence[str]):
+    def __init__(
+        self, model: Any, tokenizer: Any, layer: int, ids: Tensor, mask: Tensor, cache: Any, rows: Tensor | None = None
+    ):
+        """ids, mask [B, T]; cache: of the tokens before the last, or None; rows: its rows that these prompts have."""
         self._model, self._tokenizer, self._layer = model, tokenizer, layer
-        self._ids, self._mask = (t.to(model.device) for t in encode_prompts(tokenizer, prompts, side="left"))
-        self._cache = self._before()
-        self._chosen: Tensor | None = None  # rows of the cache; None: all, in order
+        self._ids, self._mask, self._cache, self._rows = ids, mask, cache, rows
+
+    @classmethod
+    def read(cls, model: Any, tokenizer: Any, layer: int, prompts: Sequence[str]) -> "ReadPrompts":
+        """Read the prompts up to their last tokens."""
+        ids, mask = (t.to(model.device) for t in encode_prompts(tokenizer, prompts, side="left"))
+        return cls(model, tokenizer, layer, ids, mask, _before(model, ids[:, :-1], mask[:, :-1]))
 
     def of(self, rows: Sequence[int]) -> "ReadPrompts":
         """The prompts of these rows, which may be there more than once."""
-        other = copy.copy(self)
-        if list(rows) != [*range(len(self._ids))]:
-            other._chosen = torch.tensor(rows)  # on the host: layers of the cache may be on several devices
-            other._ids, other._mask = self._ids[other._chosen], self._mask[other._chosen]
-        return other
-
-    @torch.no_grad()
-    def _before(self) -> Any:
-        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-        ids, mask = self._ids[:, :-1], self._mask[:, :-1]
-        if not ids.shape[1]:
-            return None
-        options = accepted(self._model, logits_to_keep=1) | positions(self._model, mask)
-        cache = getattr(
-            self._model(input_ids=ids, attention_mask=mask, use_cache=True, **options), "past_key_values", None
-        )
-        if type(cache) is not DynamicCache:
-            return None
-        known = all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers)
-        return cache if known else None
+        if list(rows) == [*range(len(self._ids))]:
+            return self
+        chosen = torch.tensor(rows)  # on the host: layers of the cache may be on several devices
+        ids, mask = self._ids[chosen], self._mask[chosen]
+        return ReadPrompts(self._model, self._tokenizer, self._layer, ids, mask, self._cache, chosen)
 
     @property
     def bytes(self) -> int:
@@ -110,8 +101,8 @@ class ReadPrompts:
         if self._cache is None:
             return {}
         kept = copy.deepcopy(self._cache)
-        if self._chosen is not None:
-            kept.batch_select_indices(self._chosen)
+        if self._rows is not None:
+            kept.batch_select_indices(self._rows)
         return {"past_key_values": kept}
 
     def _editing(self, edit: Edit | None) -> Any:
@@ -174,3 +165,18 @@ class ReadPrompts:
         logits = self.logits(edit, ids[:, :-1])
         total = cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
         return total, sum(map(len, told))
+
+
+@torch.no_grad()
+def _before(model: Any, ids: Tensor, mask: Tensor) -> Any:
+    """What attention keeps of the tokens [B, T - 1] before the last; None where there are none, or more is kept."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not ids.shape[1]:
+        return None
+    options = accepted(model, logits_to_keep=1) | positions(model, mask)
+    cache = getattr(model(input_ids=ids, attention_mask=mask, use_cache=True, **options), "past_key_values", None)
+    if type(cache) is not DynamicCache:
+        return None
+    known = all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in cache.layers)
+    return cache if known else None
