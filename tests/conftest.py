@@ -23,3 +23,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.language_model import train_tiny_run  # imports transformers, which most suites do not need
 
     return train_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever HF_HUB_OFFLINE says: the hub is on loopback."""
+    pytest.importorskip("huggingface_hub", reason="needs the extra `remote`")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

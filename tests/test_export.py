@@ -119,12 +119,6 @@ def test_a_card_says_what_the_run_measured(tiny_run, tmp_path, capsys):
     assert "--format huggingface" in capsys.readouterr().err
 
 
-@pytest.fixture
-def online(monkeypatch):
-    """Whatever HF_HUB_OFFLINE says: the hub is on loopback."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
 def test_an_export_is_loaded_from_a_hub(tiny_run, tmp_path, monkeypatch, online):
     command = ["export", "--run", str(tiny_run / "aligned"), "--out", str(tmp_path / "d"), "--format", "huggingface"]
     assert main(command) == 0

@@ -116,7 +116,7 @@ def test_s3_with_failing_requests_gives_the_local_batches(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/d", "hf://datasets/me/acts/d"])
-def test_hubs_with_failing_requests_give_the_local_batches(url, tmp_path, monkeypatch):
+def test_hubs_with_failing_requests_give_the_local_batches(url, tmp_path, monkeypatch, online):
     pytest.importorskip({"gs": "gcsfs", "hf": "huggingface_hub"}[url[:2]], reason="needs the extra `remote`")
     write(tmp_path / "d", 400, rows_per_block=8, shard_bytes=8192)
     want, local, _ = epochs(setting(str(tmp_path / "d"), tmp_path / "unused"))

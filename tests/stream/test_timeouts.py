@@ -135,7 +135,7 @@ def test_one_place_retries_over_s3(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["gs://bucket/d", "hf://datasets/me/acts/d"])
 @pytest.mark.parametrize("kind", ["error", *HANGING])
-def test_one_place_retries_over_hubs_and_they_may_not_hang(url, kind, tmp_path, monkeypatch):
+def test_one_place_retries_over_hubs_and_they_may_not_hang(url, kind, tmp_path, monkeypatch, online):
     pytest.importorskip({"gs": "gcsfs", "hf": "huggingface_hub"}[url[:2]], reason="needs the extra `remote`")
     write(tmp_path / "d", 100)
     with http_server(tmp_path, kind=HubHandler, faults=(kind,)) as (server, counters, _):
