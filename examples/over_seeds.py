@@ -1,35 +1,30 @@
 """A figure's spread over runs that differ in their seed: python examples/over_seeds.py RUN RUN ...
 
 Each RUN was evaluated and swapped (`alignsae evaluate`, `alignsae swap`) on the same prompts; methods that not all have
-are left out.
-Printed are the mean over runs of each figure and, in brackets, its standard deviation over them; `slots over` is the
-difference in success, with the mean of its standard errors over subjects behind it.
+are left out. Printed are the mean over runs of each figure and, in brackets, its standard deviation over them; `slots
+over` is the difference in success, with the mean of its standard errors over subjects behind it.
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+
+from tools.swapping.table import FORMS, methods_of
 
 
-def spread(values: list[float | None], digits: int = 3) -> str:
+def spread(values: list[float | None]) -> str:
     """Mean and standard deviation, or a dash where a run has no such figure."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "-"
-    deviation = f" ({statistics.stdev(known):.{digits}f})" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.{digits}f}{deviation}"
-
-
-def methods(swap: dict[str, Any]) -> dict[str, Any]:
-    """What a swap.json says of each method."""
-    return {name: swap[name] for name in ("slots", "mean_difference")} | swap["rivals"]
+    deviation = f" ({statistics.stdev(known):.3f})" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{deviation}"
 
 
 runs = [Path(run) for run in sys.argv[1:]]
 heldout = [json.loads((run / "evaluation.json").read_text())["heldout"] for run in runs]
-swaps = [methods(json.loads((run / "swap.json").read_text())) for run in runs]
+swaps = [methods_of(json.loads((run / "swap.json").read_text())) for run in runs]
 print(f"{len(runs)} runs: mean (standard deviation)")
 for name, of in {
     "FVU": lambda found: found["reconstruction"]["fvu"],
@@ -42,7 +37,7 @@ for name, of in {
 columns = ("success", "isolation", "joint")
 print(f"{'method':16s} {'edit':12s} alphas{'':8s} " + " ".join(f"{column:14s}" for column in columns) + " slots over")
 for name in (name for name in swaps[0] if all(name in swap for swap in swaps)):
-    for form, edit in {"always": "always", "when": "where read"}.items():
+    for form, edit in FORMS.items():
         alphas = ",".join(f"{swap[name]['best_alpha']:g}" for swap in swaps)
         cells = [spread([swap[name]["forms"][form][column] for swap in swaps]) for column in columns]
         over = [swap[name]["slots_over"][form]["success"] for swap in swaps] if name != "slots" else []

@@ -28,5 +28,4 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever HF_HUB_OFFLINE says: the hub is on loopback."""
-    pytest.importorskip("huggingface_hub", reason="needs the extra `remote`")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

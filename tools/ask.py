@@ -11,6 +11,7 @@ from trainer.files import write_result
 from trainer.language_model import (
     RULES,
     Prompt,
+    batched,
     encode_answer,
     generate_answers,
     load_language_model,
@@ -39,8 +40,7 @@ def run(args: argparse.Namespace) -> None:
     longest = max(len(encode_answer(tokenizer, prompt.answer)) for prompt in prompts)
     texts: list[str] = []
     with tqdm(total=len(prompts), desc="asking", unit="prompt") as bar:
-        for low in range(0, len(prompts), args.batch_size):
-            batch = [prompt.prompt for prompt in prompts[low : low + args.batch_size]]
+        for batch in batched([prompt.prompt for prompt in prompts], args.batch_size):
             texts += generate_answers(model, tokenizer, batch, longest, args.batch_size)
             bar.update(len(batch))
     answered = {}

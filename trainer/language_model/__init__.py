@@ -17,6 +17,7 @@ from trainer.language_model.matching import RULES, Match, answer_matches, matche
 from trainer.language_model.prompts import (
     SPLITS,
     Prompt,
+    batched,
     encode_answer,
     encode_prompts,
     generate_answers,
@@ -40,6 +41,7 @@ __all__ = [
     "Span",
     "Tokens",
     "answer_matches",
+    "batched",
     "block_part",
     "capture",
     "chat_text",

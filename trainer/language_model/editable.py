@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trainer.language_model.capture import accepted, check_layers, positions
 from trainer.language_model.editing import Edit, Tokens, edit_tokens
-from trainer.language_model.prompts import encode_answer, encode_prompts, greedy_answers
+from trainer.language_model.prompts import batched, encode_answer, encode_prompts, greedy_answers
 
 KEPT = 2 * 2**30  # bytes of prompts that were read
 
@@ -52,8 +52,7 @@ class EditableModel:
 
     def batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """Runs of batch_size items, the last one shorter."""
-        for start in range(0, len(items), self.batch_size):
-            yield items[start : start + self.batch_size]
+        return batched(items, self.batch_size)
 
     def ends(self, prompts: Sequence[str]) -> Tensor:
         """Activations [n, D] at the last tokens of n prompts: what an edit is given."""

@@ -7,7 +7,7 @@ space followed by the answer. B prompts, T tokens.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from msgspec import Meta
@@ -17,6 +17,7 @@ from trainer.errors import DataError, UserError
 from trainer.files import checked, parse_json, wrong
 from trainer.language_model.chats import Chat, chat_prompt
 
+T = TypeVar("T")
 Text = Annotated[str, Meta(pattern=r"\S", extra=wrong("{field} is empty or no text: every prompt needs one"))]
 SplitName = Literal["train", "validation", "heldout"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -134,6 +135,12 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], side: str = "right") 
     return encoded["input_ids"], encoded["attention_mask"]
 
 
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Runs of `size` items, the last one shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 @torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int = 16, batch_size: int = 64
@@ -143,8 +150,8 @@ def generate_answers(
     Batches are consecutive runs of `batch_size` prompts, padded on the left and in the given order.
     """
     answers: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        ids, mask = encode_prompts(tokenizer, prompts[start : start + batch_size], side="left")
+    for part in batched(prompts, batch_size):
+        ids, mask = encode_prompts(tokenizer, part, side="left")
         answers += greedy_answers(model, tokenizer, ids.to(model.device), mask.to(model.device), max_new_tokens)
     return answers
 

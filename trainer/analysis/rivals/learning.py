@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.analysis.interventions import Swap, edit_of
 from trainer.analysis.rivals.method import Method
-from trainer.language_model import EditableModel
+from trainer.language_model import EditableModel, batched
 
 T = TypeVar("T")
 
@@ -43,9 +43,7 @@ def learn(
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
     for prompts, batch in islice(cycle(batches), how.steps):
-        edit = edit_of(batch, lambda source, target: method().swap(source, target, 1.0))
-        read = editable.read([s.prompt for s in batch], among=prompts)
-        total, tokens = read.cross_entropy([s.target_answer for s in batch], edit)
+        total, tokens = _cross_entropy(editable, batch, method(), prompts)
         optimizer.zero_grad()
         (total / tokens).backward()
         optimizer.step()
@@ -58,18 +56,20 @@ def swap_loss(editable: EditableModel, swaps: Sequence[Swap], method: Method) ->
     """Mean cross-entropy (nats per token) of the target answers of swaps at strength 1: what `learn` minimises."""
     total, tokens = 0.0, 0
     for part in editable.batches(swaps):
-        edit = edit_of(part, lambda source, target: method.swap(source, target, 1.0))
-        found, count = editable.read([s.prompt for s in part]).cross_entropy([s.target_answer for s in part], edit)
+        found, count = _cross_entropy(editable, part, method)
         total, tokens = total + float(found), tokens + count
     return total / tokens
 
 
-def parts(items: list[T], size: int) -> list[list[T]]:
-    """Runs of `size` items, the last one shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _cross_entropy(
+    editable: EditableModel, swaps: Sequence[Swap], method: Method, among: Sequence[str] = ()
+) -> tuple[Tensor, int]:
+    """Sum over the tokens of the target answers of one batch at strength 1, and their number. among: see read."""
+    edit = edit_of(swaps, lambda source, target: method.swap(source, target, 1.0))
+    return editable.read([s.prompt for s in swaps], among).cross_entropy([s.target_answer for s in swaps], edit)
 
 
-def batches_of(swaps: Sequence[Swap], how: Learning) -> list[tuple[list[str], list[Swap]]]:
+def batches_of(swaps: Sequence[Swap], how: Learning) -> list[tuple[Sequence[str], Sequence[Swap]]]:
     """Batches of swaps in random order, each with the prompts that it draws from: as many as a batch has swaps.
 
     Every swap is in one batch. A prompt has a swap for each target, so prompts that are read once serve many batches.
@@ -83,7 +83,7 @@ def batches_of(swaps: Sequence[Swap], how: Learning) -> list[tuple[list[str], li
     for swap in shuffled(swaps):
         of.setdefault(swap.prompt, []).append(swap)
     batches = []
-    for group in parts([*of], how.batch):
+    for group in batched([*of], how.batch):
         own = shuffled([swap for prompt in group for swap in of[prompt]])
-        batches += [(group, part) for part in parts(own, how.batch)]
+        batches += [(group, part) for part in batched(own, how.batch)]
     return shuffled(batches)
