@@ -156,7 +156,7 @@ def test_the_smallest_strength_within_a_standard_error_of_the_best(right: tuple[
 
 
 def test_validation_prompts_choose_alpha_and_training_prompts_teach() -> None:
-    facts = {"city": "rome", "major": "law"}
+    facts = {"city": "rome", "major": "law", "job": "smith"}
     records = [
         Prompt(f"{split} {concept}", answer, concept, split=split, subject=split)
         for split in SPLITS
@@ -164,9 +164,10 @@ def test_validation_prompts_choose_alpha_and_training_prompts_teach() -> None:
     ]
     args = argparse.Namespace(pairs=10, seed=0, split="heldout", prompts=Path("p"))
     choice = choose_swaps(args, records, [*facts], answer_matches)
-    parts = (choice.learning, choice.validation, choice.reported, choice.questions)
-    found = [{one.prompt.split()[0] for one in part} for part in parts]
-    assert found == [{"train"}, {"validation"}, {"heldout"}, {"heldout"}] and choice.on == "validation prompts"
+    parts = (choice.learning, choice.validation, choice.reported)
+    found = [[{one.prompt.split()[0] for one in some} for some in (part.swaps, part.others)] for part in parts]
+    assert found == [[{split}] * 2 for split in ("train", "validation", "heldout")]
+    assert choice.on == "validation prompts"
 
 
 def test_swap_with_one_subject_says_what_is_missing(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:

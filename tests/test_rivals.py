@@ -1,11 +1,17 @@
 """Rivals of the concept slots: each against the definition that makes it what it is."""
 
+import math
+from dataclasses import replace
+from functools import partial
+from statistics import harmonic_mean
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from torch import Tensor
 
 from tests.support.language_model import (
     CONCEPTS,
@@ -17,10 +23,12 @@ from tests.support.language_model import (
     words,
 )
 from trainer.analysis.interventions import Swap, generate_edited
+from trainer.analysis.movement import divergence
 from trainer.analysis.rivals import (
     Alignment,
     Erasure,
     Learning,
+    Lesson,
     MeanDifference,
     Method,
     Slots,
@@ -29,8 +37,8 @@ from trainer.analysis.rivals import (
     fit_probe,
     learn_basis,
     learn_rows,
+    lesson_loss,
     slot_means,
-    swap_loss,
     training_rows,
     when_read,
 )
@@ -39,7 +47,7 @@ from trainer.analysis.rivals.erasure import shrunk
 from trainer.analysis.rivals.learning import batches_of
 from trainer.dictionary import ConceptDictionary, DictionaryConfig
 from trainer.errors import DataError
-from trainer.language_model import EditableModel
+from trainer.language_model import Edit, EditableModel
 
 SOURCE, TARGET = torch.tensor([0, 1, 2, 2]), torch.tensor([1, 0, 0, 1])
 
@@ -257,7 +265,7 @@ def test_alignment_finds_the_direction_that_decides_the_answer():
     assert abs(float(begun @ said)) < 0.4
     before = model.lm_head.weight.clone()
     basis = learn_basis(
-        EditableModel(model, tiny_tokenizer(), 1), swaps, rows, 1, Learning(steps=60, batch=8, rate=0.1)
+        EditableModel(model, tiny_tokenizer(), 1), Lesson(swaps), rows, 1, Learning(steps=60, batch=8, rate=0.1)
     )
     torch.testing.assert_close(basis.T @ basis, torch.eye(1))
     assert abs(float(basis[:, 0] @ said)) > 0.8
@@ -266,6 +274,20 @@ def test_alignment_finds_the_direction_that_decides_the_answer():
 
 def test_learned_rows_are_what_makes_the_slots_answer():
     """Slots that are always active and write nothing that the head reads, until their rows are learned."""
+    editable, slots, swaps = silent_slots()
+    lesson = Lesson(swaps)
+    learned = slots.writing(learn_rows(editable, lesson, slots, Learning(steps=40, batch=8, rate=0.3)))
+
+    def right(method: Slots) -> int:
+        texts = generate_edited(editable, swaps, lambda source, target: method.swap(source, target, 1.0), 1)
+        return sum(text == swap.target_answer for text, swap in zip(texts, swaps, strict=True))
+
+    assert (right(slots), right(learned)) == (0, len(swaps))
+    assert lesson_loss(editable, lesson, learned) < lesson_loss(editable, lesson, slots) - 0.3
+    assert torch.equal(slots.rows, torch.ones(3, WIDTH))
+
+
+def silent_slots() -> tuple[EditableModel, Slots, list[Swap]]:
     editable = EditableModel(tiny_model().requires_grad_(False), tiny_tokenizer(), 1)
     dictionary = ConceptDictionary(DictionaryConfig(4, 4).form(WIDTH, CONCEPTS))
     with torch.no_grad():
@@ -273,15 +295,53 @@ def test_learned_rows_are_what_makes_the_slots_answer():
         dictionary.concepts.W_dec.fill_(1)  # the final norm takes a common shift away
     slots = Slots(dictionary, range(3), torch.ones(3))
     swaps = [Swap(p.prompt, s, t, "", ("rome", "art", "acme")[t]) for p in tiny_prompts() for s, t in ((0, 1), (1, 2))]
-    learned = slots.writing(learn_rows(editable, swaps, slots, Learning(steps=40, batch=8, rate=0.3)))
+    return editable, slots, swaps
 
-    def right(method: Slots) -> int:
-        texts = generate_edited(editable, swaps, lambda source, target: method.swap(source, target, 1.0), 1)
-        return sum(text == swap.target_answer for text, swap in zip(texts, swaps, strict=True))
 
-    assert (right(slots), right(learned)) == (0, len(swaps))
-    assert swap_loss(editable, swaps, learned) < swap_loss(editable, swaps, slots) - 0.3
-    assert torch.equal(slots.rows, torch.ones(3, WIDTH))
+def test_what_is_learned_with_text_moves_less_beside_the_answers():
+    editable, slots, swaps = silent_slots()
+    head = editable.model.lm_head
+    head.weight = torch.nn.Parameter(
+        8 * head.weight.detach(), requires_grad=False
+    )  # a model that is sure of what it says
+    windows = torch.randint(2, len(words()), (9, 6), generator=torch.Generator().manual_seed(0))
+    others = [replace(s, prompt=other.prompt) for s, other in zip(swaps, swaps[5:] + swaps[:5], strict=True)]
+    lessons = [Lesson(swaps), Lesson(swaps, others, windows)]
+    how = Learning(steps=40, batch=8, rate=0.3)
+    loud, quiet = (slots.writing(learn_rows(editable, lesson, slots, how)) for lesson in lessons)
+
+    def shares(method: Slots) -> list[float]:
+        """The probability of an answer, and what is left of distributions: geometric means over items, one by one."""
+        answers = [-editable.read([s.prompt]).cross_entropy([s.target_answer], edit(method, s))[0] for s in swaps]
+        asked = []
+        for s in others:
+            read = editable.read([s.prompt])
+            asked.append(-divergence(read.logits(None)[0, 0], read.logits(edit(method, s))[0, 0]))
+        text = []
+        for i, ids in enumerate(windows):
+            plain = editable.model(input_ids=ids[None]).logits
+            every = partial(edited, edit(method, swaps[i], len(ids)))
+            handle = editable.model.transformer.h[1].register_forward_hook(every)
+            text.append(-divergence(plain, editable.model(input_ids=ids[None]).logits).mean())
+            handle.remove()
+        return [float(torch.stack(nats).mean().exp()) for nats in (answers, text, asked)]
+
+    def edit(method: Slots, swap: Swap, rows: int = 1) -> Edit:
+        return method.swap(torch.tensor([swap.source] * rows), torch.tensor([swap.target] * rows), 1.0)
+
+    def edited(change: Edit, module: torch.nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return change(out[0])[None]
+
+    with torch.no_grad():
+        kept = {name: shares(method) for name, method in (("loud", loud), ("quiet", quiet))}
+    for name, method in (("loud", loud), ("quiet", quiet)):
+        assert lesson_loss(editable, lessons[1], method) == pytest.approx(
+            -math.log(harmonic_mean(kept[name])), rel=1e-4
+        )
+    assert harmonic_mean(kept["quiet"]) > harmonic_mean(kept["loud"]) + 0.05
+    assert kept["quiet"][1] > kept["loud"][1] and kept["quiet"][2] > kept["loud"][2]
+    bare = lesson_loss(editable, Lesson(swaps, windows=windows), quiet)
+    assert bare == pytest.approx(-math.log(harmonic_mean(kept["quiet"][:2])), rel=1e-4)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 5))

@@ -7,12 +7,12 @@ import torch
 
 from tests.support.language_model import CONCEPTS, WIDTH, tiny_model, tiny_prompts, tiny_tokenizer
 from trainer.analysis.interventions import Swap, SwapScore, swap_pairs
+from trainer.analysis.movement import divergence
 from trainer.analysis.rivals import MeanDifference, TrainingRows, when_read
 from trainer.analysis.side_effects import (
     Bystanders,
     Harm,
     beginnings,
-    divergence,
     joint_score,
     joint_without,
     other_questions,

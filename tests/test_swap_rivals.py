@@ -14,7 +14,7 @@ from tools.cli import main
 from tools.swapping import methods
 from tools.swapping.table import methods_of
 from trainer import load
-from trainer.analysis.rivals import swap_loss
+from trainer.analysis.rivals import lesson_loss
 from trainer.analysis.steering import SlotEdit
 
 
@@ -78,16 +78,39 @@ def test_of_several_rates_the_validation_swaps_choose(tiny_run: Path, tmp_path: 
     tried: list[float] = []
 
     def loss(*given: Any) -> float:
-        tried.append(swap_loss(*given))
+        tried.append(lesson_loss(*given))
         return tried[-1]
 
-    monkeypatch.setattr(methods, "swap_loss", loss)
+    monkeypatch.setattr(methods, "lesson_loss", loss)
     rates = [0.001, 0.1, 30.0]
     learning = ["--rivals", "das_1,slots_learned", "--learn-steps", "4", "--learn-rates", ",".join(map(str, rates))]
     assert swapped(tiny_run, tmp_path / "swap.json", *learning) == 0
     found = json.loads((tmp_path / "swap.json").read_text())["learn_rates"]
     expected = [rates[losses.index(min(losses))] for losses in (tried[:3], tried[3:])]
     assert [found[name] for name in ("das_1", "slots_learned")] == expected and len({*tried}) == 6
+
+
+def test_with_texts_to_learn_with_rows_are_learned_that_move_less(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    drawn = random.Random(0)
+    for name in ("reported", "learned"):
+        texts = [{"text": " ".join(drawn.choices(words()[2:], k=20))} for _ in range(6)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, texts)))
+    learning = ["--rivals", "slots_learned", "--learn-steps", "20", "--learn-rates", "0.3", "--texts"]
+    learning.append(str(tmp_path / "reported"))
+    found = []
+    for more in ([], ["--learn-texts", str(tmp_path / "learned")]):
+        assert swapped(tiny_run, tmp_path / "swap.json", *learning, *more) == 0
+        found.append(json.loads((tmp_path / "swap.json").read_text()))
+    assert [one["learning"]["texts"] for one in found] == [0, 3] and found[1]["learning"]["questions"] > 0
+    said = f"leaving {found[1]['learning']['questions']} other questions and 3 texts alone"
+    assert said in capsys.readouterr().out
+    loud, quiet = (one["rivals"]["slots_learned"] for one in found)
+    assert quiet["forms"]["always"]["text_kl"] < loud["forms"]["always"]["text_kl"]
+    assert [row["alpha"] for row in quiet["alphas"]] == [quiet["best_alpha"]] == [1]
+    assert [row["alpha"] for row in loud["alphas"]] == [1, 2]
+    (tmp_path / "learned").write_text(json.dumps(texts[0]))
+    assert swapped(tiny_run, tmp_path / "none.json", *learning, "--learn-texts", str(tmp_path / "learned")) == 2
+    assert "one text that is long enough" in capsys.readouterr().err and not (tmp_path / "none.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +125,7 @@ def test_of_several_rates_the_validation_swaps_choose(tiny_run: Path, tmp_path: 
         (["--rivals", "das_33"], "the activations have 32 dimensions"),
         (["--learn-steps", "0"], "must be at least 1"),
         (["--learn-rates", "0.01,0"], "--learn-rates must be above 0"),
+        (["--texts", "RUN/config.yaml", "--learn-texts", "RUN/config.yaml"], "cannot be reported by --texts, too"),
         (["--rivals", "none", "--learned", "rows.safetensors"], "slots_learned learned; add it to --rivals"),
     ],
 )

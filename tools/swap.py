@@ -3,6 +3,7 @@
 import argparse
 import sys
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from trainer.analysis.evaluation import at_most
 from trainer.analysis.interventions import answer_sets, score_swaps
 from trainer.analysis.results import most_norm, rows_of, run_shards
 from trainer.analysis.rivals import Slots, training_rows
-from trainer.analysis.side_effects import Bystanders, beginnings, other_questions
+from trainer.analysis.side_effects import Bystanders, beginnings
 from trainer.checkpoint import load_dictionary
 from trainer.errors import UserError
 from trainer.files import write_result
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--learn-rates must be above 0 and below 1000")
     if args.learned and LEARNED not in args.rivals:
         raise UserError(f"--learned writes what {LEARNED} learned; add it to --rivals")
+    if args.learn_texts and args.texts and args.learn_texts.resolve() == args.texts.resolve():
+        raise UserError(f"--learn-texts {args.learn_texts}: what is learned with cannot be reported by --texts, too")
     dictionary, trained_on = load_dictionary(args.run_dir)
     dictionary.to(args.device)
     concepts = dictionary.concept_names
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_language_model(args.model, args.device)
     match = matcher(args.match, tokenizer)
     choice = choose_swaps(args, records, concepts, match)
-    swaps, answers = choice.reported, answer_sets(records, concepts)
+    swaps, answers = choice.reported.swaps, answer_sets(records, concepts)
     longest = max(len(encode_answer(tokenizer, a)) for a in frozenset().union(*answers))
     prompts = [s.prompt for s in swaps]
     editable = EditableModel(model, tokenizer, layer, args.batch_size)
@@ -69,10 +72,14 @@ def run(args: argparse.Namespace) -> None:
     accuracy = sum(asked.values()) / len(asked)
     if accuracy < KNOWS_LITTLE:
         warn_of_unknown(args, accuracy, len(asked))
-    questions = other_questions(choice.questions, concepts, swaps, args.seed)
-    windows = _windows(args, model, tokenizer)
-    bystanders = Bystanders(editable, questions, windows, match=match, max_new_tokens=longest)
-    methods, rates = build(args, dictionary, rows, others, editable, choice)
+    windows, taught = (_windows(args, path, model, tokenizer) for path in (args.texts, args.learn_texts))
+    if taught is not None and len(taught) < 2:
+        raise UserError(f"{args.learn_texts} has one text that is long enough: one is learned with, another chosen on")
+    bystanders = Bystanders(editable, choice.reported.others, windows, match=match, max_new_tokens=longest)
+    texts = (None, None) if taught is None else (taught[::2], taught[1::2])
+    methods, rates = build(args, dictionary, rows, others, editable, choice, texts)
+    # What learned to leave the rest alone did so at strength 1; success alone would choose a larger one.
+    strengths = {name: [1.0] if taught is not None and name in rates else args.alphas for name in methods}
     with tqdm(unit="swap") as bar:
         trial = Trial(
             editable,
@@ -86,11 +93,11 @@ def run(args: argparse.Namespace) -> None:
             longest=longest,
             progress=bar.update,
         )
-        bar.reset(len(methods) * trial.swaps(len(args.alphas)))
+        bar.reset(sum(trial.swaps(len(alphas)) for alphas in strengths.values()))
         found = {}
         for name, method in methods.items():
             bar.set_description(name)
-            found[name] = measured(trial, method, args.alphas)
+            found[name] = measured(trial, method, strengths[name])
     for name, rival in found.items():
         if name != OURS:
             rival.part["slots_over"] = lead(swaps, found[OURS], rival)
@@ -109,7 +116,12 @@ def run(args: argparse.Namespace) -> None:
         "concepts": concepts,
         "unedited_accuracy": accuracy,
         "learn_rates": rates,
-        "validation": {"on": choice.on, "pairs": len(choice.validation)},
+        "learning": {
+            "pairs": len(choice.learning.swaps),
+            "questions": 0 if taught is None else len(choice.learning.others),
+            "texts": 0 if taught is None else len(taught[::2]),
+        },
+        "validation": {"on": choice.on, "pairs": len(choice.validation.swaps)},
         "bystanders": {"questions": len(bystanders.others), "texts": 0 if windows is None else len(windows)},
         **{name: found[name].part for name in (OURS, YARDSTICK)},
         "rivals": {name: one.part for name, one in found.items() if name not in (OURS, YARDSTICK)},
@@ -126,14 +138,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"written: {out}" + (", figures added to the MLflow run" if tracked else ""))
 
 
-def _windows(args: argparse.Namespace, model: Any, tokenizer: Any) -> Tensor | None:
-    """Token ids of ordinary text, drawn from the first texts of --texts."""
-    if args.texts is None:
+def _windows(args: argparse.Namespace, path: Path | None, model: Any, tokenizer: Any) -> Tensor | None:
+    """Token ids of ordinary text, drawn from the first texts of a file; None without one."""
+    if path is None:
         return None
-    texts = list(islice(read_texts(args.texts, args.field), 100 * WINDOWS))
+    texts = list(islice(read_texts(path, args.field), 100 * WINDOWS))
     order = np.random.default_rng(args.seed).permutation(len(texts))
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW)
-    return beginnings(tokenizer, [texts[i] for i in order], WINDOWS, min(WINDOW, longest))
+    return beginnings(tokenizer, [texts[i] for i in order], WINDOWS, min(WINDOW, longest)).to(model.device)
 
 
 def warn_of_unknown(args: argparse.Namespace, accuracy: float, prompts: int) -> None:
@@ -152,6 +164,10 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['pairs']} swaps ({result['split']} prompts), layer {result['layer']}, "
         f"unedited accuracy {result['unedited_accuracy']:.4f} (match: {result['match']})"
     )
+    if result["learn_rates"]:
+        learned = result["learning"]
+        beside = f", leaving {learned['questions']} other questions and {learned['texts']} texts alone"
+        print(f"learned from {learned['pairs']} swaps" + (beside if learned["texts"] else ""))
     print(f"alpha on {result['validation']['pairs']} swaps of {result['validation']['on']}:")
     print(f"{'alpha':>6} {'slots':>8} {'category':>9} {'mean diff':>10} {'category':>9}")
     for ours, yardstick in zip(result["slots"]["alphas"], result["mean_difference"]["alphas"], strict=True):

@@ -12,7 +12,9 @@ h + alpha * (mean of the target relation - mean of the asked relation), and othe
 Alpha is chosen on other prompts than those that are reported: where --split is heldout on the prompts of split
 validation, without them on the training templates; else on one half of the subjects, while the other half is reported.
 It is the smallest one whose success is within a standard error of the best: a larger one does more to all the rest.
-Rivals that learn through the model learn from the prompts of split train. Standard errors are over subjects.
+Rivals that learn through the model learn from the prompts of split train: to give the other answer, and with
+--learn-texts to move as little else as they can: they then learn for the harmonic mean of three shares of probability,
+as in the joint score, at strength 1, and stay there. Standard errors are over subjects.
 
 At that strength every method is also asked what it leaves alone, in two forms: the edit always, and only where the
 method itself reads the concept that is swapped away. Isolation: the subject's other questions, still answered right.
@@ -97,13 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "choose alpha have the smallest cross-entropy (default: 0.01)",
     )
     parser.add_argument(
+        "--learn-texts",
+        type=Path,
+        metavar="FILE",
+        help="ordinary text, other than --texts: they learn to leave it and the subject's other questions alone, too; "
+        "half of it is to choose the rate on",
+    )
+    parser.add_argument(
         "--learned",
         type=Path,
         metavar="FILE",
         help="also write what the slots of slots_learned write, for `alignsae export --written FILE`",
     )
     parser.add_argument("--texts", type=Path, help="JSONL or data set of ordinary text, for the side effects on it")
-    parser.add_argument("--field", default="text", help="field of --texts that holds the text (default: %(default)s)")
+    parser.add_argument("--field", default="text", help="field that holds the text (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which prompts are drawn (default: 0)")
     parser.add_argument("--batch-size", type=int, default=256, help="prompts per forward pass (default: 256)")
     add_device(parser, "model and dictionary")

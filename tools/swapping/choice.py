@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.analysis.interventions import Swap, swap_pairs
+from trainer.analysis.side_effects import other_questions
 from trainer.errors import UserError
 from trainer.language_model import Match, Prompt
 
@@ -15,16 +16,23 @@ LEARNING = 4096  # swaps at most that a method learns from
 
 
 @dataclass(frozen=True)
-class Choice:
-    """validation: swaps that strengths are chosen on; on: what tells them from those that are `reported`; learning:
-    for methods that learn through the model, swaps of the training prompts where there are validation prompts, else of
-    the same prompts as validation, others where there are others;
-    questions: the prompts that `reported` is drawn from."""
+class Drawn:
+    """Swaps, and for each that has one an other question about its subject, of the same prompts and under the same edit
+    (`other_questions`)."""
 
-    validation: list[Swap]
-    reported: list[Swap]
-    learning: list[Swap]
-    questions: list[Prompt]
+    swaps: list[Swap]
+    others: list[Swap]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """validation: what strengths are chosen on; on: what tells it from what is `reported`; learning: for methods that
+    learn through the model, of the training prompts where there are validation prompts, else of the same prompts as
+    validation, other swaps where there are others."""
+
+    validation: Drawn
+    reported: Drawn
+    learning: Drawn
     on: str
 
 
@@ -34,6 +42,10 @@ def choose_swaps(args: argparse.Namespace, records: Sequence[Prompt], concepts: 
     def pairs(chosen: Sequence[Prompt], split: str | None, most: int = args.pairs) -> list[Swap]:
         return swap_pairs(chosen, concepts, split=split, pairs=most, seed=args.seed, match=match)
 
+    def drawn(swaps: list[Swap], records: Sequence[Prompt], split: str | None) -> Drawn:
+        questions = [r for r in records if split is None or r.split == split]
+        return Drawn(swaps, other_questions(questions, concepts, swaps, args.seed))
+
     def choice(
         first: Sequence[Prompt],
         second: Sequence[Prompt],
@@ -41,12 +53,17 @@ def choose_swaps(args: argparse.Namespace, records: Sequence[Prompt], concepts: 
         on: str,
         learn: str = "",
     ) -> Choice:
+        taught = learn or splits[0]
         validation = pairs(first, splits[0], -(-args.pairs // 2))
-        learning = pairs(first, learn or splits[0], LEARNING)
+        learning = pairs(first, taught, LEARNING)
         asked = {(s.prompt, s.target) for s in validation}
-        others = [s for s in learning if (s.prompt, s.target) not in asked]
-        questions = [r for r in second if splits[1] is None or r.split == splits[1]]
-        return Choice(validation, pairs(second, splits[1]), others or learning, questions, on)
+        fresh = [s for s in learning if (s.prompt, s.target) not in asked]
+        return Choice(
+            drawn(validation, first, splits[0]),
+            drawn(pairs(second, splits[1]), second, splits[1]),
+            drawn(fresh or learning, first, taught),
+            on,
+        )
 
     split = None if args.split == "all" else args.split
     if split == "heldout" and any(r.split == "validation" and r.subject for r in records):

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from torch import Tensor
 from tqdm import tqdm
 
 from tools.swapping.choice import Choice
@@ -12,6 +13,7 @@ from trainer.analysis.rivals import (
     Alignment,
     Erasure,
     Learning,
+    Lesson,
     MeanDifference,
     Method,
     Slots,
@@ -20,8 +22,8 @@ from trainer.analysis.rivals import (
     fit_probe,
     learn_basis,
     learn_rows,
+    lesson_loss,
     slot_means,
-    swap_loss,
 )
 from trainer.checkpoint import load_dictionary
 from trainer.dictionary import ConceptDictionary
@@ -68,13 +70,19 @@ def build(
     others: dict[str, ConceptDictionary],
     editable: EditableModel,
     choice: Choice,
+    texts: Sequence[Tensor | None],
 ) -> tuple[dict[str, Method], dict[str, float]]:
     """All methods, fitted on the training rows, or on swaps of them through the model: name -> method; and the rates
-    that those learned at, of --learn-rates the one whose validation swaps are answered best.
+    that those learned at, of --learn-rates the one with the smallest loss on what strengths are chosen on.
 
-    UserError for a subspace wider than the rows.
+    texts: windows [W, T] of ordinary text to learn with and to choose on, or None twice. UserError for a subspace wider
+    than the rows.
     """
     rates: dict[str, float] = {}
+    lesson, chosen_on = (
+        Lesson(drawn.swaps, drawn.others, windows)
+        for drawn, windows in zip((choice.learning, choice.validation), texts, strict=True)
+    )
 
     def learned(name: str, make: Callable[[Learning], Method]) -> Method:
         tried = []
@@ -82,7 +90,7 @@ def build(
             for rate in args.learn_rates:
                 how = Learning(steps=args.learn_steps, rate=rate, seed=args.seed, progress=bar.update)
                 method = make(how)
-                loss = swap_loss(editable, choice.validation, method) if len(args.learn_rates) > 1 else 0.0
+                loss = lesson_loss(editable, chosen_on, method) if len(args.learn_rates) > 1 else 0.0
                 tried.append((loss, rate, method))
         _, rates[name], best = min(tried, key=lambda one: one[0])
         return best
@@ -91,7 +99,7 @@ def build(
         return Slots(of, slots, slot_means(of, rows, slots), args.mode, relative=relative)
 
     def subspace(size: int, how: Learning) -> Method:
-        return Alignment(rows, learn_basis(editable, choice.learning, rows, size, how))
+        return Alignment(rows, learn_basis(editable, lesson, rows, size, how))
 
     ours = slots_of(dictionary, range(len(dictionary.concept_names)))
     methods: dict[str, Method] = {OURS: ours, YARDSTICK: MeanDifference(rows)}
@@ -102,7 +110,7 @@ def build(
         elif name == "erasure":
             methods[name] = Erasure(rows)
         elif size is None:
-            methods[name] = learned(name, lambda how: ours.writing(learn_rows(editable, choice.learning, ours, how)))
+            methods[name] = learned(name, lambda how: ours.writing(learn_rows(editable, lesson, ours, how)))
         elif size > rows.acts.shape[1]:
             raise UserError(f"--rivals das_{size}: the activations have {rows.acts.shape[1]} dimensions")
         else:

@@ -46,12 +46,12 @@ class Trial:
     @property
     def known(self) -> list[Swap]:
         """One swap of each reported prompt that is answered right without an edit."""
-        right = zip(self.choice.reported, self.unedited.kinds, strict=True)
+        right = zip(self.choice.reported.swaps, self.unedited.kinds, strict=True)
         return [*{s.prompt: s for s, kind in right if kind == "source_answer"}.values()]
 
     def swaps(self, alphas: int) -> int:
         """How many swaps `measured` makes with a method."""
-        return alphas * len(self.choice.validation) + len(self.choice.reported) + len(self.known)
+        return alphas * len(self.choice.validation.swaps) + len(self.choice.reported.swaps) + len(self.known)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def measured(trial: Trial, method: Method, alphas: Sequence[float]) -> Measured:
     def swap_with(alpha: float) -> EditFor:
         return lambda source, target: method.swap(source, target, alpha)
 
-    swaps = trial.choice.reported
-    tried = {alpha: trial.score(trial.choice.validation, swap_with(alpha))[0] for alpha in alphas}
-    best = strength(tried, trial.choice.validation)
+    swaps, validation = trial.choice.reported.swaps, trial.choice.validation.swaps
+    tried = {alpha: trial.score(validation, swap_with(alpha))[0] for alpha in alphas}
+    best = strength(tried, validation)
     score, texts = trial.score(swaps, swap_with(best))
     read = method.reads(trial.ends).cpu() == torch.tensor([s.source for s in swaps])
     harm, harm_when = trial.bystanders.harms(method, best)

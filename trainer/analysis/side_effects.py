@@ -7,9 +7,9 @@ Shapes: B sequences, T tokens, V vocabulary, D width at the hook point.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from statistics import harmonic_mean
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trainer.analysis.interventions import EditFor, Swap, edit_of, generate_edited
+from trainer.analysis.interventions import EditFor, Swap, generate_edited
+from trainer.analysis.movement import every_token, prompts_moved, text_moved
 from trainer.analysis.rivals import Method, when_read
 from trainer.errors import UserError
-from trainer.language_model import Edit, EditableModel, Match, Prompt, Tokens, edit_tokens
+from trainer.language_model import Edit, EditableModel, Match, Prompt
 
 
 def other_questions(records: Sequence[Prompt], concepts: Sequence[str], swaps: Sequence[Swap], seed: int) -> list[Swap]:
@@ -124,7 +125,7 @@ class Bystanders:
 
     Args:
         others: see `other_questions`.
-        windows: token ids [W, T] of ordinary text, or None.
+        windows: token ids [W, T] of ordinary text, where the model is, or None.
         match: when a generated text counts as an answer.
         max_new_tokens: of an answer.
     """
@@ -145,7 +146,7 @@ class Bystanders:
         self.others = [s for s in others if match(said[s.prompt], s.source_answer)]
         prompts = [s.prompt for s in self.others]
         self._ends = editable.ends(prompts) if prompts else None
-        self._windows = None if windows is None else windows.to(self._model.device)
+        self._windows = windows
         # Pairs are spread evenly over swaps, so over windows too.
         self._pairs = [(s.source, s.target) for s in others]
         self._own_nats = None if windows is None or not others else self._continued(lambda s, t: lambda h: h)
@@ -165,8 +166,9 @@ class Bystanders:
         """What an edit of these prompts and texts does."""
         kept = self.kept(edit_for)
         moved: list[float] = []
-        for part in self._editable.batches(self.others):
-            moved += self._moved(part, edit_for)
+        with torch.no_grad():
+            for part in self._editable.batches(self.others):
+                moved += prompts_moved(self._editable, part, edit_for).tolist()
         return Harm([s.subject for s in self.others], kept, moved, *self.text_harm(edit_for))
 
     def harms(self, method: Method, strength: float) -> tuple[Harm, Harm]:
@@ -184,35 +186,20 @@ class Bystanders:
 
         return always, always.where(read, *self.text_harm(where_read))
 
-    @torch.no_grad()
-    def _moved(self, part: Sequence[Swap], edit_for: EditFor) -> list[float]:
-        read = self._editable.read([s.prompt for s in part])
-        plain, edited = read.logits(None), read.logits(edit_of(part, edit_for))
-        return divergence(plain[:, 0], edited[:, 0]).tolist()
-
-    def _every_token(self, edit_for: EditFor, first: int, rows: int) -> AbstractContextManager[None]:
-        """Context in which windows first..first + rows are edited at every token."""
-        pairs = torch.tensor([self._pairs[(first + i) % len(self._pairs)] for i in range(rows)])
-
-        def edit(h: Tensor, tokens: Tokens) -> Tensor:
-            source, target = pairs.repeat_interleave(h.shape[1], dim=0).unbind(dim=1)
-            return edit_for(source, target)(h.flatten(0, 1)).unflatten(0, h.shape[:2])
-
-        return edit_tokens(self._model, self._editable.layer, edit)
-
-    def _parts(self) -> list[tuple[int, Tensor]]:
+    def _parts(self) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+        """Some windows, and the source and target that each is edited with."""
         assert self._windows is not None
         step = max(1, self._editable.batch_size // 8)  # logits of all tokens are held, and an answer has a few
-        return [(start, self._windows[start : start + step]) for start in range(0, len(self._windows), step)]
+        pairs = cycle(self._pairs)
+        for part in self._windows.split(step):
+            yield part, [*islice(pairs, len(part))]
 
     @torch.no_grad()
     def _text_moved(self, edit_for: EditFor) -> float:
         total, tokens = 0.0, 0
-        for first, ids in self._parts():
-            plain = self._model(input_ids=ids, use_cache=False).logits
-            with self._every_token(edit_for, first, len(ids)):
-                edited = self._model(input_ids=ids, use_cache=False).logits
-            total, tokens = total + float(divergence(plain, edited).sum()), tokens + ids.numel()
+        for ids, pairs in self._parts():
+            moved = text_moved(self._editable, ids, edit_for, pairs)
+            total, tokens = total + float(moved.sum()), tokens + moved.numel()
         return total / tokens
 
     @torch.no_grad()
@@ -221,9 +208,9 @@ class Bystanders:
         halves, which were generated under the edit."""
         total, tokens = 0.0, 0
         end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        for first, whole in self._parts():
+        for whole, pairs in self._parts():
             ids = whole[:, : max(1, whole.shape[1] // 2)]
-            with self._every_token(edit_for, first, len(ids)):
+            with every_token(self._editable, edit_for, pairs):
                 out = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -239,9 +226,3 @@ class Bystanders:
             total += float(cross_entropy(logits.float().flatten(0, 1), told.flatten(), reduction="sum"))
             tokens += int((told >= 0).sum())
         return total / tokens
-
-
-def divergence(plain: Tensor, edited: Tensor) -> Tensor:
-    """KL divergence (nats) of softmax(edited) [..., V] from softmax(plain), fp32 [...]."""
-    p, q = plain.float().log_softmax(dim=-1), edited.float().log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1)

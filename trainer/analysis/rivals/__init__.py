@@ -5,7 +5,7 @@ Each file is one way, behind the interface of method.py. All are fitted on the s
 
 from trainer.analysis.rivals.alignment import Alignment, learn_basis
 from trainer.analysis.rivals.erasure import Erasure
-from trainer.analysis.rivals.learning import Learning, swap_loss
+from trainer.analysis.rivals.learning import Learning, Lesson, lesson_loss
 from trainer.analysis.rivals.mean_difference import MeanDifference
 from trainer.analysis.rivals.method import Method, when_read
 from trainer.analysis.rivals.probe import Probe, fit_probe
@@ -16,6 +16,7 @@ __all__ = [
     "Alignment",
     "Erasure",
     "Learning",
+    "Lesson",
     "MeanDifference",
     "Method",
     "Probe",
@@ -25,8 +26,8 @@ __all__ = [
     "fit_probe",
     "learn_basis",
     "learn_rows",
+    "lesson_loss",
     "slot_means",
-    "swap_loss",
     "training_rows",
     "when_read",
 ]

@@ -3,14 +3,11 @@
 Shapes: B rows, D width, R concepts, k dimensions of the subspace, T tokens.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from trainer.analysis.interventions import Swap
-from trainer.analysis.rivals.learning import Learning, learn
+from trainer.analysis.rivals.learning import Learning, Lesson, learn
 from trainer.analysis.rivals.method import Method, nearness
 from trainer.analysis.rivals.rows import TrainingRows
 from trainer.language_model import Edit, EditableModel
@@ -52,12 +49,12 @@ class Alignment(Method):
 
 def learn_basis(
     editable: EditableModel,
-    swaps: Sequence[Swap],
+    lesson: Lesson,
     rows: TrainingRows,
     dimensions: int,
     learning: Learning,
 ) -> Tensor:
-    """The basis [D, k] fp32 whose swap makes the model give the target answers of `swaps` (learning.learn).
+    """The basis [D, k] fp32 whose swaps do what the lesson asks (learning.learn).
 
     It begins with the k directions in which class means differ most, and random ones beyond those.
     """
@@ -67,5 +64,5 @@ def learn_basis(
     begin = torch.cat([torch.linalg.svd(apart, full_matrices=False).Vh[: len(apart) - 1], random])
     turn.weight = nn.Parameter(torch.linalg.qr(begin[:dimensions].T).Q.T)
     orthogonal(turn).to(rows.acts.device)
-    learn(editable, swaps, [*turn.parameters()], lambda: Alignment(rows, turn.weight.T), learning)
+    learn(editable, lesson, [*turn.parameters()], lambda: Alignment(rows, turn.weight.T), learning)
     return turn.weight.detach().T.contiguous()

@@ -1,6 +1,7 @@
-"""Learning what a swap writes from the answers that a frozen model gives under it."""
+"""Learning what a swap writes from what a frozen model says under it."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any, TypeVar
@@ -8,11 +9,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.analysis.interventions import Swap, edit_of
+from trainer.analysis.interventions import EditFor, Swap, edit_of
+from trainer.analysis.movement import prompts_moved, text_moved
 from trainer.analysis.rivals.method import Method
 from trainer.language_model import EditableModel, batched
 
+TEXTS = 4  # windows of text in a step
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a method learns from.
+
+    swaps: whose target answers the model should give. others, windows: prompts under swaps that ask for something else,
+    and token ids [W, T] of ordinary text, all of it edited; the model should go on with them as without an edit. Where
+    there are no windows, nothing but the answers counts.
+    """
+
+    swaps: Sequence[Swap]
+    others: Sequence[Swap] = ()
+    windows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -28,45 +46,75 @@ class Learning:
 
 def learn(
     editable: EditableModel,
-    swaps: Sequence[Swap],
+    lesson: Lesson,
     parameters: Sequence[Tensor],
     method: Callable[[], Method],
     how: Learning,
 ) -> None:
-    """Change the parameters of a method until its swaps, at the last prompt token and strength 1, make the model give
-    the target answers.
+    """Change the parameters of a method until its swaps, at strength 1, make the model give the target answers and, if
+    the lesson says so, leave the rest alone.
 
-    It minimises their cross-entropy, by gradients through the blocks above the hook point; the model stays as it is.
-    method: gives the method that the parameters are now.
+    It minimises lesson_loss, by gradients through the blocks above the hook point; the model stays as it is. method:
+    gives the method that the parameters are now.
     """
-    batches = batches_of(swaps, how)
+    batches = cycle(batches_of(lesson.swaps, how))
+    others = cycle(batches_of(lesson.others, how))
+    texts = cycle([] if lesson.windows is None else lesson.windows.split(TEXTS))
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
-    for prompts, batch in islice(cycle(batches), how.steps):
-        total, tokens = _cross_entropy(editable, batch, method(), prompts)
+    for prompts, batch in islice(batches, how.steps):
+        edit_for = _at_one(method())
+        total, tokens = _cross_entropy(editable, batch, edit_for, prompts)
+        moved = []
+        for text in islice(texts, 1):
+            moved = [text_moved(editable, text, edit_for, _pairs(cycle(batch), text)).mean()]
+            moved += [prompts_moved(editable, part, edit_for, among).mean() for among, part in islice(others, 1)]
         optimizer.zero_grad()
-        (total / tokens).backward()
+        (worst_first([total / len(batch), *moved]) if moved else total / tokens).backward()
         optimizer.step()
         decay.step()
         how.progress(1)
 
 
 @torch.no_grad()
-def swap_loss(editable: EditableModel, swaps: Sequence[Swap], method: Method) -> float:
-    """Mean cross-entropy (nats per token) of the target answers of swaps at strength 1: what `learn` minimises."""
-    total, tokens = 0.0, 0
-    for part in editable.batches(swaps):
-        found, count = _cross_entropy(editable, part, method)
-        total, tokens = total + float(found), tokens + count
-    return total / tokens
+def lesson_loss(editable: EditableModel, lesson: Lesson, method: Method) -> float:
+    """Mean cross-entropy of the target answers at strength 1, nats per token; where the lesson has windows,
+    worst_first of that per answer, of how far text moves and of how far other questions do (means of nats)."""
+    edit_for = _at_one(method)
+    found = [_cross_entropy(editable, part, edit_for) for part in editable.batches(lesson.swaps)]
+    total = torch.stack([nats for nats, _ in found]).sum()
+    if lesson.windows is None:
+        return float(total) / sum(tokens for _, tokens in found)
+    pairs = cycle(lesson.swaps)
+    texts = [text_moved(editable, text, edit_for, _pairs(pairs, text)) for text in lesson.windows.split(TEXTS)]
+    moved = [torch.cat(texts).mean()]
+    if lesson.others:
+        parts = [prompts_moved(editable, part, edit_for) for part in editable.batches(lesson.others)]
+        moved.append(torch.cat(parts).mean())
+    return float(worst_first([total / len(lesson.swaps), *moved]))
+
+
+def worst_first(nats: Sequence[Tensor]) -> Tensor:
+    """Minus the logarithm of the harmonic mean of exp(-nats): shares of probability joined as the joint score joins
+    shares of success, so that the smallest counts most."""
+    return torch.stack([*nats]).logsumexp(dim=0) - math.log(len(nats))
+
+
+def _at_one(method: Method) -> EditFor:
+    return lambda source, target: method.swap(source, target, 1.0)
+
+
+def _pairs(swaps: Iterator[Swap], windows: Tensor) -> list[tuple[int, int]]:
+    """The next swap's source and target for each window."""
+    return [(s.source, s.target) for s in islice(swaps, len(windows))]
 
 
 def _cross_entropy(
-    editable: EditableModel, swaps: Sequence[Swap], method: Method, among: Sequence[str] = ()
+    editable: EditableModel, swaps: Sequence[Swap], edit_for: EditFor, among: Sequence[str] = ()
 ) -> tuple[Tensor, int]:
-    """Sum over the tokens of the target answers of one batch at strength 1, and their number. among: see read."""
-    edit = edit_of(swaps, lambda source, target: method.swap(source, target, 1.0))
-    return editable.read([s.prompt for s in swaps], among).cross_entropy([s.target_answer for s in swaps], edit)
+    """Sum over the tokens of the target answers of one batch, and their number. among: see read."""
+    read = editable.read([s.prompt for s in swaps], among)
+    return read.cross_entropy([s.target_answer for s in swaps], edit_of(swaps, edit_for))
 
 
 def batches_of(swaps: Sequence[Swap], how: Learning) -> list[tuple[Sequence[str], Sequence[Swap]]]:

@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trainer.analysis.interventions import Swap
-from trainer.analysis.rivals.learning import Learning, learn
+from trainer.analysis.rivals.learning import Learning, Lesson, learn
 from trainer.analysis.rivals.method import Method
 from trainer.analysis.rivals.rows import TrainingRows
 from trainer.analysis.steering import SlotEdit
@@ -118,8 +117,8 @@ def best_slots(dictionary: ConceptDictionary, rows: TrainingRows) -> list[int]:
     return torch.cat(found, dim=1).argmax(dim=1).tolist()
 
 
-def learn_rows(editable: EditableModel, swaps: Sequence[Swap], slots: Slots, learning: Learning) -> Tensor:
-    """Decoder rows [R, D] with which swaps of the slots make the model give the target answers (learning.learn).
+def learn_rows(editable: EditableModel, lesson: Lesson, slots: Slots, learning: Learning) -> Tensor:
+    """Decoder rows [R, D] with which swaps of the slots do what the lesson asks (learning.learn).
 
     They begin with those that the slots have, and are learned in units of the typical entry of what a slot at its mean
     writes. What a slot reads stays.
@@ -127,5 +126,5 @@ def learn_rows(editable: EditableModel, swaps: Sequence[Swap], slots: Slots, lea
     written = slots.rows * slots.means[:, None]
     unit = written.square().mean().sqrt() / slots.means.clamp_min(1e-12)[:, None]
     change = torch.zeros_like(slots.rows, requires_grad=True)
-    learn(editable, swaps, [change], lambda: slots.writing(slots.rows + change * unit), learning)
+    learn(editable, lesson, [change], lambda: slots.writing(slots.rows + change * unit), learning)
     return (slots.rows + change * unit).detach()
