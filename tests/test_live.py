@@ -184,7 +184,7 @@ def test_a_live_source_is_mixed_with_shards(inputs, shards, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "nowhere"}, "cannot load a language model from 'nowhere'"),
+        ({"model": "./nowhere"}, "cannot load a language model from './nowhere'"),
         ({"prompts": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
         ({"hook": "blocks.7.hook_resid_post"}, "data.live.hook: layer 7 does not exist"),
         ({"context": 16}, "data.live: data.live.context is 16, there it is 32"),

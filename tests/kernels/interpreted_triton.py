@@ -31,7 +31,7 @@ def test_matches_the_oracle_in_fp32(kernel, shape, decoder_norm):
 @pytest.mark.parametrize(
     "threshold,decoder_norm,bf16",
     [
-        ((0.0, 2.0), "unit", True),
+        pytest.param((0.0, 2.0), "unit", True, marks=pytest.mark.slow),
         ((50.0, 90.0), "free", False),
         ((0.0, 1.0), "unit", False),
     ],
@@ -51,6 +51,7 @@ def test_thresholds_that_are_trained(kernel, shape, decoder_norm, ends):
     assert_same(by_kernel(kernel, case), by_oracle(case), 5e-5)
 
 
+@pytest.mark.slow
 def test_banks_of_two_sizes_with_trained_thresholds(kernel):
     """The places that a smaller bank leaves empty have no part in anything."""
     case = make_case(6, 11, 0, threshold=(0.0, 2.0), bandwidth=0.5)
@@ -76,18 +77,20 @@ def test_banks_of_two_sizes_with_trained_thresholds(kernel):
             torch.testing.assert_close(float(square), float(leaf.grad.double().square().sum()))
 
 
+@pytest.mark.slow
 def test_trained_thresholds_in_bf16(kernel):
     case = make_case(9, 20, 2, threshold=(0.0, 2.0), bandwidth=0.5)
     assert_same(by_kernel(kernel, case, bf16=True), by_oracle(case), 4e-3)
 
 
-@pytest.mark.parametrize("bias", [-9.0, 9.0], ids=["all dead", "all active"])
+@pytest.mark.parametrize("bias", [-9.0, pytest.param(9.0, marks=pytest.mark.slow)], ids=["all dead", "all active"])
 def test_banks_at_the_ends(kernel, bias):
     """All active: more entries than the first attempt has room for."""
     case = make_case(8, 12, 3, bias=bias)
     assert_same(by_kernel(kernel, case), by_oracle(case), 5e-5)
 
 
+@pytest.mark.slow
 def test_bf16_products(kernel):
     case = make_case(12, 20, 4, width=80, bias=-1.5)
     assert_same(by_kernel(kernel, case, bf16=True), by_oracle(case), 4e-3)

@@ -215,8 +215,9 @@ def test_per_slot_thresholds_are_held_or_trained(tmp_path, small_data):
 
 @pytest.mark.parametrize(
     "strategy,freeze",
-    [(name, "free") for name in ("ddp", "dictionary", "zero1", "zero2", "zero3")]
-    + [("ddp", "none"), ("zero3", "none")],
+    [(name, "free") for name in ("ddp", "dictionary", "zero3")]
+    + [("ddp", "none"), ("zero3", "none")]
+    + [pytest.param(name, "free", marks=pytest.mark.slow) for name in ("zero1", "zero2")],
 )
 def test_two_ranks_end_where_one_does(tmp_path, small_data, source, strategy, freeze):
     """With best evaluations on the way, at which what concept slots write is measured."""

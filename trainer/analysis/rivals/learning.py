@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from trainer.analysis.movement import prompts_moved, text_moved
 from trainer.analysis.rivals.method import Method
 from trainer.language_model import EditableModel, batched
 
-TEXTS = 4  # windows of text in a step
+TEXTS, OTHERS = 4, 16  # windows of text and other questions in a step
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def learn(
     gives the method that the parameters are now.
     """
     batches = cycle(batches_of(lesson.swaps, how))
-    others = cycle(batches_of(lesson.others, how))
+    others = cycle(batches_of(lesson.others, replace(how, batch=OTHERS)))
     texts = cycle([] if lesson.windows is None else lesson.windows.split(TEXTS))
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
