@@ -126,6 +126,7 @@ def test_with_texts_to_learn_with_rows_are_learned_that_move_less(tiny_run: Path
         (["--learn-steps", "0"], "must be at least 1"),
         (["--learn-rates", "0.01,0"], "--learn-rates must be above 0"),
         (["--texts", "RUN/config.yaml", "--learn-texts", "RUN/config.yaml"], "cannot be reported by --texts, too"),
+        (["--rivals", "probe", "--learn-texts", "RUN/config.yaml"], "add slots_learned or das to --rivals"),
         (["--rivals", "none", "--learned", "rows.safetensors"], "slots_learned learned; add it to --rivals"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tools.swapping.choice import choose_swaps
-from tools.swapping.methods import LEARNED, OURS, YARDSTICK, build, other_runs
+from tools.swapping.methods import LEARNED, OURS, YARDSTICK, build, dimensions, other_runs
 from tools.swapping.table import summary
 from tools.swapping.trial import Trial, lead, measured
 from trainer.analysis.evaluation import at_most
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--learn-rates must be above 0 and below 1000")
     if args.learned and LEARNED not in args.rivals:
         raise UserError(f"--learned writes what {LEARNED} learned; add it to --rivals")
+    if args.learn_texts and not any(name == LEARNED or dimensions(name, 1) for name in args.rivals):
+        raise UserError(f"--learn-texts is for rivals that learn; add {LEARNED} or das to --rivals")
     if args.learn_texts and args.texts and args.learn_texts.resolve() == args.texts.resolve():
         raise UserError(f"--learn-texts {args.learn_texts}: what is learned with cannot be reported by --texts, too")
     dictionary, trained_on = load_dictionary(args.run_dir)
@@ -72,14 +74,12 @@ def run(args: argparse.Namespace) -> None:
     accuracy = sum(asked.values()) / len(asked)
     if accuracy < KNOWS_LITTLE:
         warn_of_unknown(args, accuracy, len(asked))
-    windows, taught = (_windows(args, path, model, tokenizer) for path in (args.texts, args.learn_texts))
-    if taught is not None and len(taught) < 2:
-        raise UserError(f"{args.learn_texts} has one text that is long enough: one is learned with, another chosen on")
+    windows = _windows(args, args.texts, model, tokenizer)
+    taught = _halves(args, _windows(args, args.learn_texts, model, tokenizer))
     bystanders = Bystanders(editable, choice.reported.others, windows, match=match, max_new_tokens=longest)
-    texts = (None, None) if taught is None else (taught[::2], taught[1::2])
-    methods, rates = build(args, dictionary, rows, others, editable, choice, texts)
+    methods, rates = build(args, dictionary, rows, others, editable, choice, taught)
     # What learned to leave the rest alone did so at strength 1; success alone would choose a larger one.
-    strengths = {name: [1.0] if taught is not None and name in rates else args.alphas for name in methods}
+    strengths = {name: [1.0] if args.learn_texts and name in rates else args.alphas for name in methods}
     with tqdm(unit="swap") as bar:
         trial = Trial(
             editable,
@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
         "learn_rates": rates,
         "learning": {
             "pairs": len(choice.learning.swaps),
-            "questions": 0 if taught is None else len(choice.learning.others),
-            "texts": 0 if taught is None else len(taught[::2]),
+            "questions": 0 if taught[0] is None else len(choice.learning.others),
+            "texts": 0 if taught[0] is None else len(taught[0]),
         },
         "validation": {"on": choice.on, "pairs": len(choice.validation.swaps)},
         "bystanders": {"questions": len(bystanders.others), "texts": 0 if windows is None else len(windows)},
@@ -146,6 +146,15 @@ def _windows(args: argparse.Namespace, path: Path | None, model: Any, tokenizer:
     order = np.random.default_rng(args.seed).permutation(len(texts))
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", WINDOW)
     return beginnings(tokenizer, [texts[i] for i in order], WINDOWS, min(WINDOW, longest)).to(model.device)
+
+
+def _halves(args: argparse.Namespace, windows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Windows to learn with, others to choose rates on."""
+    if windows is None:
+        return None, None
+    if len(windows) < 2:
+        raise UserError(f"{args.learn_texts} has one text that is long enough: one is learned with, another chosen on")
+    return windows[::2], windows[1::2]
 
 
 def warn_of_unknown(args: argparse.Namespace, accuracy: float, prompts: int) -> None:

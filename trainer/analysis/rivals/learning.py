@@ -79,7 +79,8 @@ def learn(
 @torch.no_grad()
 def lesson_loss(editable: EditableModel, lesson: Lesson, method: Method) -> float:
     """Mean cross-entropy of the target answers at strength 1, nats per token; where the lesson has windows,
-    worst_first of that per answer, of how far text moves and of how far other questions do (means of nats)."""
+    worst_first of that per answer (a swap succeeds with the whole of it), of how far text moves and of how far other
+    questions do (means of nats)."""
     edit_for = _at_one(method)
     found = [_cross_entropy(editable, part, edit_for) for part in editable.batches(lesson.swaps)]
     total = torch.stack([nats for nats, _ in found]).sum()
