@@ -300,10 +300,8 @@ def silent_slots() -> tuple[EditableModel, Slots, list[Swap]]:
 
 def test_what_is_learned_with_text_moves_less_beside_the_answers():
     editable, slots, swaps = silent_slots()
-    head = editable.model.lm_head
-    head.weight = torch.nn.Parameter(
-        8 * head.weight.detach(), requires_grad=False
-    )  # a model that is sure of what it says
+    head = editable.model.lm_head  # of a model that is sure of what it says
+    head.weight = torch.nn.Parameter(8 * head.weight.detach(), requires_grad=False)
     windows = torch.randint(2, len(words()), (9, 6), generator=torch.Generator().manual_seed(0))
     others = [replace(s, prompt=other.prompt) for s, other in zip(swaps, swaps[5:] + swaps[:5], strict=True)]
     lessons = [Lesson(swaps), Lesson(swaps, others, windows)]

@@ -11,7 +11,7 @@ import pytest
 KERNELS, STEP = (Path(__file__).with_name(f"interpreted_{name}.py") for name in ("triton", "step"))
 CASES = [
     pytest.param(KERNELS, "not slow", id="kernels"),
-    pytest.param(KERNELS, "slow", id="bf16", marks=pytest.mark.slow),
+    pytest.param(KERNELS, "slow", id="more kernels", marks=pytest.mark.slow),
     pytest.param(STEP, "not slow", id="step", marks=pytest.mark.slow),
 ]
 

@@ -26,24 +26,21 @@ def prompts_moved(
     return divergence(plain[:, 0], read.logits(edit_of(swaps, edit_for))[:, 0])
 
 
-def text_moved(editable: EditableModel, windows: Tensor, edit_for: EditFor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+def text_moved(editable: EditableModel, windows: Tensor, swaps: Sequence[Swap], edit_for: EditFor) -> Tensor:
     """Divergence (nats) [W, T] of the next token's distribution at every token of windows [W, T] of text, each edited
-    at every token as a swap of its pair is."""
+    at every token as its own of W swaps is."""
     with torch.no_grad():
         plain = editable.model(input_ids=windows, use_cache=False).logits
-    with every_token(editable, edit_for, pairs):
+    with every_token(editable, swaps, edit_for):
         edited = editable.model(input_ids=windows, use_cache=False).logits
     return divergence(plain, edited)
 
 
-def every_token(
-    editable: EditableModel, edit_for: EditFor, pairs: Sequence[tuple[int, int]]
-) -> AbstractContextManager[None]:
-    """Context in which row i of what the model reads is edited at every token, as a swap of pairs[i] is."""
-    source, target = torch.tensor(pairs).unbind(dim=1)
+def every_token(editable: EditableModel, swaps: Sequence[Swap], edit_for: EditFor) -> AbstractContextManager[None]:
+    """Context in which row i of what the model reads is edited at every token as swaps[i] is."""
 
     def edit(h: Tensor, tokens: Tokens) -> Tensor:
-        each = edit_for(source.repeat_interleave(h.shape[1]), target.repeat_interleave(h.shape[1]))
+        each = edit_of([swap for swap in swaps for _ in range(h.shape[1])], edit_for)
         return each(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
     return edit_tokens(editable.model, editable.layer, edit)

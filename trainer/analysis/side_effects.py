@@ -147,8 +147,7 @@ class Bystanders:
         prompts = [s.prompt for s in self.others]
         self._ends = editable.ends(prompts) if prompts else None
         self._windows = windows
-        # Pairs are spread evenly over swaps, so over windows too.
-        self._pairs = [(s.source, s.target) for s in others]
+        self._swaps = others  # spread evenly over sources and targets, so over windows too
         self._own_nats = None if windows is None or not others else self._continued(lambda s, t: lambda h: h)
 
     def kept(self, edit_for: EditFor) -> list[bool]:
@@ -186,19 +185,19 @@ class Bystanders:
 
         return always, always.where(read, *self.text_harm(where_read))
 
-    def _parts(self) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
-        """Some windows, and the source and target that each is edited with."""
+    def _parts(self) -> Iterator[tuple[Tensor, list[Swap]]]:
+        """Some windows, and the swap that each is edited with."""
         assert self._windows is not None
         step = max(1, self._editable.batch_size // 8)  # logits of all tokens are held, and an answer has a few
-        pairs = cycle(self._pairs)
+        swaps = cycle(self._swaps)
         for part in self._windows.split(step):
-            yield part, [*islice(pairs, len(part))]
+            yield part, [*islice(swaps, len(part))]
 
     @torch.no_grad()
     def _text_moved(self, edit_for: EditFor) -> float:
         total, tokens = 0.0, 0
-        for ids, pairs in self._parts():
-            moved = text_moved(self._editable, ids, edit_for, pairs)
+        for ids, swaps in self._parts():
+            moved = text_moved(self._editable, ids, swaps, edit_for)
             total, tokens = total + float(moved.sum()), tokens + moved.numel()
         return total / tokens
 
@@ -208,9 +207,9 @@ class Bystanders:
         halves, which were generated under the edit."""
         total, tokens = 0.0, 0
         end, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        for whole, pairs in self._parts():
+        for whole, swaps in self._parts():
             ids = whole[:, : max(1, whole.shape[1] // 2)]
-            with every_token(self._editable, edit_for, pairs):
+            with every_token(self._editable, swaps, edit_for):
                 out = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

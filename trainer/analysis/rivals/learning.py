@@ -1,7 +1,7 @@
 """Learning what a swap writes from what a frozen model says under it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, TypeVar
@@ -58,17 +58,17 @@ def learn(
     gives the method that the parameters are now.
     """
     batches = cycle(batches_of(lesson.swaps, how))
-    others = cycle(batches_of(lesson.others, replace(how, batch=OTHERS)))
     texts = cycle([] if lesson.windows is None else lesson.windows.split(TEXTS))
+    others = cycle([] if lesson.windows is None else batches_of(lesson.others, replace(how, batch=OTHERS)))
     optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, how.steps)
     for prompts, batch in islice(batches, how.steps):
         edit_for = _at_one(method())
         total, tokens = _cross_entropy(editable, batch, edit_for, prompts)
-        moved = []
-        for text in islice(texts, 1):
-            moved = [text_moved(editable, text, edit_for, _pairs(cycle(batch), text)).mean()]
-            moved += [prompts_moved(editable, part, edit_for, among).mean() for among, part in islice(others, 1)]
+        moved = [
+            text_moved(editable, text, [*islice(cycle(batch), len(text))], edit_for).mean() for text in islice(texts, 1)
+        ]
+        moved += [prompts_moved(editable, part, edit_for, among).mean() for among, part in islice(others, 1)]
         optimizer.zero_grad()
         (worst_first([total / len(batch), *moved]) if moved else total / tokens).backward()
         optimizer.step()
@@ -86,9 +86,9 @@ def lesson_loss(editable: EditableModel, lesson: Lesson, method: Method) -> floa
     total = torch.stack([nats for nats, _ in found]).sum()
     if lesson.windows is None:
         return float(total) / sum(tokens for _, tokens in found)
-    pairs = cycle(lesson.swaps)
-    texts = [text_moved(editable, text, edit_for, _pairs(pairs, text)) for text in lesson.windows.split(TEXTS)]
-    moved = [torch.cat(texts).mean()]
+    swaps, texts = cycle(lesson.swaps), lesson.windows.split(TEXTS)
+    text = [text_moved(editable, ids, [*islice(swaps, len(ids))], edit_for) for ids in texts]
+    moved = [torch.cat(text).mean()]
     if lesson.others:
         parts = [prompts_moved(editable, part, edit_for) for part in editable.batches(lesson.others)]
         moved.append(torch.cat(parts).mean())
@@ -103,11 +103,6 @@ def worst_first(nats: Sequence[Tensor]) -> Tensor:
 
 def _at_one(method: Method) -> EditFor:
     return lambda source, target: method.swap(source, target, 1.0)
-
-
-def _pairs(swaps: Iterator[Swap], windows: Tensor) -> list[tuple[int, int]]:
-    """The next swap's source and target for each window."""
-    return [(s.source, s.target) for s in islice(swaps, len(windows))]
 
 
 def _cross_entropy(
