@@ -18,6 +18,7 @@ def config(small_data, tmp_path):
     return write_config(tmp_path, changes)
 
 
+@pytest.mark.slow
 def test_grid_is_trained_and_tabulated(config, tmp_path, capsys):
     out = tmp_path / "sweep"
     command = [

@@ -17,7 +17,7 @@ from tests.support.runs import arguments, metrics, outcome, train_here, train_ra
 from trainer.errors import UserError
 from trainer.ownership import Owner, Ownership
 
-STARTS = int(os.environ.get("ALIGNSAE_DOUBLE_STARTS", "50"))  # of the slow test
+STARTS = int(os.environ.get("ALIGNSAE_DOUBLE_STARTS", "50"))  # of the slow tests
 QUICK = {"interval": 0.05, "patience": 0.5}
 
 
@@ -104,7 +104,7 @@ def contend(folder: Path, start: float, results: Any, over: Any) -> None:
         results.put(0)
 
 
-@pytest.mark.parametrize("rounds", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [5, pytest.param(2 * STARTS, marks=pytest.mark.slow, id="many")])
 @pytest.mark.parametrize("first", ["new", "dead"])
 def test_of_several_at_once_one_wins(rounds: int, first: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
