@@ -72,3 +72,19 @@ def test_a_command_is_one_that_the_parsers_take(words: list[str], monkeypatch: p
     config, overrides = given[given.index("--config") + 1], [word for word in given if re.match(r"[a-z_.0-9]+=", word)]
     if Path(config).is_file():
         load_config(config, overrides)
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    named = [
+        shlex.split(command)
+        for path in documents(tracked(ROOT))
+        for command in re.findall(r"`pytest ([^`]+)`", (ROOT / path).read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 5
+    for words in named:
+        (place,) = [ROOT / word for word in words if word.startswith("tests/")]
+        files = [place] if place.is_file() else sorted(place.glob("test_*.py"))
+        text = "".join(file.read_text(encoding="utf-8") for file in files)
+        names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+        assert any(words[words.index("-k") + 1] in name if "-k" in words else name for name in names), words
+        assert "-m" not in words or f"mark.{words[words.index('-m') + 1]}" in text, words
