@@ -68,8 +68,8 @@ def test_a_build_elsewhere_is_waited_for_while_it_writes(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 def test_zero_starts_where_a_killed_build_left_its_lock(small_data: Path, tmp_path: Path, monkeypatch) -> None:
-    built, extensions = os.environ.get("TORCH_EXTENSIONS_DIR", ""), tmp_path / "extensions"
-    if built and Path(built).is_dir():  # so that there is little to compile
+    built, extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "nowhere")), tmp_path / "extensions"
+    if built.is_dir():  # so that there is little to compile
         shutil.copytree(built, extensions, ignore=shutil.ignore_patterns("*lock"))
     lock = lock_of(extensions, 10_000)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
